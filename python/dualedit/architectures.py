@@ -1,0 +1,253 @@
+"""Finding the decoder layers, the hidden size and the image tokens of any Hugging Face VLM.
+
+Nothing here knows one architecture's class: layers are found by structure, names by matching. What cannot be
+edited (an encoder-decoder, a text-only model's image positions) is refused here, with the reason.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import re
+
+import torch
+from torch import nn
+
+# Path segments of module lists that are not the language model's layers. Whole tokens of a segment are compared:
+# a plain substring test would find "dit" in "dualedit".
+_NOT_DECODER = {
+    "vision", "visual", "vit", "image", "audio", "speech", "qformer", "perceiver", "resampler", "connector",
+    "aligner", "merger", "projector", "vqmodel", "vqvae", "cross", "dit", "abstractor",
+}  # fmt: skip
+_IMAGE_ID_NAMES = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+# transformers v4 wrote the decoder's layers with the two middle names the other way round.
+_V4_NAMES = ((r"^language_model\.model\.layers\.", "model.language_model.layers."),)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The Hugging Face model inside a PeftModel, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def plain_name(name: str) -> str:
+    """A module's name without the ".base_layer" segments that adapters insert."""
+    return ".".join(part for part in name.split(".") if part != "base_layer")
+
+
+def text_config(model: nn.Module):
+    """The language model's part of the config."""
+    return model.config.get_text_config(decoder=True)
+
+
+def hidden_size(model: nn.Module) -> int:
+    """Width D of the decoder's residual stream."""
+    config = text_config(model)
+    for name in ("hidden_size", "n_embd", "d_model"):
+        if isinstance(getattr(config, name, None), int):
+            return getattr(config, name)
+    raise ValueError(f"{type(config).__name__} states no hidden_size; this architecture cannot be edited by layer.")
+
+
+def _segments(path: str) -> set[str]:
+    return {token for part in path.split(".") for token in part.split("_")}
+
+
+def _is_layer_list(module: nn.Module) -> bool:
+    return (
+        isinstance(module, nn.ModuleList)
+        and len(module) > 0
+        and all(not isinstance(child, (nn.Linear, nn.ModuleList)) for child in module)
+        and all(next(child.parameters(), None) is not None for child in module)
+    )
+
+
+def _layer_lists(root: nn.Module, prefix: str) -> dict[str, nn.ModuleList]:
+    found = {}
+    for name, module in root.named_modules():
+        path = ".".join(part for part in (prefix, name) if part)
+        if _is_layer_list(module) and not _segments(path) & _NOT_DECODER:
+            found[path] = module
+    # A list inside another candidate (a layer's experts, say) is part of that layer.
+    return {p: m for p, m in found.items() if not any(p.startswith(other + ".") for other in found if other != p)}
+
+
+def _name_of(model: nn.Module, target: nn.Module) -> str:
+    for name, module in model.named_modules():
+        if module is target:
+            return name
+    return ""
+
+
+def find_decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The name and the list of the language model's decoder layers.
+
+    Args:
+        model: a Hugging Face model (a PeftModel is unwrapped).
+
+    Raises:
+        ValueError: the model is an encoder-decoder, or no list or several lists of layers fit; names them.
+    """
+    model = unwrap(model)
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{type(model).__name__} is an encoder-decoder: its decoder never holds the image and the question in "
+            f"one sequence, which both editors need. Use a decoder-only vision-language model."
+        )
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    candidates: dict[str, nn.ModuleList] = {}
+    if isinstance(decoder, nn.Module):
+        candidates = _layer_lists(decoder, _name_of(model, decoder))
+    if not candidates:
+        candidates = _layer_lists(model, "")
+    if len(candidates) > 1:
+        depth = getattr(text_config(model), "num_hidden_layers", None)
+        candidates = {p: m for p, m in candidates.items() if len(m) == depth} or candidates
+    if len(candidates) != 1:
+        listed = ", ".join(f"{p} ({len(m)} layers)" for p, m in candidates.items()) or "none"
+        raise ValueError(
+            f"Cannot tell which list of {type(model).__name__} holds the decoder layers; candidates: {listed}. "
+            f"Name the layer in full, for instance text_layer='model.language_model.layers.16'."
+        )
+    return next(iter(candidates.items()))
+
+
+def _pick(argument: str, value: str, names: list[str]) -> str:
+    """The one name that `value` means: exact, then suffix, then regular expression over the whole name."""
+    if value in names:
+        return value
+    for pattern, new in _V4_NAMES:
+        renamed = re.sub(pattern, new, value)
+        if renamed in names:
+            return renamed
+    matches = [name for name in names if name.endswith("." + value)]
+    if not matches:
+        try:
+            matches = [name for name in names if re.fullmatch(value, name)]
+        except re.error:
+            matches = []
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        raise ValueError(
+            f"{argument}={value!r} is ambiguous: it matches {', '.join(matches[:6])}"
+            f"{', ...' if len(matches) > 6 else ''}. Pass one full name."
+        )
+    near = difflib.get_close_matches(value, names, n=3, cutoff=0.3) or names[:3]
+    raise ValueError(f"{argument}={value!r}: no such module. Nearest: {', '.join(near)}.")
+
+
+def resolve_layer(model: nn.Module, layer: int | str, argument: str = "text_layer") -> str:
+    """The full name of a decoder layer.
+
+    Args:
+        model: a Hugging Face model.
+        layer: its number (negative counts from the end), full name, name suffix, or regular expression.
+        argument: what the caller calls this value, for messages.
+
+    Raises:
+        ValueError: no such layer, or several; names the valid range and the nearest matches.
+    """
+    path, layers = find_decoder_layers(model)
+    if isinstance(layer, int):
+        if not -len(layers) <= layer < len(layers):
+            raise ValueError(
+                f"{argument}={layer}: {path} has {len(layers)} layers; pass a number from 0 to {len(layers) - 1} "
+                f"(negative numbers count from the end)."
+            )
+        return f"{path}.{layer % len(layers)}"
+    names = [f"{path}.{i}" for i in range(len(layers))]
+    try:
+        return _pick(argument, layer, names)
+    except ValueError as error:
+        raise ValueError(f"{error} Valid layers: {names[0]} to {names[-1]}, or 0 to {len(layers) - 1}.") from None
+
+
+def resolve_linear(model: nn.Module, name: str, argument: str = "layer") -> str:
+    """The full name of a linear layer inside the decoder (any module with 2-D weights and in/out features).
+
+    Raises:
+        ValueError: no such layer, several, or one outside the decoder layers.
+    """
+    path, _ = find_decoder_layers(model)
+    names = {
+        plain_name(full): full
+        for full, module in model.named_modules()
+        if full.startswith(path + ".") and hasattr(module, "in_features") and hasattr(module, "out_features")
+        and not full.endswith(".base_layer")
+    }  # fmt: skip
+    return names[_pick(argument, name, list(names))]
+
+
+def image_token_ids(model: nn.Module) -> list[int]:
+    """Ids that stand for image or video content in `input_ids`, from the model's config; empty if it names none."""
+    config = model.config
+    ids = {getattr(config, name, None) for name in _IMAGE_ID_NAMES}
+    return sorted(i for i in ids if isinstance(i, int) and i >= 0)
+
+
+def has_vision(model: nn.Module) -> bool:
+    """Whether the model takes images at all."""
+    config = model.config
+    return any(getattr(config, name, None) is not None for name in ("vision_config", "vq_config", "vision_model"))
+
+
+def check_image_positions(model: nn.Module, ids: list[int], vis_layer: object) -> None:
+    """Refuse a `vis_layer` where no position of the decoder's sequence holds image content.
+
+    Raises:
+        ValueError: a text-only model, a cross-attention model, or a config without image ids.
+    """
+    kind = type(model).__name__
+    if not has_vision(model):
+        raise ValueError(f"vis_layer={vis_layer!r}: {kind} is a text-only model. Pass vis_layer=None.")
+    if getattr(text_config(model), "cross_attention_layers", None) or model.config.model_type in {"mllama", "idefics"}:
+        raise ValueError(
+            f"vis_layer={vis_layer!r}: {kind} feeds images through cross-attention, so no position of its sequence "
+            f"holds image content to edit. Pass vis_layer=None."
+        )
+    if not ids:
+        raise ValueError(
+            f"vis_layer={vis_layer!r}: the config of {kind} names no image token. Pass image_token_ids=[...] (the id "
+            f"that its processor puts where the image goes), or vis_layer=None."
+        )
+
+
+def fingerprint(model: nn.Module) -> dict[str, object]:
+    """What identifies a base model: its type, sizes, and a hash of its first embedding rows.
+
+    The rows are hashed in bfloat16, so that the same weights loaded in another dtype are still the same model;
+    the hash is None where the weights are not at hand (meta device, sharded).
+    """
+    config = text_config(model)
+    embeddings = model.get_input_embeddings().weight
+    digest = None
+    if type(embeddings) in (nn.Parameter, torch.Tensor) and embeddings.device.type != "meta" and embeddings.ndim == 2:
+        rows = embeddings.detach()[:32].to("cpu", torch.bfloat16).contiguous()
+        digest = hashlib.sha256(rows.view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
+    return {
+        "model_type": model.config.model_type,
+        "hidden_size": hidden_size(model),
+        "num_hidden_layers": getattr(config, "num_hidden_layers", None),
+        "embedding_sha256": digest,
+    }
+
+
+def check_fingerprint(model: nn.Module, saved: dict[str, object] | None) -> None:
+    """Refuse edits that were made on another base model.
+
+    Raises:
+        ValueError: names what differs.
+    """
+    if not saved:
+        return
+    here = fingerprint(model)
+    differs = [
+        f"{name} is {here[name]!r} here and was {saved[name]!r}"
+        for name in here
+        if name in saved and None not in (here[name], saved[name]) and here[name] != saved[name]
+    ]
+    if differs:
+        raise ValueError(
+            f"These edits were made on another base model: {'; '.join(differs)}. Load the base model they were "
+            f"made on, or make the edits again on this one."
+        )

@@ -1,0 +1,430 @@
+"""What one forward or one generation knows: its prompt, its masks, and the edits it has decided on.
+
+Layers need to know which positions are prompt text, which are image, and where the prompt ends. None of that is
+kept in modules: it travels in a context variable for the length of a call, and with the key-value cache for the
+length of a sequence, so two threads, two models, or an edit made while a generation runs do not see each other.
+
+The way of a call: `generate` (or the model's forward) states the prompt; the stack that owns the decoder layers
+states how much of the sequence is in the cache already; the wrapped layers read both as a `ForwardPass`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+_FRAMES: ContextVar[tuple["Frame", ...]] = ContextVar("dualedit_frames", default=())
+_CACHE_ATTRIBUTE = "_dualedit_sequence"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The prompt of B sequences of P columns (padding and, when scoring, target columns included).
+
+    Attributes:
+        text: [B, P] bool, prompt tokens that are not image content (or padding).
+        image: [B, P] bool, prompt tokens that stand for image content; None when the input ids are not known.
+        last: [B] int64, column of the last prompt token.
+        last_input: [B] int64, column of the last input token; differs from `last` only when a target follows.
+    """
+
+    text: Tensor
+    image: Tensor | None
+    last: Tensor
+    last_input: Tensor
+
+    @property
+    def length(self) -> int:
+        """Columns P."""
+        return self.text.shape[1]
+
+    def prompt(self) -> Tensor:
+        """[B, P] bool: every prompt token, text or image."""
+        return self.text if self.image is None else self.text | self.image
+
+
+def _last_true(mask: Tensor) -> Tensor:
+    columns = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+    return (mask * columns).argmax(dim=1)
+
+
+def describe_prompt(
+    input_ids: Tensor | None,
+    attention_mask: Tensor | None,
+    labels: Tensor | None,
+    image_ids: list[int],
+    shape: tuple[int, int],
+    device: torch.device,
+) -> Prompt:
+    """Sort the columns of a batch into text, image, target and padding.
+
+    Args:
+        input_ids: [B, P] or None (the caller passed embeddings): then the image positions stay unknown.
+        attention_mask: [B, P] with 0 at padding; anything that is not 2-D (a ready-made 4-D mask) is read as
+            "no padding".
+        labels: [B, P] with -100 at prompt tokens: the prompt ends before the first other label. None: all prompt.
+        image_ids: ids of image content.
+        shape: (B, P).
+    """
+    attended = torch.ones(shape, dtype=torch.bool, device=device)
+    if attention_mask is not None and attention_mask.ndim == 2:
+        attended = attention_mask[:, -shape[1] :].to(device) != 0
+    prompt = attended
+    if labels is not None and labels.shape == shape:
+        prompt = attended & ((labels.to(device) != -100).cumsum(1) == 0)
+    image = None
+    if input_ids is not None:
+        ids = torch.tensor(image_ids, dtype=input_ids.dtype, device=input_ids.device)
+        image = torch.isin(input_ids, ids).to(device) & prompt
+    text = prompt if image is None else prompt & ~image
+    return Prompt(text=text, image=image, last=_last_true(prompt), last_input=_last_true(attended))
+
+
+@dataclass
+class Sequence:
+    """A batch of sequences from prefill to its last token: the prompt and what was decided about it."""
+
+    prompt: Prompt
+    decisions: dict[Any, Any] = field(default_factory=dict)
+
+    def __deepcopy__(self, memo):
+        # A copied cache continues the same text with the same decisions; the tensors are never written to.
+        return Sequence(self.prompt, dict(self.decisions))
+
+
+def _expand(rows: Tensor, batch: int, what: str) -> Tensor:
+    """Repeat rows as generation does for beams and several returned sequences."""
+    if rows.shape[0] == batch:
+        return rows
+    if batch % rows.shape[0]:
+        raise ValueError(
+            f"{what} was decided for {rows.shape[0]} sequences and this call has {batch}: the cache belongs to another "
+            f"batch. Pass the cache that this batch was prefilled with."
+        )
+    return rows.repeat_interleave(batch // rows.shape[0], dim=0)
+
+
+@dataclass
+class ForwardPass:
+    """One call of the decoder stack: columns [start, start + length) of a sequence, for B rows."""
+
+    sequence: Sequence
+    start: int
+    batch: int
+    length: int
+
+    @property
+    def in_prompt(self) -> bool:
+        """Whether any column of this pass belongs to the prompt."""
+        return self.start < self.sequence.prompt.length
+
+    def columns(self, mask: Tensor) -> Tensor:
+        """The part [B, length] of a prompt mask [B0, P] that this pass holds; False behind the prompt."""
+        part = _expand(mask, self.batch, "The prompt")[:, self.start : self.start + self.length]
+        return nn.functional.pad(part, (0, self.length - part.shape[1]))
+
+    def position(self, column: Tensor) -> Tensor:
+        """Where columns [B0] of the sequence lie in this pass, as [B]; negative when they are in the cache."""
+        return _expand(column, self.batch, "The prompt") - self.start
+
+    def decision_rows(self, rows: Tensor) -> Tensor:
+        """A decision [B0] for the rows of this pass [B]."""
+        return _expand(rows, self.batch, "The route")
+
+
+@dataclass
+class Record:
+    """Run the frozen model and keep what the wrapped layers see: layer name to tensor."""
+
+    states: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Bound:
+    """Run the model with given edits instead of stored ones (training): no gate, row i has edit `route[i]`.
+
+    Attributes:
+        route: [B] int64, -1 for none.
+        edits: layer name to what that layer's adapter needs of the edits, with gradients.
+    """
+
+    route: Tensor
+    edits: Mapping[str, Any]
+
+
+@dataclass
+class Frame:
+    """One level of what the running call knows. `kind`: "generate", "call", "pass", "mode" or "masks"."""
+
+    runtime: "EditRuntime"
+    kind: str
+    content: Any
+
+
+def _find(runtime: "EditRuntime", *kinds: str) -> Frame | None:
+    for frame in reversed(_FRAMES.get()):
+        if frame.runtime is runtime and frame.kind in kinds:
+            return frame
+    return None
+
+
+def _push(frame: Frame) -> None:
+    _FRAMES.set((*_FRAMES.get(), frame))
+
+
+def _pop(runtime: "EditRuntime", kind: str) -> None:
+    frames = _FRAMES.get()
+    for i in range(len(frames) - 1, -1, -1):
+        if frames[i].runtime is runtime and frames[i].kind == kind:
+            _FRAMES.set(frames[:i])
+            return
+
+
+@contextmanager
+def framed(runtime: "EditRuntime", kind: str, content: Any) -> Iterator[Any]:
+    """Let the calls inside the block know `content`."""
+    before = _FRAMES.get()
+    _push(Frame(runtime, kind, content))
+    try:
+        yield content
+    finally:
+        _FRAMES.set(before)
+
+
+class GenerateWithContext:
+    """Stands in for a model's `generate`: notes the prompt, then calls the model's own."""
+
+    def __init__(self, model: nn.Module, runtime: "EditRuntime"):
+        self.model = model
+        self.runtime = runtime
+        self.previous = model.__dict__.get("generate")
+
+    def _own(self):
+        return self.previous if self.previous is not None else type(self.model).generate.__get__(self.model)
+
+    @property
+    def __signature__(self):
+        return inspect.signature(self._own())
+
+    def __call__(self, *args, **kwargs):
+        own = self._own()
+        arguments = inspect.signature(own).bind_partial(*args, **kwargs).arguments
+        given = {**arguments, **arguments.get("kwargs", {})}
+        config = given.get("generation_config")
+        chunk = given.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None))
+        if chunk is not None:
+            raise ValueError(
+                f"prefill_chunk_size={chunk}: a prompt that is read in pieces drops the image in most models and has no "
+                f"single last prompt token to decide on. Leave prefill_chunk_size out."
+            )
+        with framed(self.runtime, "generate", _Generation(given)):
+            return own(*args, **kwargs)
+
+
+@dataclass
+class _Generation:
+    """A running `generate`: its arguments, and its sequence once the prefill has begun."""
+
+    arguments: Mapping[str, Any]
+    sequence: Sequence | None = None
+
+
+class EditRuntime:
+    """Hooks of one base model that give its wrapped layers their context. Shared by all editors on the model.
+
+    Attributes:
+        image_ids: ids of image content in the input.
+        groups: memories of each adapter, by (method, adapter name).
+    """
+
+    def __init__(self, image_ids: list[int]):
+        self.image_ids = list(image_ids)
+        self.groups: dict[tuple[str, str], Any] = {}
+        self._handles: list[Any] = []
+        self._model: nn.Module | None = None
+
+    # ------------------------------------------------------------------ installing
+
+    def install(self, model: nn.Module, stack: nn.Module) -> None:
+        """Hook the model (its forward and generate) and the module that owns the decoder layers."""
+        self._model = model
+        self._handles = [
+            model.register_forward_pre_hook(_CallBegins(self), with_kwargs=True),
+            model.register_forward_hook(_Ends(self, "call"), always_call=True),
+            stack.register_forward_pre_hook(_PassBegins(self), with_kwargs=True),
+            stack.register_forward_hook(_Ends(self, "pass"), always_call=True),
+        ]
+        if hasattr(type(model), "generate"):
+            model.generate = GenerateWithContext(model, self)
+
+    def uninstall(self) -> None:
+        """Take the hooks off again; the model is as it was."""
+        for handle in self._handles:
+            handle.remove()
+        model, self._handles, self._model = self._model, [], None
+        if model is not None and isinstance(model.__dict__.get("generate"), GenerateWithContext):
+            previous = model.__dict__.pop("generate").previous
+            if previous is not None:
+                model.generate = previous
+
+    # ------------------------------------------------------------------ what layers ask
+
+    def current_pass(self) -> ForwardPass | None:
+        """The stack's running call, or None outside one."""
+        frame = _find(self, "pass")
+        return frame.content if frame else None
+
+    def mode(self) -> Record | Bound | None:
+        """How adapters are to behave in this block of code; None is the ordinary way."""
+        frame = _find(self, "mode")
+        return frame.content if frame else None
+
+    # ------------------------------------------------------------------ what hooks do
+
+    def begin_pass(self, inputs: Mapping[str, Any]) -> ForwardPass:
+        """Describe a call of the stack from its arguments."""
+        hidden = inputs.get("inputs_embeds")
+        hidden = inputs.get("input_ids") if hidden is None else hidden
+        batch, length = hidden.shape[:2]
+        cache = inputs.get("past_key_values")
+        start = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
+        sequence = self._sequence(inputs, cache, start, (batch, length), hidden.device)
+        if cache is not None:
+            _remember(cache, sequence)
+        return ForwardPass(sequence, start, batch, length)
+
+    def _sequence(self, inputs, cache, start: int, shape: tuple[int, int], device) -> Sequence:
+        frame = _find(self, "generate", "call")
+        generation = _find(self, "generate")
+        if generation is not None:
+            if generation.content.sequence is None:
+                generation.content.sequence = self._generation_prompt(generation.content, frame, inputs, start, shape, device)
+            return generation.content.sequence
+        known = getattr(cache, _CACHE_ATTRIBUTE, None) if start > 0 else None
+        if isinstance(known, Sequence):
+            return known
+        given = frame.content if frame is not None else inputs
+        prompt = self._describe(given, shape, device)
+        return Sequence(_behind_cache(prompt, start))
+
+    def _generation_prompt(self, generation, frame, inputs, start, shape, device) -> Sequence:
+        given = dict(generation.arguments)
+        ids = given.get("input_ids", given.get("inputs"))
+        length = ids.shape[1] if ids is not None else start + shape[1]
+        if start + shape[1] < length:
+            raise ValueError(
+                f"The decoder got {start + shape[1]} positions for a prompt of {length} input ids, so image and text "
+                f"positions cannot be told apart. Expand the image placeholders with the model's processor."
+            )
+        rows = ids.shape[0] if ids is not None else shape[0]
+        if given.get("attention_mask") is None and frame is not None and frame.kind == "call":
+            mask = frame.content.get("attention_mask")  # what generate inferred from the padding token
+            if mask is not None and mask.ndim == 2 and mask.shape[0] % rows == 0:
+                given["attention_mask"] = mask[:: mask.shape[0] // rows, :length]  # beams repeat each row
+        given["input_ids"] = ids
+        prompt = self._describe(given, (rows, length), device)
+        return Sequence(prompt)
+
+    def _describe(self, given: Mapping[str, Any], shape: tuple[int, int], device) -> Prompt:
+        masks = _find(self, "masks")
+        if masks is not None:
+            return masks.content
+        ids, mask = given.get("input_ids"), given.get("attention_mask")
+        if ids is not None and ids.shape != shape:
+            ids = None  # the stack works on another sequence than the caller's ids describe
+        if mask is not None and mask.ndim == 2 and mask.shape[1] < shape[1]:
+            mask = None
+        return describe_prompt(ids, mask, given.get("labels"), self.image_ids, shape, device)
+
+
+def _behind_cache(prompt: Prompt, start: int) -> Prompt:
+    """The same prompt with `start` columns in front that are in the cache already."""
+    if start == 0:
+        return prompt
+    image = None if prompt.image is None else nn.functional.pad(prompt.image, (start, 0))
+    return Prompt(nn.functional.pad(prompt.text, (start, 0)), image, prompt.last + start, prompt.last_input + start)
+
+
+def _remember(cache: Any, sequence: Sequence) -> None:
+    if hasattr(cache, "__dict__"):
+        setattr(cache, _CACHE_ATTRIBUTE, sequence)
+
+
+def _named(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a module's forward by name."""
+    names = list(inspect.signature(module.forward).parameters)
+    return {**dict(zip(names, args)), **kwargs}
+
+
+class _CallBegins:
+    """Pre-hook of the model: notes the arguments of its forward."""
+
+    def __init__(self, runtime: EditRuntime):
+        self.runtime = runtime
+
+    def __call__(self, module, args, kwargs):
+        _push(Frame(self.runtime, "call", _named(module, args, kwargs)))
+
+
+class _PassBegins:
+    """Pre-hook of the stack that owns the decoder layers."""
+
+    def __init__(self, runtime: EditRuntime):
+        self.runtime = runtime
+
+    def __call__(self, module, args, kwargs):
+        _push(Frame(self.runtime, "pass", self.runtime.begin_pass(_named(module, args, kwargs))))
+
+
+class _Ends:
+    """Forward hook, called on errors too: the call is over; a cache it made belongs to its sequence."""
+
+    def __init__(self, runtime: EditRuntime, kind: str):
+        self.runtime = runtime
+        self.kind = kind
+
+    def __call__(self, module, args, output):
+        if self.kind == "pass":
+            frame = _find(self.runtime, "pass")
+            cache = getattr(output, "past_key_values", None)
+            if cache is not None and frame is not None:
+                _remember(cache, frame.content.sequence)
+        _pop(self.runtime, self.kind)
+
+
+def runtime_of(model: nn.Module) -> EditRuntime | None:
+    """The runtime that editors installed on a base model, or None."""
+    return model.__dict__.get("_dualedit_runtime")
+
+
+@contextmanager
+def recording(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Run the frozen model: adapters do nothing but note what they see, by layer name."""
+    with framed(runtime_of(model), "mode", Record()) as record:
+        yield record.states
+
+
+@contextmanager
+def bound(model: nn.Module, route: Tensor, edits: Mapping[str, Any]) -> Iterator[None]:
+    """Run the model with the given edits bound to the rows, gradients included, instead of routing."""
+    with framed(runtime_of(model), "mode", Bound(route, edits)):
+        yield
+
+
+@contextmanager
+def explicit_masks(model: nn.Module, text: Tensor, image: Tensor | None = None) -> Iterator[None]:
+    """State the prompt's positions by hand, for callers that pass `inputs_embeds`.
+
+    Args:
+        text, image: [B, P] bool; prompt text and image positions of the sequence (padding is neither).
+    """
+    prompt = text if image is None else text | image
+    masks = Prompt(text, image, _last_true(prompt), _last_true(prompt))
+    with framed(runtime_of(model), "masks", masks):
+        yield

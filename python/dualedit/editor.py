@@ -1,0 +1,223 @@
+"""The editor: correct what a vision-language model answers, with images and text."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any, Iterable, Sequence
+
+import torch
+from PIL import Image, ImageEnhance
+from torch import nn
+from tqdm.auto import tqdm
+
+from .architectures import unwrap
+from .config import BalancEditConfig
+from .data import EditRequest
+from .editing import Edit, add_edit, edit_of, list_edits, lookup
+from .memory import MemoryGroup
+from .model import active_group
+from .prompting import Picture, Prompter, open_image
+
+Sample = tuple[Picture | None, str]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Why an input is, or is not, answered by an edit.
+
+    Attributes:
+        fired: whether an edit applies.
+        edit: the nearest stored edit, or None when there is none.
+        distance: from the input to that edit's key.
+        radius: up to which distance that edit applies.
+    """
+
+    fired: bool
+    edit: Edit | None
+    distance: float
+    radius: float
+
+
+def _brighter(image: Image.Image) -> Image.Image:
+    return ImageEnhance.Brightness(image).enhance(1.1)
+
+
+def _black(image: Image.Image) -> Image.Image:
+    return Image.new("RGB", image.size)
+
+
+class Editor:
+    """Edits, undoes, lists and explains, on a model with an injected edit adapter.
+
+    Args:
+        model: from `inject_dualedit`, `inject_balancedit`, `get_peft_model` or `PeftModel.from_pretrained`.
+        processor: the model's processor.
+        template: see `Prompter`; None uses the processor's chat template.
+
+    Raises:
+        ValueError: the model has no edit adapter.
+    """
+
+    def __init__(self, model: nn.Module, processor: Any, template: str | None = None):
+        active_group(model)
+        self.model = model
+        self.processor = processor
+        self.prompter = Prompter(processor, template)
+        self._undo: list[tuple[MemoryGroup, int, list[tuple[dict, dict]]]] = []
+
+    # ------------------------------------------------------------------ editing
+
+    def edit(
+        self,
+        image: Picture | None,
+        prompt: str,
+        target: str,
+        rephrases: Sequence[str | Sample] | None = None,
+        negatives: Sequence[Picture | Sample] | None = None,
+    ) -> Edit:
+        """Make the model answer `target` when asked `prompt` about what `image` shows.
+
+        Args:
+            image: PIL image or path; None only for an adapter that edits text positions alone.
+            prompt: the question, as a user types it.
+            target: the new answer.
+            rephrases: other wordings, or (image, wording) pairs, that must be recognised. BalancEdit sets its
+                radius by them; without any it takes a slightly brighter image and "Question: ..." in front.
+            negatives: images, or (image, question) pairs, that must not be. BalancEdit takes a black image
+                without any.
+
+        Returns:
+            the stored edit.
+
+        Raises:
+            ValueError: a missing image, an empty prompt or target, an unreadable file. Nothing is stored.
+        """
+        _, config, group = active_group(self.model)
+        picture = open_image(image)
+        if picture is None and (isinstance(config, BalancEditConfig) or config.vis_layer is not None):
+            raise ValueError(
+                "image=None: the edit's image is missing. Pass the image that the question is about (only a DualEdit "
+                "adapter with vis_layer=None takes text-only edits)."
+            )
+        positives, contrasts = self._samples(picture, prompt, rephrases, negatives, isinstance(config, BalancEditConfig))
+        inputs = self.prompter.inputs([(picture, prompt)])
+        target_ids = self.prompter.target_ids(picture, prompt, target, self._eos())
+        note = {"prompt": prompt, "target": target.strip(), "image_sha256": _image_hash(picture)}
+        snapshots, records = group.snapshot(), group.records()
+        edit = add_edit(
+            self.model, inputs, target_ids,
+            positives=[self.prompter.inputs([sample]) for sample in positives],
+            negatives=[self.prompter.inputs([sample]) for sample in contrasts],
+            note=note,
+        )  # fmt: skip
+        lost = [i for i in records if i not in group.ids()]
+        self._undo.append((group, edit.id, [(group.rows(snapshots, i), records[i]) for i in lost]))
+        return edit
+
+    def _samples(self, image, prompt, rephrases, negatives, needed: bool) -> tuple[list[Sample], list[Sample]]:
+        positives = [(image, s) if isinstance(s, str) else (open_image(s[0]), s[1]) for s in rephrases or ()]
+        contrasts = [
+            (open_image(s[0]), s[1]) if isinstance(s, tuple) else (open_image(s), prompt) for s in negatives or ()
+        ]
+        if needed and not positives:
+            positives = [(_brighter(image), prompt), (image, f"Question: {prompt}")]
+        if needed and not contrasts:
+            contrasts = [(_black(image), prompt)]
+        return positives, contrasts
+
+    def _eos(self) -> int | None:
+        config = getattr(unwrap(self.model), "generation_config", None)
+        eos = getattr(config, "eos_token_id", None)
+        return eos[0] if isinstance(eos, list) else eos
+
+    def edit_many(self, requests: Iterable[EditRequest | tuple], progress: bool = True) -> list[Edit]:
+        """Store many edits, with a progress bar; what was stored before a failure stays stored.
+
+        Args:
+            requests: `EditRequest`s or (image, prompt, target) triples.
+
+        Raises:
+            ValueError: a bad request; names its place in the list.
+        """
+        edits: list[Edit] = []
+        listed = list(requests)
+        for number, request in enumerate(tqdm(listed, desc="editing", unit="edit", disable=not progress)):
+            if isinstance(request, EditRequest):
+                request = (request.image, request.prompt, request.target)
+            try:
+                edits.append(self.edit(*request))
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"requests[{number}]: {error} ({len(edits)} of {len(listed)} edits are stored.)") from error
+        return edits
+
+    def remove(self, edit_id: int) -> None:
+        """Forget one edit. Raises KeyError for an unknown number; names the stored ones."""
+        active_group(self.model)[2].remove(edit_id)
+
+    def undo(self) -> Edit:
+        """Take back the newest edit made by this editor, and bring back an edit that it had replaced.
+
+        Returns:
+            the edit that was taken back.
+
+        Raises:
+            ValueError: nothing (left) to undo.
+        """
+        while self._undo:
+            group, edit_id, lost = self._undo.pop()
+            if edit_id not in group.ids():
+                continue  # removed by hand, or with its adapter
+            _, config, _ = active_group(self.model)
+            edit = edit_of(group, edit_id, config)
+            group.remove(edit_id)
+            for rows, record in lost:
+                group.add(rows, record)
+            return edit
+        raise ValueError("Nothing to undo: this editor has made no edit that is still stored.")
+
+    @property
+    def edits(self) -> list[Edit]:
+        """The stored edits, oldest first."""
+        return list_edits(self.model)
+
+    # ------------------------------------------------------------------ asking
+
+    def explain(self, image: Picture | None, prompt: str) -> Explanation:
+        """Which edit answers this input, or which is nearest and how far away it is."""
+        _, config, group = active_group(self.model)
+        found = lookup(self.model, self.prompter.inputs([(open_image(image), prompt)]))
+        edit = None if found.edit_id is None else edit_of(group, found.edit_id, config)
+        return Explanation(found.fired, edit, found.distance, found.radius)
+
+    def answer(self, image: Picture | None, prompt: str, max_new_tokens: int = 20) -> str:
+        """What the edited model answers: greedy generation, special tokens dropped."""
+        return self.answer_many([(image, prompt)], max_new_tokens)[0]
+
+    def answer_many(self, questions: Sequence[Sample], max_new_tokens: int = 20) -> list[str]:
+        """Answers to a batch of questions, in one generation."""
+        return generate_answers(self.model, self.prompter, questions, max_new_tokens)
+
+
+def generate_answers(
+    model: nn.Module, prompter: Prompter, questions: Sequence[Sample], max_new_tokens: int = 20
+) -> list[str]:
+    """Greedy answers to a batch of questions, in one `generate` of any Hugging Face VLM, edited or not."""
+    opened = [(open_image(image), prompt) for image, prompt in questions]
+    base = unwrap(model)
+    place = base.get_input_embeddings().weight
+    inputs = {
+        name: value.to(place.device, base.dtype) if value.is_floating_point() else value.to(place.device)
+        for name, value in prompter.inputs(opened).items()
+    }
+    with torch.no_grad():
+        tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    length = inputs["input_ids"].shape[1]
+    # Some models return the prompt in front of the answer, those fed with embeddings do not.
+    if tokens.shape[1] >= length and torch.equal(tokens[:, :length], inputs["input_ids"]):
+        tokens = tokens[:, length:]
+    return [text.strip() for text in prompter.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+
+
+def _image_hash(image: Image.Image | None) -> str | None:
+    return None if image is None else hashlib.sha256(image.convert("RGB").tobytes()).hexdigest()[:16]

@@ -1,0 +1,313 @@
+"""The wrapped layers: a decoder layer with DualEdit's adapters, a linear layer with BalancEdit's codebook."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from dualedit_kernels import Full, LowRank, nearest_key, routed_linear
+
+from .config import BalancEditConfig, DualEditConfig
+from .context import Bound, EditRuntime, ForwardPass, Record
+from .memory import EditMemory, MemoryGroup, Snapshot
+from .modules import EditCrossAttention, EditKV
+from .routing import Decision, cosine_radius, last_state, route_codebook
+
+
+def _first(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _with_first(output: Any, hidden: Tensor) -> Any:
+    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+
+def _place_of(module: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Device and floating dtype of a module's weights."""
+    parameters = list(module.parameters())
+    floating = [p for p in parameters if p.is_floating_point()]
+    device = parameters[0].device if parameters else torch.device("cpu")
+    return device, floating[0].dtype if floating else torch.float32
+
+
+class EditLayer(nn.Module, BaseTunerLayer):
+    """What both wrapped layers share: the base layer, the runtime, one memory and one group for each adapter.
+
+    Attributes:
+        layer_name: full name of the wrapped module in the base model.
+    """
+
+    def __init__(self, base_layer: nn.Module, layer_name: str, runtime: EditRuntime):
+        super().__init__()
+        self.base_layer = base_layer
+        self.layer_name = layer_name
+        self.runtime = runtime
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        # A wrapper is born in train mode; gradient checkpointing and dropout below must not notice it.
+        self.train(base_layer.training)
+
+    def __getattr__(self, name: str) -> Any:
+        # Model code reads attributes of its decoder layers (attention_type, layer_idx, in_features ...).
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer" or "base_layer" not in self.__dict__.get("_modules", {}):
+                raise
+            return getattr(self.base_layer, name)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Not possible: an edit applies to some inputs only."""
+        raise ValueError(
+            "Edits cannot be merged into the base weights: they apply only to the inputs that they match. Keep the "
+            "adapter, or call unload() to drop the edits."
+        )
+
+    def unmerge(self) -> None:
+        """Nothing is ever merged."""
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """An input-dependent edit has no low-rank weight difference."""
+        return False
+
+    def _running(self, adapters: nn.ModuleDict) -> list[str]:
+        return [name for name in self.active_adapters if name in adapters]
+
+    def _current_pass(self, memory: EditMemory) -> ForwardPass | None:
+        forward = self.runtime.current_pass()
+        if forward is None and len(memory):
+            raise RuntimeError(
+                f"{self.layer_name} ran outside a forward of its model, so the {len(memory)} stored edits cannot tell "
+                f"whose input this is. Call the model itself (recomputing the layer in backward counts as outside: "
+                f"turn gradient checkpointing off), or disable the adapter."
+            )
+        return forward
+
+
+@dataclass(frozen=True)
+class Role:
+    """What a decoder layer does for one adapter: edit text positions, image positions, hold the gate."""
+
+    text: bool
+    vision: bool
+    gate: bool
+
+
+class DualEditLayer(EditLayer):
+    """A decoder layer whose output the adapters may write to.
+
+    The edit is applied outside the base layer's `__call__`: inside it, gradient checkpointing would run the edit
+    twice and, with two forwards before one backward, with the wrong state.
+    """
+
+    adapter_layer_names = ("dualedit_adapter",)
+    other_param_names = ("dualedit_memory",)
+
+    def __init__(self, base_layer: nn.Module, layer_name: str, runtime: EditRuntime):
+        super().__init__(base_layer, layer_name, runtime)
+        self.dualedit_adapter = nn.ModuleDict()
+        self.dualedit_memory = nn.ModuleDict()
+        self.roles: dict[str, Role] = {}
+        self.configs: dict[str, DualEditConfig] = {}
+        self.groups: dict[str, MemoryGroup] = {}
+
+    def update_layer(
+        self, adapter_name: str, config: DualEditConfig, role: Role, hidden_size: int, group: MemoryGroup
+    ) -> None:
+        """Add an adapter: its cross-attentions and an empty memory."""
+        device, dtype = _place_of(self.base_layer)
+        parts = [name for name, wanted in (("text", role.text), ("vision", role.vision)) if wanted]
+        adapters = nn.ModuleDict(
+            {
+                part: EditCrossAttention(
+                    hidden_size, config.mid_dim, config.num_heads, config.norm_eps, config.init_weights
+                )
+                for part in parts
+            }
+        )
+        if next(adapters.parameters()).device.type != "meta":
+            adapters.to(device=device, dtype=dtype)
+        self.dualedit_adapter[adapter_name] = adapters
+        tokens = {f"{kind}_{part}": config.mid_dim for part in parts for kind in ("k", "v")}
+        keys = {"key": (hidden_size,), "radius": ()} if role.gate else {}
+        memory = EditMemory(keys, tokens, device=device, dtype=dtype)
+        self.dualedit_memory[adapter_name] = memory
+        group.memories[self.layer_name] = memory
+        self.roles[adapter_name] = role
+        self.configs[adapter_name] = config
+        self.groups[adapter_name] = group
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Drop an adapter with its edits."""
+        super().delete_adapter(adapter_name)
+        for kept in (self.roles, self.configs, self.groups):
+            kept.pop(adapter_name, None)
+
+    def forward(self, *args, **kwargs):
+        output = self.base_layer(*args, **kwargs)
+        mode = self.runtime.mode()
+        if isinstance(mode, Record):
+            mode.states[self.layer_name] = _first(output)
+            return output
+        if self.disable_adapters:
+            return output
+        hidden = _first(output)
+        edited = hidden
+        for name in self._running(self.dualedit_adapter):
+            edited = self._edit(edited, name, mode)
+        return output if edited is hidden else _with_first(output, edited)
+
+    def _edit(self, hidden: Tensor, name: str, bound: Bound | None) -> Tensor:
+        edits = None if bound is None else bound.edits.get(self.layer_name)
+        if bound is not None and edits is None:
+            return hidden
+        forward = self._current_pass(self.dualedit_memory[name])
+        if forward is None or not forward.in_prompt:
+            return hidden
+        if bound is not None:
+            return self._apply_all(hidden, name, forward, forward.decision_rows(bound.route), edits)
+        decision = forward.sequence.decisions.get((id(self.runtime), "dualedit", name))
+        if decision is None:
+            decision = self._decide(hidden, name, forward)
+        if decision.nothing:
+            return hidden
+        snapshot = decision.snapshots[self.layer_name]
+        return self._apply_all(hidden, name, forward, forward.decision_rows(decision.route), _kv_of(snapshot))
+
+    def _decide(self, hidden: Tensor, name: str, forward: ForwardPass) -> Decision:
+        """The gate: nearest stored edit to the last token's state, and whether it is near enough."""
+        snapshots = self.groups[name].snapshot()
+        snapshot = snapshots.get(self.layer_name)
+        route = None
+        if self.roles[name].gate and snapshot is not None and len(snapshot):
+            route = self._gate(hidden, name, forward, snapshot)
+        decision = Decision(route, snapshots)
+        forward.sequence.decisions[(id(self.runtime), "dualedit", name)] = decision
+        return decision
+
+    def _gate(self, hidden: Tensor, name: str, forward: ForwardPass, snapshot: Snapshot) -> Tensor:
+        config = self.configs[name]
+        prompt = forward.sequence.prompt
+        last = forward.position(prompt.last if config.gate == "prompt" else prompt.last_input)
+        query = last_state(hidden.detach(), last.clamp(min=0))
+        radius = cosine_radius(snapshot.tables["radius"], config.threshold)
+        return nearest_key(query, snapshot.tables["key"].to(hidden.dtype), radius, "cosine")[0]
+
+    def _apply_all(
+        self, hidden: Tensor, name: str, forward: ForwardPass, route: Tensor, edits: dict[str, EditKV]
+    ) -> Tensor:
+        prompt = forward.sequence.prompt
+        for part, adapter in self.dualedit_adapter[name].items():
+            mask = prompt.text if part == "text" else prompt.image
+            if mask is None:
+                raise ValueError(
+                    "The image positions are unknown: this call passes embeddings instead of input_ids. Pass "
+                    "input_ids, or state the positions with dualedit.explicit_masks(model, text, image)."
+                )
+            span = forward.columns(mask).to(hidden.device)
+            hidden, _ = adapter(hidden, span, edits[part], route=route.to(hidden.device))
+        return hidden
+
+
+def _kv_of(snapshot: Snapshot) -> dict[str, EditKV]:
+    parts = [name[2:] for name in snapshot.tables if name.startswith("k_")]
+    return {
+        part: EditKV(snapshot.tables[f"k_{part}"], snapshot.tables[f"v_{part}"], snapshot.start, snapshot.length)
+        for part in parts
+    }
+
+
+class BalancEditLayer(EditLayer):
+    """A linear layer with a codebook: rows inside an edit's radius use that edit's weight."""
+
+    adapter_layer_names = ("balancedit_adapter",)
+    other_param_names = ("balancedit_memory",)
+
+    def __init__(self, base_layer: nn.Module, layer_name: str, runtime: EditRuntime):
+        super().__init__(base_layer, layer_name, runtime)
+        # No trainable parts: values are fitted edit by edit. PEFT finds an adapter by its entry here.
+        self.balancedit_adapter = nn.ModuleDict()
+        self.balancedit_memory = nn.ModuleDict()
+        self.configs: dict[str, BalancEditConfig] = {}
+        self.groups: dict[str, MemoryGroup] = {}
+
+    def update_layer(self, adapter_name: str, config: BalancEditConfig, group: MemoryGroup) -> None:
+        """Add an adapter: an empty codebook."""
+        device, dtype = _place_of(self.base_layer)
+        inputs, outputs = self.base_layer.in_features, self.base_layer.out_features
+        if config.value == "full":
+            values = {"weight": (outputs, inputs)}
+        else:
+            values = {"down": (config.rank, inputs), "up": (outputs, config.rank)}
+        self.balancedit_adapter[adapter_name] = nn.Module()
+        memory = EditMemory({"key": (inputs,), "radius": (), **values}, {}, device=device, dtype=dtype)
+        self.balancedit_memory[adapter_name] = memory
+        group.memories[self.layer_name] = memory
+        self.configs[adapter_name] = config
+        self.groups[adapter_name] = group
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Drop an adapter with its edits."""
+        super().delete_adapter(adapter_name)
+        for kept in (self.configs, self.groups):
+            kept.pop(adapter_name, None)
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        base = self.base_layer(x, *args, **kwargs)
+        mode = self.runtime.mode()
+        if isinstance(mode, Record):
+            mode.states[self.layer_name] = x
+            return base
+        if self.disable_adapters:
+            return base
+        for name in self._running(self.balancedit_adapter):
+            base = self._edit(x, base, name, mode)
+        return base
+
+    def _edit(self, x: Tensor, base: Tensor, name: str, bound: Bound | None) -> Tensor:
+        if bound is not None:
+            values = bound.edits.get(self.layer_name)
+            return base if values is None else self._routed(x, base, values, bound.route)
+        forward = self._current_pass(self.balancedit_memory[name])
+        if forward is None:
+            return base
+        decision = forward.sequence.decisions.get((id(self.runtime), "balancedit", name))
+        if decision is None:
+            decision = self._decide(x, name, forward)
+        if decision.nothing:
+            return base
+        route = forward.decision_rows(decision.route)
+        return self._routed(x, base, values_of(decision.snapshots[self.layer_name]), route)
+
+    def _routed(self, x: Tensor, base: Tensor, values: LowRank | Full, route: Tensor) -> Tensor:
+        bias = getattr(self.base_layer, "bias", None) if isinstance(values, Full) else None
+        return routed_linear(x, None, bias, values, route.to(x.device), base=base)
+
+    def _decide(self, x: Tensor, name: str, forward: ForwardPass) -> Decision:
+        config = self.configs[name]
+        snapshots = self.groups[name].snapshot()
+        snapshot = snapshots[self.layer_name]
+        route = None
+        if len(snapshot):
+            if x.ndim != 3:
+                raise ValueError(
+                    f"{self.layer_name} gets inputs of shape {tuple(x.shape)}: rows of a batch cannot be told apart "
+                    f"(a mixture-of-experts layer, probably). Edit a linear layer that sees [batch, tokens, width]."
+                )
+            route, _ = route_codebook(x, forward, config.key, config.metric, snapshot)
+        decision = Decision(route, snapshots)
+        forward.sequence.decisions[(id(self.runtime), "balancedit", name)] = decision
+        return decision
+
+
+def values_of(snapshot: Snapshot) -> LowRank | Full:
+    """The stored values of a codebook in the operator's form."""
+    if "weight" in snapshot.tables:
+        return Full(snapshot.tables["weight"])
+    return LowRank(snapshot.tables["down"], snapshot.tables["up"])

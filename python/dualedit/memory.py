@@ -1,0 +1,332 @@
+"""The stored edits: growing tables that a module can save, load and hand out as snapshots.
+
+A table has one row an edit ("edit" tables: keys, radii, values) or one row a token of an edit ("token" tables:
+cached keys and values of variable length). Appending never moves a row that a snapshot can see, and removing
+makes new tensors, so a generation that holds a snapshot is untouched by edits made meanwhile.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from dataclasses import dataclass
+from typing import Mapping
+
+import torch
+from torch import Tensor, nn
+
+_FIRST_CAPACITY = 8
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The edits of one memory at one moment.
+
+    Attributes:
+        tables: name to tensor; N rows for an edit table, T rows (all edits' tokens, one after the other) for a
+            token table.
+        ids: the edits' numbers [N], in the order of the rows.
+        start, length: first row and number of rows [N] (int64) of each edit in the token tables.
+    """
+
+    tables: dict[str, Tensor]
+    ids: tuple[int, ...]
+    start: Tensor
+    length: Tensor
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def rows(self, edit_id: int, token_tables: Mapping[str, object]) -> dict[str, Tensor]:
+        """Copies of one edit's rows, as `EditMemory.add` takes them."""
+        row = self.ids.index(edit_id)
+        first = int(self.start[row])
+        tokens = slice(first, first + int(self.length[row]))
+        return {name: table[tokens if name in token_tables else row].clone() for name, table in self.tables.items()}
+
+
+def _as_bytes_tensor(text: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8) if text else torch.empty(0, dtype=torch.uint8)
+
+
+class EditMemory(nn.Module):
+    """The tables of one edited layer.
+
+    Args:
+        edit_tables: name to shape of one row, for tables with a row an edit.
+        token_tables: name to width, for tables with a row a token.
+        device, dtype: of the tables; the first `add` of an empty memory takes over the dtype of what it stores.
+    """
+
+    def __init__(
+        self,
+        edit_tables: Mapping[str, tuple[int, ...]],
+        token_tables: Mapping[str, int],
+        device: torch.device | None = None,
+        dtype: torch.dtype = torch.float32,
+    ):
+        super().__init__()
+        self.edit_tables = {name: tuple(shape) for name, shape in edit_tables.items()}
+        self.token_tables = {name: (width,) for name, width in token_tables.items()}
+        for name, shape in (self.edit_tables | self.token_tables).items():
+            self.register_buffer(name, torch.empty((0, *shape), device=device, dtype=dtype))
+        self.register_buffer("edit_ids", torch.empty(0, dtype=torch.int64, device=device))
+        self.register_buffer("edit_lengths", torch.empty(0, dtype=torch.int64, device=device))
+        # JSON text of each edit's record, UTF-8, one after the other: it travels in the same file as the tensors.
+        self.register_buffer("record_bytes", torch.empty(0, dtype=torch.uint8, device=device))
+        self._num_edits = 0
+        self._num_tokens = 0
+        self._records: dict[int, dict] = {}
+        self._snapshot: Snapshot | None = None
+
+    def __len__(self) -> int:
+        return self._num_edits
+
+    @property
+    def ids(self) -> list[int]:
+        """Numbers of the stored edits, in the order they are kept."""
+        return self.edit_ids[: self._num_edits].tolist()
+
+    def record(self, edit_id: int) -> dict:
+        """What was noted about an edit when it was stored (empty if nothing was)."""
+        return dict(self._records.get(edit_id, {}))
+
+    def bytes_per_edit(self) -> float:
+        """Mean size of an edit's rows, in bytes; 0.0 when there is none."""
+        snapshot = self.snapshot()
+        size = sum(table.numel() * table.element_size() for table in snapshot.tables.values())
+        return size / len(snapshot) if len(snapshot) else 0.0
+
+    # ------------------------------------------------------------------ changing
+
+    def check(self, rows: Mapping[str, Tensor]) -> None:
+        """Refuse rows that do not fit, before anything is stored.
+
+        Raises:
+            ValueError: a table without a row or of another shape, token rows of different lengths, or values that
+                are not finite (a key with NaN would never match and would hide its neighbours).
+        """
+        wanted = self.edit_tables | self.token_tables
+        if set(rows) != set(wanted):
+            raise ValueError(f"rows={sorted(rows)}: this memory has the tables {sorted(wanted)}; pass one row for each.")
+        lengths = {int(rows[name].shape[0]) for name in self.token_tables}
+        if len(lengths) > 1:
+            raise ValueError(f"rows: the token tables {sorted(self.token_tables)} got {sorted(lengths)} rows; pass equal.")
+        if 0 in lengths:
+            raise ValueError("rows: an edit without tokens cannot be stored; its prompt and target are empty.")
+        for name, row in rows.items():
+            shape = tuple(row.shape) if name in self.edit_tables else tuple(row.shape[1:])
+            if shape != wanted[name]:
+                raise ValueError(f"{name}: a row has shape {shape}, this memory stores {wanted[name]}.")
+            if name != "radius" and not torch.isfinite(row).all():
+                raise ValueError(
+                    f"{name}: NaN or infinite values cannot be stored. The forward of the edit overflowed; run the "
+                    f"model in bfloat16 or float32."
+                )
+
+    def add(self, edit_id: int, rows: Mapping[str, Tensor], record: Mapping[str, object] | None = None) -> None:
+        """Store one edit.
+
+        Args:
+            edit_id: its number, not used yet.
+            rows: edit tables' rows of their row shape, token tables' rows [tokens, width].
+            record: anything JSON can hold.
+        """
+        self.check(rows)
+        if edit_id in self._records:
+            raise ValueError(f"edit_id={edit_id} is stored already; remove it first.")
+        text = json.dumps(dict(record or {}))
+        tokens = next((int(rows[name].shape[0]) for name in self.token_tables), 0)
+        for name in self.edit_tables:
+            self._append(name, self._num_edits, rows[name].unsqueeze(0))
+        for name in self.token_tables:
+            self._append(name, self._num_tokens, rows[name])
+        self._append("edit_ids", self._num_edits, torch.tensor([edit_id]))
+        self._append("edit_lengths", self._num_edits, torch.tensor([tokens]))
+        self._records[edit_id] = json.loads(text)
+        self._num_edits += 1
+        self._num_tokens += tokens
+        self._snapshot = None
+
+    def _append(self, name: str, used: int, rows: Tensor) -> None:
+        table = getattr(self, name)
+        if used == 0 and rows.is_floating_point():
+            table = table.to(rows.dtype)
+        need = used + rows.shape[0]
+        if need > table.shape[0]:
+            grown = table.new_zeros((max(need, 2 * table.shape[0], _FIRST_CAPACITY), *table.shape[1:]))
+            grown[:used] = table[:used]
+            table = grown
+        with torch.no_grad():
+            table[used:need] = rows.to(table)
+        setattr(self, name, table)
+
+    def row_of(self, edit_id: int) -> int:
+        """Row of an edit in the edit tables.
+
+        Raises:
+            KeyError: no such edit; names the stored ones.
+        """
+        ids = self.ids
+        if edit_id not in ids:
+            stored = ", ".join(map(str, ids[:8])) + (", ..." if len(ids) > 8 else "")
+            raise KeyError(f"edit_id={edit_id!r}: no such edit. Stored: {stored or 'none'}.")
+        return ids.index(edit_id)
+
+    def remove(self, edit_id: int) -> None:
+        """Forget one edit; the others keep their order.
+
+        Raises:
+            KeyError: no such edit; names the stored ones.
+        """
+        row = self.row_of(edit_id)
+        before = self.snapshot()
+        keep = [i for i in range(self._num_edits) if i != row]
+        first = int(before.start[row])
+        after = first + int(before.length[row])
+        tokens = [*range(first), *range(after, self._num_tokens)]
+        for name in (*self.edit_tables, "edit_ids", "edit_lengths"):
+            setattr(self, name, getattr(self, name)[keep].clone())
+        for name in self.token_tables:
+            setattr(self, name, getattr(self, name)[tokens].clone())
+        del self._records[edit_id]
+        self._num_edits -= 1
+        self._num_tokens = len(tokens)
+        self._snapshot = None
+
+    # ------------------------------------------------------------------ reading
+
+    def snapshot(self) -> Snapshot:
+        """The edits as they are now; later changes of the memory do not show in it."""
+        if self._snapshot is None:
+            n, t = self._num_edits, self._num_tokens
+            length = self.edit_lengths[:n]
+            self._snapshot = Snapshot(
+                tables={name: getattr(self, name)[:n] for name in self.edit_tables}
+                | {name: getattr(self, name)[:t] for name in self.token_tables},
+                ids=tuple(self.ids),
+                start=length.cumsum(0) - length,
+                length=length,
+            )
+        return self._snapshot
+
+    def _apply(self, fn, recurse: bool = True):
+        self._snapshot = None  # tensors move: what was handed out stays where it was
+        return super()._apply(fn, recurse)
+
+    # ------------------------------------------------------------------ saving and loading
+
+    def _sizes(self) -> dict[str, int]:
+        sizes = dict.fromkeys((*self.edit_tables, "edit_ids", "edit_lengths"), self._num_edits)
+        return sizes | dict.fromkeys(self.token_tables, self._num_tokens)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        for name, size in self._sizes().items():
+            destination[prefix + name] = getattr(self, name)[:size].detach().clone()
+        text = json.dumps([self._records.get(i, {}) for i in self.ids], ensure_ascii=False).encode()
+        destination[prefix + "record_bytes"] = _as_bytes_tensor(text if self._num_edits else b"")
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ):
+        names = (*self._sizes(), "record_bytes")
+        found = {name: state_dict[prefix + name] for name in names if prefix + name in state_dict}
+        missing_keys.extend(prefix + name for name in names if name not in found)
+        if len(found) != len(names):
+            return
+        try:
+            self._adopt(found)
+        except ValueError as error:
+            error_msgs.append(f"{prefix[:-1]}: {error}")
+
+    def _adopt(self, found: dict[str, Tensor]) -> None:
+        ids, lengths = found["edit_ids"].tolist(), found["edit_lengths"].tolist()
+        counts = dict.fromkeys(self.edit_tables, len(ids)) | dict.fromkeys(self.token_tables, sum(lengths))
+        for name, shape in (self.edit_tables | self.token_tables).items():
+            if tuple(found[name].shape) != (counts[name], *shape):
+                raise ValueError(
+                    f"{name} has shape {tuple(found[name].shape)} in the file, this model needs "
+                    f"{(counts[name], *shape)}; the edits belong to another model or adapter size."
+                )
+        text = found["record_bytes"].cpu().numpy().tobytes().decode()
+        records = json.loads(text) if text else [{} for _ in ids]
+        if len(records) != len(ids) or len(lengths) != len(ids):
+            raise ValueError(f"{len(ids)} edits with {len(records)} records and {len(lengths)} lengths; the file is damaged.")
+        device = self.edit_ids.device
+        # A model being filled from a file may still be on the meta device; the file's tensors are real.
+        place = found["edit_ids"].device if device.type == "meta" else device
+        for name in found:
+            # Cloned: tensors mapped from a file can be unaligned, which changes the last bit of a product.
+            setattr(self, name, found[name].detach().to(place).clone())
+        self._records = dict(zip(ids, records))
+        self._num_edits, self._num_tokens, self._snapshot = len(ids), sum(lengths), None
+
+
+
+class MemoryGroup:
+    """The memories of one adapter on all its layers, changed and read together.
+
+    An edit is in all of them or in none, and a snapshot of the group is of one moment. Plain object: it holds
+    references to modules that live on the layers.
+    """
+
+    def __init__(self):
+        self.memories: dict[str, EditMemory] = {}
+        self._last_id = 0
+        self._lock = threading.RLock()
+
+    def __getstate__(self):
+        return {"memories": self.memories, "_last_id": self._last_id}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self._lock = threading.RLock()
+
+    @property
+    def first(self) -> EditMemory:
+        """The memory that keeps the keys and the records."""
+        return next(m for m in self.memories.values() if "key" in m.edit_tables)
+
+    def __len__(self) -> int:
+        return len(self.first) if self.memories else 0
+
+    def ids(self) -> list[int]:
+        """Numbers of the stored edits, oldest first."""
+        return self.first.ids
+
+    def records(self) -> dict[int, dict]:
+        """What was noted about each edit."""
+        return {i: self.first.record(i) for i in self.ids()}
+
+    def rows(self, snapshots: Mapping[str, Snapshot], edit_id: int) -> dict[str, dict[str, Tensor]]:
+        """An edit of an earlier moment, as `add` takes it."""
+        return {name: snapshots[name].rows(edit_id, memory.token_tables) for name, memory in self.memories.items()}
+
+    def next_id(self) -> int:
+        """A number that no edit has or, since this memory was loaded, has had."""
+        return max([self._last_id, *self.ids()]) + 1
+
+    def add(self, rows: Mapping[str, Mapping[str, Tensor]], record: Mapping[str, object]) -> int:
+        """Store one edit in every memory, or in none. `rows`: memory name to the rows of its tables."""
+        with self._lock:
+            if set(rows) != set(self.memories):
+                raise ValueError(f"rows={sorted(rows)}: this adapter has memories on {sorted(self.memories)}.")
+            for name, memory in self.memories.items():
+                memory.check(rows[name])
+            edit_id = self.next_id()
+            for name, memory in self.memories.items():
+                memory.add(edit_id, rows[name], record if memory is self.first else None)
+            self._last_id = edit_id
+            return edit_id
+
+    def remove(self, edit_id: int) -> None:
+        """Forget one edit everywhere. Raises KeyError for an unknown number."""
+        with self._lock:
+            self.first.row_of(edit_id)
+            for memory in self.memories.values():
+                memory.remove(edit_id)
+
+    def snapshot(self) -> dict[str, Snapshot]:
+        """Memory name to snapshot, all of one moment."""
+        with self._lock:
+            return {name: memory.snapshot() for name, memory in self.memories.items()}

@@ -1,0 +1,289 @@
+"""The editors as PEFT methods: tuners, registration, and the two `inject_` functions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import peft
+from peft import PeftModel, get_peft_model
+from peft.config import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner
+from torch import nn
+
+from . import architectures
+from .config import BalancEditConfig, DualEditConfig, EditConfig, EditType
+from .context import EditRuntime, runtime_of
+from .layer import BalancEditLayer, DualEditLayer, EditLayer, Role
+from .memory import MemoryGroup
+
+
+def _ensure_runtime(model: nn.Module, image_ids: list[int]) -> EditRuntime:
+    runtime = runtime_of(model)
+    if runtime is None:
+        runtime = EditRuntime(image_ids)
+        path, _ = architectures.find_decoder_layers(model)
+        runtime.install(model, model.get_submodule(path.rpartition(".")[0]))
+        model._dualedit_runtime = runtime
+    runtime.image_ids = sorted({*runtime.image_ids, *image_ids})
+    return runtime
+
+
+class EditTuner(BaseTuner):
+    """What both tuners share: placing wrapped layers, checkpoint keys, and leaving without a trace."""
+
+    containers: tuple[str, ...] = ()
+    target_module_mapping: dict[str, list[str]] = {}
+
+    def _prepare_adapter_config(self, peft_config: EditConfig, model_config: dict) -> EditConfig:
+        model = self.model
+        architectures.check_fingerprint(model, peft_config.base_fingerprint)
+        targets = self._targets(peft_config)
+        if peft_config.image_token_ids is None:
+            peft_config.image_token_ids = architectures.image_token_ids(model)
+        peft_config.base_fingerprint = peft_config.base_fingerprint or architectures.fingerprint(model)
+        peft_config.target_modules = targets
+        return peft_config
+
+    def _targets(self, config: EditConfig) -> list[str]:
+        """Full names of the modules that the config asks for."""
+        raise NotImplementedError
+
+    def _group(self, runtime: EditRuntime, adapter_name: str) -> MemoryGroup:
+        return runtime.groups.setdefault((self.prefix, adapter_name), MemoryGroup())
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        setattr(parent, child_name, new_module)  # a wrapper places its own parts; on unload the base layer stands
+
+    def _check_merge_allowed(self) -> None:
+        raise ValueError(
+            "Edits cannot be merged into the base weights: they apply only to the inputs that they match. Keep the "
+            "adapter, or call unload() to drop the edits."
+        )
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter with its edits."""
+        super().delete_adapter(adapter_name)
+        runtime = runtime_of(self.model)
+        if runtime is not None:
+            runtime.groups.pop((self.prefix, adapter_name), None)
+
+    def _unload_and_optionally_merge(self, *args, **kwargs) -> nn.Module:
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        runtime = runtime_of(model)
+        if runtime is not None and not any(isinstance(module, EditLayer) for module in model.modules()):
+            runtime.uninstall()
+            del model._dualedit_runtime
+        return model
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+        # Tensors mapped from a file can be unaligned, and an unaligned operand changes the last bit of a product.
+        aligned = {key: value.clone() for key, value in state_dict.items()}
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, aligned)
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        # PEFT's own rule looks at the end of a key; here the name stands in the middle of it.
+        for container in cls.containers:
+            marker = f".{container}.{adapter_name}."
+            if marker in key:
+                return key.replace(marker, f".{container}.")
+        return super()._remove_adapter_name_from_key(key, adapter_name)
+
+
+class DualEditModel(EditTuner):
+    """Wraps the decoder layers that DualEdit's adapters write to."""
+
+    prefix = "dualedit_"
+    tuner_layer_cls = DualEditLayer
+    containers = ("dualedit_adapter", "dualedit_memory")
+
+    def _targets(self, config: DualEditConfig) -> list[str]:
+        model = self.model
+        names = []
+        for argument in ("text_layer", "vis_layer"):
+            layer = getattr(config, argument)
+            if layer is not None:
+                names.append(architectures.resolve_layer(model, layer, argument))
+        if config.vis_layer is not None:
+            ids = config.image_token_ids or architectures.image_token_ids(model)
+            architectures.check_image_positions(model, ids, config.vis_layer)
+        return sorted(set(names))
+
+    def _create_and_replace(
+        self,
+        peft_config: DualEditConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        runtime = _ensure_runtime(self.model, peft_config.image_token_ids)
+        role = self._role(peft_config, current_key)
+        layer = target
+        if not isinstance(target, DualEditLayer):
+            layer = DualEditLayer(target, architectures.plain_name(current_key), runtime)
+        width = architectures.hidden_size(self.model)
+        layer.update_layer(adapter_name, peft_config, role, width, self._group(runtime, adapter_name))
+        if layer is not target:
+            self._replace_module(parent, target_name, layer, target)
+
+    def _role(self, config: DualEditConfig, key: str) -> Role:
+        text, vision = (
+            None if layer is None else architectures.resolve_layer(self.model, layer, argument)
+            for argument, layer in (("text_layer", config.text_layer), ("vis_layer", config.vis_layer))
+        )
+        # The decision must exist before either adapter writes: it is made at the earlier layer, which in the
+        # paper's setting (16 and 19) is the text layer.
+        number = {name: int(name.rpartition(".")[2]) for name in (text, vision) if name is not None}
+        return Role(text=key == text, vision=key == vision, gate=key == min(number, key=number.get))
+
+
+class BalancEditModel(EditTuner):
+    """Wraps the linear layer that holds BalancEdit's codebook."""
+
+    prefix = "balancedit_"
+    tuner_layer_cls = BalancEditLayer
+    containers = ("balancedit_adapter", "balancedit_memory")
+
+    def _targets(self, config: BalancEditConfig) -> list[str]:
+        return [architectures.resolve_linear(self.model, config.layer, "layer")]
+
+    def _create_and_replace(
+        self,
+        peft_config: BalancEditConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        runtime = _ensure_runtime(self.model, peft_config.image_token_ids)
+        layer = target
+        if not isinstance(target, BalancEditLayer):
+            layer = BalancEditLayer(target, architectures.plain_name(current_key), runtime)
+        layer.update_layer(adapter_name, peft_config, self._group(runtime, adapter_name))
+        if layer is not target:
+            self._replace_module(parent, target_name, layer, target)
+
+
+def _register() -> None:
+    """Enter both methods in PEFT's tables (its own registration refuses names that it does not list)."""
+    for kind, config, tuner in (
+        (EditType.DUALEDIT, DualEditConfig, DualEditModel),
+        (EditType.BALANCEDIT, BalancEditConfig, BalancEditModel),
+    ):
+        peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[kind] = config
+        peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING[kind] = tuner
+        peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING[kind] = tuner.prefix
+
+
+_register()
+
+
+def _inject(model: nn.Module, config: PeftConfig, adapter_name: str) -> PeftModel:
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            f"model is a {type(model).__name__} already: pass the base model, or add another adapter with "
+            f"model.add_adapter(name, config)."
+        )
+    return get_peft_model(model, config, adapter_name=adapter_name)
+
+
+def inject_dualedit(
+    model: nn.Module,
+    text_layer: int | str | None = 16,
+    vis_layer: int | str | None = 19,
+    mid_dim: int = 1024,
+    num_heads: int = 8,
+    threshold: float = 0.8,
+    gate: str = "prompt",
+    norm_eps: float = 1e-5,
+    init_weights: bool = True,
+    image_token_ids: list[int] | None = None,
+    adapter_name: str = "default",
+) -> PeftModel:
+    """Put DualEdit's adapters into a vision-language model.
+
+    Args:
+        model: a Hugging Face decoder-only VLM.
+        adapter_name: PEFT's name of the adapter.
+        others: as in `DualEditConfig`, whose defaults they share.
+
+    Returns:
+        a `PeftModel` around the same model; without stored edits it answers bit for bit as before.
+
+    Raises:
+        ValueError: a layer that does not exist, a `vis_layer` on a model without image positions, a bad setting.
+            The model is left as it was.
+
+    Source: DualEdit (COLM 2025, arXiv:2506.13638).
+    """
+    config = DualEditConfig(
+        text_layer=text_layer, vis_layer=vis_layer, mid_dim=mid_dim, num_heads=num_heads, threshold=threshold,
+        gate=gate, norm_eps=norm_eps, init_weights=init_weights, image_token_ids=image_token_ids,
+    )  # fmt: skip
+    return _inject(model, config, adapter_name)
+
+
+def inject_balancedit(
+    model: nn.Module,
+    layer: str,
+    alpha: float = 0.2,
+    metric: str = "l2",
+    key: str = "mean",
+    value: str = "low_rank",
+    rank: int = 8,
+    learning_rate: float = 3e-3,
+    max_steps: int = 50,
+    stop_probability: float = 0.9,
+    image_token_ids: list[int] | None = None,
+    adapter_name: str = "default",
+) -> PeftModel:
+    """Put BalancEdit's codebook at one linear layer of a vision-language model.
+
+    Args:
+        model: a Hugging Face decoder-only VLM.
+        layer: name or unambiguous suffix of a linear layer inside the decoder, such as "layers.20.mlp.up_proj".
+        adapter_name: PEFT's name of the adapter.
+        others: as in `BalancEditConfig`, whose defaults they share.
+
+    Returns:
+        a `PeftModel` around the same model; without stored edits it answers bit for bit as before.
+
+    Raises:
+        ValueError: no such layer, or a bad setting. The model is left as it was.
+
+    Source: BalancEdit (ICML 2025, arXiv:2505.01343).
+    """
+    config = BalancEditConfig(
+        layer=layer, alpha=alpha, metric=metric, key=key, value=value, rank=rank, learning_rate=learning_rate,
+        max_steps=max_steps, stop_probability=stop_probability, image_token_ids=image_token_ids,
+    )  # fmt: skip
+    return _inject(model, config, adapter_name)
+
+
+def active_group(model: nn.Module) -> tuple[str, Any, MemoryGroup]:
+    """The adapter that edits go to: its name, config, and memories.
+
+    Raises:
+        ValueError: the model has no edit adapter, or several are active.
+    """
+    base = architectures.unwrap(model)
+    runtime = runtime_of(base)
+    configs = getattr(base, "peft_config", {})
+    layers = [module for module in base.modules() if isinstance(module, EditLayer)]
+    names = sorted({n for module in layers for n in module.active_adapters if n in module.configs})
+    if runtime is None or not names:
+        raise ValueError(
+            f"{type(base).__name__} has no active edit adapter: call inject_dualedit(model, ...) or "
+            f"inject_balancedit(model, ...) first."
+        )
+    if len(names) > 1:
+        raise ValueError(f"Several edit adapters are active ({', '.join(names)}): choose one with model.set_adapter(name).")
+    name = names[0]
+    tuner = DualEditModel if isinstance(configs[name], DualEditConfig) else BalancEditModel
+    return name, configs[name], runtime.groups[(tuner.prefix, name)]

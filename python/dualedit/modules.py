@@ -1,0 +1,100 @@
+"""The adapter of DualEdit: cross-attention from the input's tokens to the tokens of an edit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dualedit_kernels import Gate, fold_query, gated_edit_attention
+
+
+@dataclass(frozen=True)
+class EditKV:
+    """Projected edits, one after the other.
+
+    Attributes:
+        k, v: [T, M], all edits' tokens.
+        start, length: [N] int64, first row and number of rows of each edit.
+    """
+
+    k: Tensor
+    v: Tensor
+    start: Tensor
+    length: Tensor
+
+
+class EditCrossAttention(nn.Module):
+    """The adapter that the published results come from.
+
+    q = W_q (W_in LN(x) + b_in) + b_q, k = W_k LN(e) + b_k, v = W_v LN(e) + b_v, and
+    x + W_o softmax(q k^T / sqrt(M / heads)) v + b_o, for input states x and edit states e. The paper's formula
+    (DualEdit, COLM 2025, Sec. 4) leaves out the two LayerNorms, the input projection and the residual; the
+    published weights have them.
+
+    Args:
+        hidden_size: width D of the residual stream.
+        mid_dim: width M of the attention.
+        num_heads: heads; divides M.
+        eps: of the LayerNorms.
+        init_weights: True starts as the identity (W_o = 0), False with a random output projection.
+    """
+
+    def __init__(self, hidden_size: int, mid_dim: int, num_heads: int, eps: float = 1e-5, init_weights: bool = True):
+        super().__init__()
+        self.num_heads = num_heads
+        self.query_norm = nn.LayerNorm(hidden_size, eps=eps)
+        self.edit_norm = nn.LayerNorm(hidden_size, eps=eps)
+        self.in_proj = nn.Linear(hidden_size, mid_dim)
+        self.q_proj = nn.Linear(mid_dim, mid_dim)
+        self.k_proj = nn.Linear(hidden_size, mid_dim)
+        self.v_proj = nn.Linear(hidden_size, mid_dim)
+        self.o_proj = nn.Linear(mid_dim, hidden_size)
+        if init_weights:
+            nn.init.zeros_(self.o_proj.weight)
+            nn.init.zeros_(self.o_proj.bias)
+        self._folded: tuple[tuple[int, ...], tuple[Tensor, Tensor]] | None = None
+
+    def project_edit(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [.., T, M] of edit states [.., T, D], in the adapter's dtype."""
+        states = self.edit_norm(states.to(self.edit_norm.weight.dtype))
+        return self.k_proj(states), self.v_proj(states)
+
+    def _query_weights(self) -> tuple[Tensor, Tensor]:
+        parts = (
+            self.query_norm.weight, self.query_norm.bias, self.in_proj.weight, self.in_proj.bias,
+            self.q_proj.weight, self.q_proj.bias,
+        )  # fmt: skip
+        if torch.is_grad_enabled() and any(part.requires_grad for part in parts):
+            return fold_query(*parts)
+        # Between two training steps the fold is the same; a parameter's version counts its in-place changes.
+        state = tuple(number for part in parts for number in (id(part), part._version))
+        if self._folded is None or self._folded[0] != state:
+            with torch.no_grad():
+                self._folded = (state, fold_query(*parts))
+        return self._folded[1]
+
+    def __getstate__(self):
+        return {**self.__dict__, "_folded": None}
+
+    def forward(
+        self, hidden: Tensor, span: Tensor, edits: EditKV, route: Tensor | None = None, gate: Gate | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Write the routed edits into the residual stream.
+
+        Args:
+            hidden: [B, L, D] input states.
+            span: [B, L] bool, positions to write to.
+            edits: the projected edits.
+            route: [B] int64, index of each row's edit, -1 for none; or
+            gate: decides the route here.
+
+        Returns:
+            states [B, L, D] in hidden's dtype (rows with route -1 bit for bit as they came), and the route [B].
+        """
+        w_q, b_q = self._query_weights()
+        return gated_edit_attention(
+            hidden, span, edits.k, edits.v, edits.start, edits.length, w_q, b_q, self.o_proj.weight, self.o_proj.bias,
+            num_heads=self.num_heads, eps=self.query_norm.eps, route=route, gate=gate,
+        )  # fmt: skip
