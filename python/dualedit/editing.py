@@ -142,25 +142,36 @@ def _radii(group: MemoryGroup, config: DualEditConfig | BalancEditConfig) -> Ten
     return radius.float() if isinstance(config, BalancEditConfig) else cosine_radius(radius, config.threshold)
 
 
-def lookup(model: nn.Module, inputs: Inputs) -> Lookup:
-    """The stored edit nearest to an input, and whether it applies. The model is not changed.
+def lookup_many(model: nn.Module, inputs: Inputs) -> list[Lookup]:
+    """For each row of a batch, the stored edit nearest to it and whether it applies. The model is not changed.
 
     Args:
-        inputs: what a processor returns for one prompt.
+        inputs: what a processor returns for a batch of prompts, padding masked.
     """
     _, config, group = active_group(model)
+    nothing = Lookup(None, float("inf"), 0.0, False)
     if not len(group):
-        return Lookup(None, float("inf"), 0.0, False)
+        return [nothing] * inputs["input_ids"].shape[0]
     states, prompt = record_states(model, inputs)
     query = _query(states, prompt, _gate_layer(group), config)
     radius = _radii(group, config)
     keys = group.first.snapshot().tables["key"].to(query.dtype)
     everywhere = torch.full_like(radius, float("inf"))
     index, distance = nearest_key(query, keys, everywhere, _metric(config))
-    if int(index[0]) < 0:
-        return Lookup(None, float("inf"), 0.0, False)
-    row, distance = int(index[0]), float(distance[0])
-    return Lookup(group.ids()[row], distance, float(radius[row]), distance <= float(radius[row]))
+    ids, radii = group.ids(), radius.tolist()
+    return [
+        nothing if row < 0 else Lookup(ids[row], far, radii[row], far <= radii[row])
+        for row, far in zip(index.tolist(), distance.tolist())
+    ]
+
+
+def lookup(model: nn.Module, inputs: Inputs) -> Lookup:
+    """The stored edit nearest to one input, and whether it applies. The model is not changed.
+
+    Args:
+        inputs: what a processor returns for one prompt.
+    """
+    return lookup_many(model, inputs)[0]
 
 
 def edit_of(group: MemoryGroup, edit_id: int, config: DualEditConfig | BalancEditConfig) -> Edit:
@@ -327,6 +338,7 @@ def _add_balancedit(model, name, config, group, inputs, target_ids, positives, n
     )
     radius = _balancedit_radius(config, positive, negative)
     parts, fit = fit_value(model, layer, config, append_target(inputs, target_ids))
+    fit |= {"d_positive": max(positive), "d_negative": min(negative)}
     names = ("weight",) if config.value == "full" else ("down", "up")
     rows = {"key": key[0], "radius": torch.tensor(radius), **dict(zip(names, parts))}
     return {layer_name: rows}, key, fit

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from .architectures import unwrap
 from .config import BalancEditConfig
 from .data import EditRequest
-from .editing import Edit, add_edit, edit_of, list_edits, lookup
+from .editing import Edit, add_edit, edit_of, list_edits, lookup_many
 from .memory import MemoryGroup
 from .model import active_group
 from .prompting import Picture, Prompter, open_image
@@ -185,10 +185,15 @@ class Editor:
 
     def explain(self, image: Picture | None, prompt: str) -> Explanation:
         """Which edit answers this input, or which is nearest and how far away it is."""
+        return self.explain_many([(image, prompt)])[0]
+
+    def explain_many(self, questions: Sequence[Sample]) -> list[Explanation]:
+        """`explain` for a batch of questions, in one forward."""
         _, config, group = active_group(self.model)
-        found = lookup(self.model, self.prompter.inputs([(open_image(image), prompt)]))
-        edit = None if found.edit_id is None else edit_of(group, found.edit_id, config)
-        return Explanation(found.fired, edit, found.distance, found.radius)
+        inputs = self.prompter.inputs([(open_image(image), prompt) for image, prompt in questions])
+        found = lookup_many(self.model, inputs)
+        edits = {i: edit_of(group, i, config) for i in {f.edit_id for f in found} - {None}}
+        return [Explanation(f.fired, edits.get(f.edit_id), f.distance, f.radius) for f in found]
 
     def answer(self, image: Picture | None, prompt: str, max_new_tokens: int = 20) -> str:
         """What the edited model answers: greedy generation, special tokens dropped."""

@@ -1,0 +1,6 @@
+"""Measuring editors by what a user sees: freely generated answers, compared exactly."""
+
+from .metrics import METRICS, Row, exact_match, summarise
+from .single import Asked, SingleResult, ask_before, evaluate_single
+
+__all__ = ["METRICS", "Asked", "Row", "SingleResult", "ask_before", "evaluate_single", "exact_match", "summarise"]
