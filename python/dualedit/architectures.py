@@ -213,22 +213,22 @@ def check_image_positions(model: nn.Module, ids: list[int], vis_layer: object) -
 
 
 def fingerprint(model: nn.Module) -> dict[str, object]:
-    """What identifies a base model: its type, sizes, and a hash of its first embedding rows.
+    """What identifies a base model: its type, sizes, and a hash of the signs of its first embedding rows.
 
-    The rows are hashed in bfloat16, so that the same weights loaded in another dtype are still the same model;
-    the hash is None where the weights are not at hand (meta device, sharded).
+    Signs survive rounding, so that the same weights loaded in another dtype are still the same model; the hash is
+    None where the weights are not at hand (meta device, sharded).
     """
     config = text_config(model)
     embeddings = model.get_input_embeddings().weight
     digest = None
     if type(embeddings) in (nn.Parameter, torch.Tensor) and embeddings.device.type != "meta" and embeddings.ndim == 2:
-        rows = embeddings.detach()[:32].to("cpu", torch.bfloat16).contiguous()
-        digest = hashlib.sha256(rows.view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
+        signs = torch.signbit(embeddings.detach()[:32].cpu())
+        digest = hashlib.sha256(signs.numpy().tobytes()).hexdigest()[:16]
     return {
         "model_type": model.config.model_type,
         "hidden_size": hidden_size(model),
         "num_hidden_layers": getattr(config, "num_hidden_layers", None),
-        "embedding_sha256": digest,
+        "embedding_signs": digest,
     }
 
 

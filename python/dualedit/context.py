@@ -21,6 +21,12 @@ from torch import Tensor, nn
 
 _FRAMES: ContextVar[tuple["Frame", ...]] = ContextVar("dualedit_frames", default=())
 _CACHE_ATTRIBUTE = "_dualedit_sequence"
+# Arguments that only calls with packed sequences have (padding-free training, continuous batching).
+_PACKED_ARGUMENTS = ("cu_seq_lens_q", "cu_seqlens", "seq_idx", "block_table")
+_PACKED = (
+    "{what}: several sequences are packed into one row, so edits cannot tell whose prompt this is. Use ordinary "
+    "padded batches (generate, not generate_batch), or remove the edit adapter with unload()."
+)
 
 
 @dataclass(frozen=True)
@@ -186,6 +192,14 @@ def _pop(runtime: "EditRuntime", kind: str) -> None:
             return
 
 
+def _drop(runtime: "EditRuntime", *kinds: str) -> None:
+    """Forget calls that never ended: PyTorch skips the hooks of a call that Ctrl-C interrupts."""
+    frames = _FRAMES.get()
+    kept = tuple(frame for frame in frames if frame.runtime is not runtime or frame.kind not in kinds)
+    if len(kept) < len(frames):
+        _FRAMES.set(kept)
+
+
 @contextmanager
 def framed(runtime: "EditRuntime", kind: str, content: Any) -> Iterator[Any]:
     """Let the calls inside the block know `content`."""
@@ -212,11 +226,19 @@ class GenerateWithContext:
     def __signature__(self):
         return inspect.signature(self._own())
 
+    def _given(self, own, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments by name, those in the function's own **kwargs included."""
+        signature = inspect.signature(own)
+        given = dict(signature.bind_partial(*args, **kwargs).arguments)
+        for name, parameter in signature.parameters.items():
+            if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+                given.update(given.pop(name, {}))
+        return given
+
     def __call__(self, *args, **kwargs):
         own = self._own()
-        arguments = inspect.signature(own).bind_partial(*args, **kwargs).arguments
-        given = {**arguments, **arguments.get("kwargs", {})}
-        config = given.get("generation_config")
+        given = self._given(own, args, kwargs)
+        config = given.get("generation_config") or getattr(self.model, "generation_config", None)
         chunk = given.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None))
         if chunk is not None:
             raise ValueError(
@@ -225,6 +247,16 @@ class GenerateWithContext:
             )
         with framed(self.runtime, "generate", _Generation(given)):
             return own(*args, **kwargs)
+
+
+class GenerateBatchRefused:
+    """Stands in for a model's `generate_batch`, which packs the sequences of a batch into one row."""
+
+    def __init__(self, runtime: "EditRuntime"):
+        self.runtime = runtime
+
+    def __call__(self, *args, **kwargs):
+        raise ValueError(_PACKED.format(what="generate_batch"))
 
 
 @dataclass
@@ -262,16 +294,22 @@ class EditRuntime:
         ]
         if hasattr(type(model), "generate"):
             model.generate = GenerateWithContext(model, self)
+        if hasattr(type(model), "generate_batch"):
+            model.generate_batch = GenerateBatchRefused(self)
 
     def uninstall(self) -> None:
         """Take the hooks off again; the model is as it was."""
         for handle in self._handles:
             handle.remove()
         model, self._handles, self._model = self._model, [], None
-        if model is not None and isinstance(model.__dict__.get("generate"), GenerateWithContext):
+        if model is None:
+            return
+        if isinstance(model.__dict__.get("generate"), GenerateWithContext):
             previous = model.__dict__.pop("generate").previous
             if previous is not None:
                 model.generate = previous
+        if isinstance(model.__dict__.get("generate_batch"), GenerateBatchRefused):
+            del model.generate_batch
 
     # ------------------------------------------------------------------ what layers ask
 
@@ -289,8 +327,13 @@ class EditRuntime:
 
     def begin_pass(self, inputs: Mapping[str, Any]) -> ForwardPass:
         """Describe a call of the stack from its arguments."""
-        hidden = inputs.get("inputs_embeds")
-        hidden = inputs.get("input_ids") if hidden is None else hidden
+        given = (inputs.get(name) for name in ("inputs_embeds", "input_ids", "hidden_states"))
+        hidden = next((value for value in given if value is not None), None)
+        if hidden is None:
+            raise ValueError("input_ids and inputs_embeds are both None: pass one of them.")
+        packed = [name for name in _PACKED_ARGUMENTS if inputs.get(name) is not None]
+        if packed and any(len(group) for group in self.groups.values()):
+            raise ValueError(_PACKED.format(what=packed[0]))
         batch, length = hidden.shape[:2]
         cache = inputs.get("past_key_values")
         start = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
@@ -315,7 +358,7 @@ class EditRuntime:
 
     def _generation_prompt(self, generation, frame, inputs, start, shape, device) -> Sequence:
         given = dict(generation.arguments)
-        ids = given.get("input_ids", given.get("inputs"))
+        ids = given.get("inputs") if given.get("input_ids") is None else given["input_ids"]
         length = ids.shape[1] if ids is not None else start + shape[1]
         if start + shape[1] < length:
             raise ValueError(
@@ -356,6 +399,13 @@ def _remember(cache: Any, sequence: Sequence) -> None:
         setattr(cache, _CACHE_ATTRIBUTE, sequence)
 
 
+def _cache_in(output: Any) -> Any:
+    """The key-value cache that a stack returns, in an output object or a tuple."""
+    if isinstance(output, tuple):
+        return next((part for part in output if hasattr(part, "get_seq_length")), None)
+    return getattr(output, "past_key_values", None)
+
+
 def _named(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of a module's forward by name."""
     names = list(inspect.signature(module.forward).parameters)
@@ -369,6 +419,7 @@ class _CallBegins:
         self.runtime = runtime
 
     def __call__(self, module, args, kwargs):
+        _drop(self.runtime, "call", "pass")
         _push(Frame(self.runtime, "call", _named(module, args, kwargs)))
 
 
@@ -379,6 +430,7 @@ class _PassBegins:
         self.runtime = runtime
 
     def __call__(self, module, args, kwargs):
+        _drop(self.runtime, "pass")
         _push(Frame(self.runtime, "pass", self.runtime.begin_pass(_named(module, args, kwargs))))
 
 
@@ -392,7 +444,7 @@ class _Ends:
     def __call__(self, module, args, output):
         if self.kind == "pass":
             frame = _find(self.runtime, "pass")
-            cache = getattr(output, "past_key_values", None)
+            cache = _cache_in(output)
             if cache is not None and frame is not None:
                 _remember(cache, frame.content.sequence)
         _pop(self.runtime, self.kind)
@@ -422,9 +474,11 @@ def explicit_masks(model: nn.Module, text: Tensor, image: Tensor | None = None) 
     """State the prompt's positions by hand, for callers that pass `inputs_embeds`.
 
     Args:
-        text, image: [B, P] bool; prompt text and image positions of the sequence (padding is neither).
+        text, image: [B, P] bool; prompt text and image positions of the sequence (padding is neither); `image`
+            None: there is none.
     """
-    prompt = text if image is None else text | image
+    image = torch.zeros_like(text) if image is None else image
+    prompt = text | image
     masks = Prompt(text, image, _last_true(prompt), _last_true(prompt))
     with framed(runtime_of(model), "masks", masks):
         yield

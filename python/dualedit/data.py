@@ -1,30 +1,134 @@
 """The shapes of an edit and of the questions that measure it.
 
-One schema for every data set: a request, the probes that must change with it (generality) and the probes
-that must not (locality). Images are PIL images or None for text-only questions.
+One schema for every data set: a request, the probes that must change with it (generality, portability) and
+the probes that must not (locality). An image is given as a PIL image, a path, the bytes of an image file, or
+None for a text-only question. Paths and bytes are opened each time `.image` is asked for and never kept, so
+thousands of samples hold no pictures in memory.
 """
 
 from __future__ import annotations
 
+import io
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
+import PIL.Image
 from PIL.Image import Image
 
+ImageSource = Image | str | bytes | None
 
-@dataclass(frozen=True)
-class EditRequest:
+
+def image_source(image: Any) -> ImageSource:
+    """What is kept of an image as it was given.
+
+    Args:
+        image: a PIL image, a path, the bytes of an image file, None, or the {"bytes": ..., "path": ...} of a
+            Hugging Face `datasets` row that was not decoded (its bytes win).
+
+    Returns:
+        the PIL image, the path as text, the bytes, or None.
+
+    Raises:
+        ValueError: another type, or an empty path, empty bytes or an empty mapping.
+    """
+    if isinstance(image, Mapping):
+        found = image.get("bytes") or image.get("path")
+        if found is None:
+            raise ValueError(f"image={dict(image)!r} has neither bytes nor a path: fill in one of them.")
+        image = found
+    if image is None or isinstance(image, Image):
+        return image
+    if isinstance(image, (bytes, bytearray)):
+        image = bytes(image)
+    elif isinstance(image, (str, os.PathLike)):
+        image = os.fspath(image)
+    else:
+        kind = type(image).__name__
+        raise ValueError(f"image is a {kind}: pass a PIL image, a path, the bytes of an image file, or None.")
+    if not image:
+        raise ValueError(f"image={image!r} is empty: pass a path or bytes, or None for a text-only question.")
+    return image
+
+
+def open_source(source: ImageSource) -> Image | None:
+    """The picture behind an `image_source`: PIL images as they are, paths and bytes opened, in RGB.
+
+    Raises:
+        ValueError: no such file, or not an image that Pillow can read.
+    """
+    if source is None or isinstance(source, Image):
+        return source
+    if isinstance(source, str) and not Path(source).is_file():
+        raise ValueError(f"image={source!r}: no such file.")
+    try:
+        with PIL.Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
+            return opened.convert("RGB")
+    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
+        raise ValueError(f"image={shown(source)} cannot be read as an image: {error}") from error
+
+
+def shown(source: ImageSource) -> str:
+    """A source in a few words, without opening it."""
+    if isinstance(source, bytes):
+        return f"<{len(source)} bytes>"
+    return f"<{source.mode} {source.width}x{source.height}>" if isinstance(source, Image) else repr(source)
+
+
+class _LazyImage:
+    """Keeps an image as it was given and opens it whenever it is asked for."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, instance: object | None, owner: type | None = None) -> Image | None:
+        if instance is None:
+            raise AttributeError(self.name)  # tells dataclass that the field has no default
+        return open_source(instance.__dict__[self.name])
+
+    def __set__(self, instance: object, image: Any) -> None:
+        instance.__dict__[self.name] = image_source(image)
+
+
+class _Pictured:
+    """Printing, comparing and hashing by what was given, so that none of them opens a file.
+
+    `dataclasses.replace` reads `.image`; to change a prompt and leave the file closed, build a new object
+    from `image_source`.
+    """
+
+    @property
+    def image_source(self) -> ImageSource:
+        """The image as it was given: a PIL image, a path as text, bytes, or None."""
+        return self.__dict__["image"]
+
+    def __eq__(self, other: object) -> bool:
+        return self.__dict__ == other.__dict__ if type(other) is type(self) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(tuple(self.__dict__.values()))
+
+    def __repr__(self) -> str:
+        rest = "".join(f", {name}={value!r}" for name, value in self.__dict__.items() if name != "image")
+        return f"{type(self).__name__}(image={shown(self.image_source)}{rest})"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class EditRequest(_Pictured):
     """One fact to correct: asked `prompt` about `image`, the model is to answer `target`."""
 
-    image: Image | None
+    image: Image | None = _LazyImage()
     prompt: str
     target: str
 
 
-@dataclass(frozen=True)
-class Probe:
-    """One question; `answer` is the answer that the data set holds to be right, or None if it says nothing."""
+@dataclass(frozen=True, eq=False, repr=False)
+class Probe(_Pictured):
+    """One question; `answer` is what the data set holds to be right, or None if it says nothing."""
 
-    image: Image | None
+    image: Image | None = _LazyImage()
     prompt: str
     answer: str | None = None
 
@@ -37,11 +141,17 @@ class EditSample:
         request: the edit itself.
         generality: probes that must give the request's target; keys "t_gen" (other wordings, same image) and
             "v_gen" (same question, other images of the same thing).
-        locality: probes whose answer must stay what it was; keys "t_loc" (text only), "m_loc" (unrelated image),
-            "hard_image" (same question, a look-alike) and "hard_question" (same thing, another question).
+        locality: probes whose answer must stay what it was; keys "t_loc" (text only), "m_loc" (unrelated
+            image), "hard_image" (same question, a look-alike) and "hard_question" (same thing, another
+            question).
         rephrases: wordings of the question an editor may use while editing; never the wordings of "t_gen".
         family: which attribute the fact is about.
         entity: number of the entity the fact is about.
+        portability: probes about what follows from the edit, whose own `answer` is expected; keys by data
+            set, such as "1-hop" (see `dualedit.datasets`).
+        companions: further edits that some portability probes presume.
+        id: the sample's name in its data set.
+        base_answer: what the data set says the unedited model answers, or None.
     """
 
     request: EditRequest
@@ -50,3 +160,7 @@ class EditSample:
     rephrases: list[str] = field(default_factory=list)
     family: str = ""
     entity: int = -1
+    portability: dict[str, list[Probe]] = field(default_factory=dict)
+    companions: list[EditRequest] = field(default_factory=list)
+    id: str = ""
+    base_answer: str | None = None

@@ -16,7 +16,7 @@ from .architectures import find_decoder_layers, unwrap
 from .config import BalancEditConfig, DualEditConfig
 from .context import Prompt, bound, describe_prompt, recording, runtime_of
 from .layer import BalancEditLayer, EditLayer
-from .memory import MemoryGroup
+from .memory import MemoryGroup, Snapshot
 from .model import active_group
 from .replay import Replay
 from .routing import cosine_radius, last_state, pool_key
@@ -103,6 +103,7 @@ def _to_device(inputs: Inputs, model: nn.Module) -> dict[str, Any]:
         if isinstance(value, Tensor):
             value = value.to(weight.device)
             value = value.to(model.dtype) if value.is_floating_point() else value
+            value = value.clone() if value.is_inference() else value  # autograd refuses those
         moved[name] = value
     return moved
 
@@ -137,8 +138,8 @@ def _metric(config: DualEditConfig | BalancEditConfig) -> str:
     return config.metric if isinstance(config, BalancEditConfig) else "cosine"
 
 
-def _radii(group: MemoryGroup, config: DualEditConfig | BalancEditConfig) -> Tensor:
-    radius = group.first.snapshot().tables["radius"]
+def _radii(stored: Snapshot, config: DualEditConfig | BalancEditConfig) -> Tensor:
+    radius = stored.tables["radius"]
     return radius.float() if isinstance(config, BalancEditConfig) else cosine_radius(radius, config.threshold)
 
 
@@ -154,13 +155,14 @@ def lookup_many(model: nn.Module, inputs: Inputs) -> list[Lookup]:
         return [nothing] * inputs["input_ids"].shape[0]
     states, prompt = record_states(model, inputs)
     query = _query(states, prompt, _gate_layer(group), config)
-    radius = _radii(group, config)
-    keys = group.first.snapshot().tables["key"].to(query.dtype)
+    stored = group.snapshot()[_gate_layer(group)]
+    radius = _radii(stored, config)
+    keys = stored.tables["key"].to(query.dtype)
     everywhere = torch.full_like(radius, float("inf"))
     index, distance = nearest_key(query, keys, everywhere, _metric(config))
-    ids, radii = group.ids(), radius.tolist()
+    radii = radius.tolist()
     return [
-        nothing if row < 0 else Lookup(ids[row], far, radii[row], far <= radii[row])
+        nothing if row < 0 else Lookup(stored.ids[row], far, radii[row], far <= radii[row])
         for row, far in zip(index.tolist(), distance.tolist())
     ]
 
@@ -182,7 +184,7 @@ def edit_of(group: MemoryGroup, edit_id: int, config: DualEditConfig | BalancEdi
         id=edit_id,
         prompt=record.get("prompt", ""),
         target=record.get("target", ""),
-        radius=float(_radii(group, config)[row]),
+        radius=float(_radii(group.first.snapshot(), config)[row]),
         created=record.get("created", ""),
         seconds=record.get("seconds", 0.0),
         replaces=tuple(record.get("replaces", ())),
@@ -317,8 +319,9 @@ def fit_value(
         probability = float(logits.detach().softmax(-1).gather(1, labels[:, 1:][target][:, None]).min())
         if probability >= config.stop_probability or step == config.max_steps:
             break
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        # Not backward(): trainable parts of the model (an adapter beside this one) keep their gradients.
+        for part, gradient in zip(parts, torch.autograd.grad(loss, parts)):
+            part.grad = gradient
         optimizer.step()
     if probability < 0.5:
         warnings.warn(
@@ -387,7 +390,8 @@ def add_edit(
     base.eval()  # dropout in the run that is stored would be stored with it
     try:
         method = _add_dualedit if isinstance(config, DualEditConfig) else _add_balancedit
-        rows, key, fit = method(model, name, config, group, inputs, target_ids, positives, negatives)
+        with torch.inference_mode(False):  # a value is fitted with gradients
+            rows, key, fit = method(model, name, config, group, inputs, target_ids, positives, negatives)
     finally:
         for module, mode in modes:
             module.training = mode

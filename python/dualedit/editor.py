@@ -12,7 +12,8 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .architectures import unwrap
-from .config import BalancEditConfig
+from .config import BalancEditConfig, EditConfig
+from .context import runtime_of
 from .data import EditRequest
 from .editing import Edit, add_edit, edit_of, list_edits, lookup_many
 from .memory import MemoryGroup
@@ -64,7 +65,7 @@ class Editor:
         self.model = model
         self.processor = processor
         self.prompter = Prompter(processor, template)
-        self._undo: list[tuple[MemoryGroup, int, list[tuple[dict, dict]]]] = []
+        self._undo: list[tuple[MemoryGroup, EditConfig, int, list[tuple[dict, dict]]]] = []
 
     # ------------------------------------------------------------------ editing
 
@@ -112,7 +113,7 @@ class Editor:
             note=note,
         )  # fmt: skip
         lost = [i for i in records if i not in group.ids()]
-        self._undo.append((group, edit.id, [(group.rows(snapshots, i), records[i]) for i in lost]))
+        self._undo.append((group, config, edit.id, [(group.rows(snapshots, i), records[i]) for i in lost]))
         return edit
 
     def _samples(self, image, prompt, rephrases, negatives, needed: bool) -> tuple[list[Sample], list[Sample]]:
@@ -164,11 +165,12 @@ class Editor:
         Raises:
             ValueError: nothing (left) to undo.
         """
+        runtime = runtime_of(unwrap(self.model))
+        groups = [] if runtime is None else list(runtime.groups.values())
         while self._undo:
-            group, edit_id, lost = self._undo.pop()
-            if edit_id not in group.ids():
+            group, config, edit_id, lost = self._undo.pop()
+            if not any(group is known for known in groups) or edit_id not in group.ids():
                 continue  # removed by hand, or with its adapter
-            _, config, _ = active_group(self.model)
             edit = edit_of(group, edit_id, config)
             group.remove(edit_id)
             for rows, record in lost:

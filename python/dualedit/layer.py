@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dualedit_kernels import Full, LowRank, nearest_key, routed_linear
 
-from .config import BalancEditConfig, DualEditConfig
+from .config import BalancEditConfig, DualEditConfig, EditConfig
 from .context import Bound, EditRuntime, ForwardPass, Record
 from .memory import EditMemory, MemoryGroup, Snapshot
 from .modules import EditCrossAttention, EditKV
@@ -73,6 +73,11 @@ class EditLayer(nn.Module, BaseTunerLayer):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """An input-dependent edit has no low-rank weight difference."""
         return False
+
+    def _finish_update(self, config: EditConfig) -> None:
+        for name in (*self.adapter_layer_names, *self.other_param_names):
+            getattr(self, name).train(self.training)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _running(self, adapters: nn.ModuleDict) -> list[str]:
         return [name for name in self.active_adapters if name in adapters]
@@ -140,7 +145,7 @@ class DualEditLayer(EditLayer):
         self.roles[adapter_name] = role
         self.configs[adapter_name] = config
         self.groups[adapter_name] = group
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        self._finish_update(config)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Drop an adapter with its edits."""
@@ -171,7 +176,7 @@ class DualEditLayer(EditLayer):
             return hidden
         if bound is not None:
             return self._apply_all(hidden, name, forward, forward.decision_rows(bound.route), edits)
-        decision = forward.sequence.decisions.get((id(self.runtime), "dualedit", name))
+        decision = forward.sequence.decisions.get(self.groups[name])
         if decision is None:
             decision = self._decide(hidden, name, forward)
         if decision.nothing:
@@ -187,7 +192,7 @@ class DualEditLayer(EditLayer):
         if self.roles[name].gate and snapshot is not None and len(snapshot):
             route = self._gate(hidden, name, forward, snapshot)
         decision = Decision(route, snapshots)
-        forward.sequence.decisions[(id(self.runtime), "dualedit", name)] = decision
+        forward.sequence.decisions[self.groups[name]] = decision
         return decision
 
     def _gate(self, hidden: Tensor, name: str, forward: ForwardPass, snapshot: Snapshot) -> Tensor:
@@ -204,7 +209,7 @@ class DualEditLayer(EditLayer):
         prompt = forward.sequence.prompt
         for part, adapter in self.dualedit_adapter[name].items():
             mask = prompt.text if part == "text" else prompt.image
-            if mask is None:
+            if mask is None or (prompt.image is None and self.runtime.image_ids):
                 raise ValueError(
                     "The image positions are unknown: this call passes embeddings instead of input_ids. Pass "
                     "input_ids, or state the positions with dualedit.explicit_masks(model, text, image)."
@@ -250,7 +255,7 @@ class BalancEditLayer(EditLayer):
         group.memories[self.layer_name] = memory
         self.configs[adapter_name] = config
         self.groups[adapter_name] = group
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        self._finish_update(config)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Drop an adapter with its edits."""
@@ -262,7 +267,8 @@ class BalancEditLayer(EditLayer):
         base = self.base_layer(x, *args, **kwargs)
         mode = self.runtime.mode()
         if isinstance(mode, Record):
-            mode.states[self.layer_name] = x
+            forward = self.runtime.current_pass()
+            mode.states[self.layer_name] = x if forward is None else self._by_row(x, forward.batch, forward.length)
             return base
         if self.disable_adapters:
             return base
@@ -277,7 +283,7 @@ class BalancEditLayer(EditLayer):
         forward = self._current_pass(self.balancedit_memory[name])
         if forward is None:
             return base
-        decision = forward.sequence.decisions.get((id(self.runtime), "balancedit", name))
+        decision = forward.sequence.decisions.get(self.groups[name])
         if decision is None:
             decision = self._decide(x, name, forward)
         if decision.nothing:
@@ -285,24 +291,35 @@ class BalancEditLayer(EditLayer):
         route = forward.decision_rows(decision.route)
         return self._routed(x, base, values_of(decision.snapshots[self.layer_name]), route)
 
+    def _by_row(self, x: Tensor, batch: int, length: int) -> Tensor:
+        """x as [B, L, width]: some models (OPT) hand their linear layers all tokens in one row after the other."""
+        if x.ndim == 2 and x.shape[0] == batch * length:
+            return x.view(batch, length, -1)
+        if x.shape[:-1] != (batch, length):
+            raise ValueError(
+                f"{self.layer_name} gets inputs of shape {tuple(x.shape)} for {batch} x {length} tokens: rows of a "
+                f"batch cannot be told apart (a mixture-of-experts layer, probably). Edit a linear layer that sees "
+                f"every token."
+            )
+        return x
+
     def _routed(self, x: Tensor, base: Tensor, values: LowRank | Full, route: Tensor) -> Tensor:
         bias = getattr(self.base_layer, "bias", None) if isinstance(values, Full) else None
-        return routed_linear(x, None, bias, values, route.to(x.device), base=base)
+        rows = x if x.ndim == 3 else x.view(len(route), -1, x.shape[-1])
+        below = base.view(*rows.shape[:2], -1)
+        return routed_linear(rows, None, bias, values, route.to(x.device), base=below).view(base.shape)
 
     def _decide(self, x: Tensor, name: str, forward: ForwardPass) -> Decision:
         config = self.configs[name]
         snapshots = self.groups[name].snapshot()
         snapshot = snapshots[self.layer_name]
         route = None
-        if len(snapshot):
-            if x.ndim != 3:
-                raise ValueError(
-                    f"{self.layer_name} gets inputs of shape {tuple(x.shape)}: rows of a batch cannot be told apart "
-                    f"(a mixture-of-experts layer, probably). Edit a linear layer that sees [batch, tokens, width]."
-                )
+        # A decision is made on the prompt; when it went by with the adapter switched off, there is none to make.
+        if len(snapshot) and forward.in_prompt:
+            x = self._by_row(x, forward.batch, forward.length)
             route, _ = route_codebook(x, forward, config.key, config.metric, snapshot)
         decision = Decision(route, snapshots)
-        forward.sequence.decisions[(id(self.runtime), "balancedit", name)] = decision
+        forward.sequence.decisions[self.groups[name]] = decision
         return decision
 
 

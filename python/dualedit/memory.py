@@ -76,11 +76,17 @@ class EditMemory(nn.Module):
         self.register_buffer("record_bytes", torch.empty(0, dtype=torch.uint8, device=device))
         self._num_edits = 0
         self._num_tokens = 0
+        self._highest_id = 0
         self._records: dict[int, dict] = {}
         self._snapshot: Snapshot | None = None
 
     def __len__(self) -> int:
         return self._num_edits
+
+    @property
+    def highest_id(self) -> int:
+        """The highest number that an edit of this memory has or has had; 0 if there was none."""
+        return self._highest_id
 
     @property
     def ids(self) -> list[int]:
@@ -136,6 +142,14 @@ class EditMemory(nn.Module):
         if edit_id in self._records:
             raise ValueError(f"edit_id={edit_id} is stored already; remove it first.")
         text = json.dumps(dict(record or {}))
+        # Tables made in inference mode could be neither changed outside it nor kept for a backward pass.
+        with torch.inference_mode(False), torch.no_grad():
+            self._add_rows(edit_id, rows)
+        self._records[edit_id] = json.loads(text)
+        self._highest_id = max(self._highest_id, edit_id)
+        self._snapshot = None
+
+    def _add_rows(self, edit_id: int, rows: Mapping[str, Tensor]) -> None:
         tokens = next((int(rows[name].shape[0]) for name in self.token_tables), 0)
         for name in self.edit_tables:
             self._append(name, self._num_edits, rows[name].unsqueeze(0))
@@ -143,10 +157,8 @@ class EditMemory(nn.Module):
             self._append(name, self._num_tokens, rows[name])
         self._append("edit_ids", self._num_edits, torch.tensor([edit_id]))
         self._append("edit_lengths", self._num_edits, torch.tensor([tokens]))
-        self._records[edit_id] = json.loads(text)
         self._num_edits += 1
         self._num_tokens += tokens
-        self._snapshot = None
 
     def _append(self, name: str, used: int, rows: Tensor) -> None:
         table = getattr(self, name)
@@ -157,8 +169,7 @@ class EditMemory(nn.Module):
             grown = table.new_zeros((max(need, 2 * table.shape[0], _FIRST_CAPACITY), *table.shape[1:]))
             grown[:used] = table[:used]
             table = grown
-        with torch.no_grad():
-            table[used:need] = rows.to(table)
+        table[used:need] = rows.to(table)
         setattr(self, name, table)
 
     def row_of(self, edit_id: int) -> int:
@@ -185,10 +196,11 @@ class EditMemory(nn.Module):
         first = int(before.start[row])
         after = first + int(before.length[row])
         tokens = [*range(first), *range(after, self._num_tokens)]
-        for name in (*self.edit_tables, "edit_ids", "edit_lengths"):
-            setattr(self, name, getattr(self, name)[keep].clone())
-        for name in self.token_tables:
-            setattr(self, name, getattr(self, name)[tokens].clone())
+        with torch.inference_mode(False):
+            for name in (*self.edit_tables, "edit_ids", "edit_lengths"):
+                setattr(self, name, getattr(self, name)[keep].clone())
+            for name in self.token_tables:
+                setattr(self, name, getattr(self, name)[tokens].clone())
         del self._records[edit_id]
         self._num_edits -= 1
         self._num_tokens = len(tokens)
@@ -201,11 +213,13 @@ class EditMemory(nn.Module):
         if self._snapshot is None:
             n, t = self._num_edits, self._num_tokens
             length = self.edit_lengths[:n]
+            with torch.inference_mode(False):  # a snapshot made in inference mode must serve a backward pass later
+                start = length.cumsum(0) - length
             self._snapshot = Snapshot(
                 tables={name: getattr(self, name)[:n] for name in self.edit_tables}
                 | {name: getattr(self, name)[:t] for name in self.token_tables},
                 ids=tuple(self.ids),
-                start=length.cumsum(0) - length,
+                start=start,
                 length=length,
             )
         return self._snapshot
@@ -250,8 +264,13 @@ class EditMemory(nn.Module):
                 )
         text = found["record_bytes"].cpu().numpy().tobytes().decode()
         records = json.loads(text) if text else [{} for _ in ids]
-        if len(records) != len(ids) or len(lengths) != len(ids):
-            raise ValueError(f"{len(ids)} edits with {len(records)} records and {len(lengths)} lengths; the file is damaged.")
+        least = 1 if self.token_tables else 0
+        whole = len(records) == len(lengths) == len(set(ids)) and min(lengths, default=least) >= least
+        if not whole or not all(isinstance(record, dict) for record in records):
+            raise ValueError(
+                f"{len(ids)} edits (numbers {ids[:8]}) with {len(records)} records and lengths {lengths[:8]} do not fit "
+                f"together; the file is damaged. Restore it from a copy."
+            )
         device = self.edit_ids.device
         # A model being filled from a file may still be on the meta device; the file's tensors are real.
         place = found["edit_ids"].device if device.type == "meta" else device
@@ -260,7 +279,7 @@ class EditMemory(nn.Module):
             setattr(self, name, found[name].detach().to(place).clone())
         self._records = dict(zip(ids, records))
         self._num_edits, self._num_tokens, self._snapshot = len(ids), sum(lengths), None
-
+        self._highest_id = max([self._highest_id, *ids])
 
 
 class MemoryGroup:
@@ -272,11 +291,10 @@ class MemoryGroup:
 
     def __init__(self):
         self.memories: dict[str, EditMemory] = {}
-        self._last_id = 0
         self._lock = threading.RLock()
 
     def __getstate__(self):
-        return {"memories": self.memories, "_last_id": self._last_id}
+        return {"memories": self.memories}
 
     def __setstate__(self, state):
         self.__dict__.update(state)
@@ -303,8 +321,8 @@ class MemoryGroup:
         return {name: snapshots[name].rows(edit_id, memory.token_tables) for name, memory in self.memories.items()}
 
     def next_id(self) -> int:
-        """A number that no edit has or, since this memory was loaded, has had."""
-        return max([self._last_id, *self.ids()]) + 1
+        """A number that no edit of this memory has or has had."""
+        return max((memory.highest_id for memory in self.memories.values()), default=0) + 1
 
     def add(self, rows: Mapping[str, Mapping[str, Tensor]], record: Mapping[str, object]) -> int:
         """Store one edit in every memory, or in none. `rows`: memory name to the rows of its tables."""
@@ -314,9 +332,14 @@ class MemoryGroup:
             for name, memory in self.memories.items():
                 memory.check(rows[name])
             edit_id = self.next_id()
-            for name, memory in self.memories.items():
-                memory.add(edit_id, rows[name], record if memory is self.first else None)
-            self._last_id = edit_id
+            try:
+                for name, memory in self.memories.items():
+                    memory.add(edit_id, rows[name], record if memory is self.first else None)
+            except BaseException:  # a record that is no JSON, no memory left, Ctrl-C: in all of them or in none
+                for memory in self.memories.values():
+                    if edit_id in memory.ids:
+                        memory.remove(edit_id)
+                raise
             return edit_id
 
     def remove(self, edit_id: int) -> None:

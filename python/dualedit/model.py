@@ -28,6 +28,24 @@ def _ensure_runtime(model: nn.Module, image_ids: list[int]) -> EditRuntime:
     return runtime
 
 
+def _drop_runtime(model: nn.Module) -> None:
+    runtime = runtime_of(model)
+    if runtime is not None and not any(isinstance(module, EditLayer) for module in model.modules()):
+        runtime.uninstall()
+        del model._dualedit_runtime
+
+
+def remove_editors(model: nn.Module) -> None:
+    """Take every editor out of a base model, however far its injection had come."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, EditLayer):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, module.base_layer)
+    _drop_runtime(model)
+    if all(isinstance(config, EditConfig) for config in getattr(model, "peft_config", {}).values()):
+        model.__dict__.pop("peft_config", None)
+
+
 class EditTuner(BaseTuner):
     """What both tuners share: placing wrapped layers, checkpoint keys, and leaving without a trace."""
 
@@ -69,10 +87,7 @@ class EditTuner(BaseTuner):
 
     def _unload_and_optionally_merge(self, *args, **kwargs) -> nn.Module:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
-        runtime = runtime_of(model)
-        if runtime is not None and not any(isinstance(module, EditLayer) for module in model.modules()):
-            runtime.uninstall()
-            del model._dualedit_runtime
+        _drop_runtime(model)
         return model
 
     @classmethod

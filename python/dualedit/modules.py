@@ -68,12 +68,18 @@ class EditCrossAttention(nn.Module):
         )  # fmt: skip
         if torch.is_grad_enabled() and any(part.requires_grad for part in parts):
             return fold_query(*parts)
-        # Between two training steps the fold is the same; a parameter's version counts its in-place changes.
-        state = tuple(number for part in parts for number in (id(part), part._version))
-        if self._folded is None or self._folded[0] != state:
-            with torch.no_grad():
-                self._folded = (state, fold_query(*parts))
-        return self._folded[1]
+        # Between two training steps the fold is the same. A parameter's version counts its in-place changes; moving
+        # or casting the module gives it other memory.
+        state = tuple(number for part in parts for number in (part.data_ptr(), part.dtype, part._version))
+        folded = self._folded
+        if folded is None or folded[0] != state:
+            with torch.inference_mode(False), torch.no_grad():
+                self._folded = folded = (state, fold_query(*parts))
+        return folded[1]
+
+    def train(self, mode: bool = True):
+        self._folded = None  # weights that were written to through `.data` do not count a version
+        return super().train(mode)
 
     def __getstate__(self):
         return {**self.__dict__, "_folded": None}

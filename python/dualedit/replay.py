@@ -8,6 +8,7 @@ model runs instead.
 
 from __future__ import annotations
 
+import threading
 from typing import Any, Callable, Mapping
 
 import torch
@@ -52,8 +53,10 @@ class Replay:
         watched = {id(m): m for m in [*layers[self.first :], *(c for c in stack.children() if c is not layers)]}
         calls: list[tuple[nn.Module, tuple, dict]] = []
 
+        own = threading.get_ident()
+
         def note(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            if calls or module is layers[self.first]:
+            if threading.get_ident() == own and (calls or module is layers[self.first]):
                 calls.append((module, args, dict(kwargs)))
 
         handles = [m.register_forward_pre_hook(note, with_kwargs=True) for m in watched.values()]

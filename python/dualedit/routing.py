@@ -43,9 +43,9 @@ def last_state(hidden: Tensor, position: Tensor) -> Tensor:
 
 def mean_state(hidden: Tensor, mask: Tensor) -> Tensor:
     """Mean [B, D] of hidden [B, L, D] over mask [B, L], summed in float32; zero where the mask is empty."""
-    weights = mask.to(hidden.device, torch.float32)
-    total = torch.einsum("bl,bld->bd", weights, hidden.float())
-    return total / weights.sum(dim=1, keepdim=True).clamp(min=1)
+    mask = mask.to(hidden.device).unsqueeze(-1)
+    total = hidden.float().masked_fill(~mask, 0.0).sum(dim=1)  # not times zero: padding may hold NaN
+    return total / mask.sum(dim=1).clamp(min=1)
 
 
 def pool_key(hidden: Tensor, key: str, prompt: Tensor, last: Tensor) -> Tensor:
@@ -65,4 +65,5 @@ def route_codebook(hidden: Tensor, forward: ForwardPass, key: str, metric: str, 
     """
     prompt = forward.columns(forward.sequence.prompt.prompt())
     query = pool_key(hidden, key, prompt, forward.position(forward.sequence.prompt.last))
-    return nearest_key(query, edits.tables["key"].float(), edits.tables["radius"].float(), metric)
+    index, distance = nearest_key(query, edits.tables["key"].float(), edits.tables["radius"].float(), metric)
+    return torch.where(prompt.any(dim=1).to(index.device), index, -1), distance  # no prompt, no question, no edit

@@ -11,12 +11,16 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import safe_open
 from torch import nn
 
 from .config import check_adapter_file
+from .context import runtime_of
+from .model import remove_editors
 
 _CONFIG = "adapter_config.json"
+_WEIGHTS = "adapter_model.safetensors"
 
 
 def save_edits(model: PeftModel, folder: str | os.PathLike[str]) -> None:
@@ -36,43 +40,112 @@ def save_edits(model: PeftModel, folder: str | os.PathLike[str]) -> None:
     if target.exists() and not target.is_dir():
         raise ValueError(f"folder={str(target)!r} is a file: pass a folder.")
     target.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    # In the same directory, so that moving files in is a rename within one file system.
+    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
+        made = work / "new"
+        made.mkdir()
         model.save_pretrained(made)
-        _sync(made)
-        _swap(made, target)
+        for file in _files(made):
+            _sync(file)
+        if target.exists():
+            _swap(made, target, work / "old")
+        else:
+            os.replace(made, target)
+        _sync(target)
     finally:
-        shutil.rmtree(made, ignore_errors=True)
+        shutil.rmtree(work, ignore_errors=True)
 
 
-def _sync(folder: Path) -> None:
-    for file in folder.rglob("*"):
-        if file.is_file():
-            with open(file, "rb") as opened:
-                os.fsync(opened.fileno())
+def _files(folder: Path) -> list[Path]:
+    """The files of a folder, weights before configs: a config never announces edits that are not there yet."""
+    return sorted((f for f in folder.rglob("*") if f.is_file()), key=lambda f: (f.name == _CONFIG, str(f)))
 
 
-def _swap(made: Path, target: Path) -> None:
-    """Move the new files over the old ones: the weights first, so that a config never announces missing edits."""
-    files = sorted((f for f in made.rglob("*") if f.is_file()), key=lambda f: (f.name == _CONFIG, str(f)))
+def _sync(path: Path) -> None:
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
+def _swap(made: Path, target: Path, kept: Path) -> None:
+    """Move the new files over the old ones, each in one step; if one move fails, all the old ones come back.
+
+    Only a power cut between two moves can leave new weights beside an old config. Where the two do not fit, loading
+    says so, and the old files are still in `kept`.
+    """
+    files = [file.relative_to(made) for file in _files(made)]
     for file in files:
-        place = target / file.relative_to(made)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(file, place)
+        if (target / file).is_file():
+            (kept / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(target / file, kept / file)
+    moved: list[Path] = []
+    try:
+        for file in files:
+            (target / file).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(made / file, target / file)
+            moved.append(file)
+    except BaseException:
+        for file in moved:
+            if (kept / file).is_file():
+                shutil.move(kept / file, target / file)
+            else:
+                (target / file).unlink()
+        raise
 
 
 def load_edits(base: nn.Module, folder: str | os.PathLike[str], is_trainable: bool = False) -> PeftModel:
     """Put saved edits on a base model: `PeftModel.from_pretrained` with the folder checked first.
 
     Raises:
-        ValueError: no such folder, no adapter in it, a file cut short, or edits of another base model. The base
-            model is left as it was.
+        ValueError: no such folder, no adapter in it, a file cut short, a file without some of the tensors, or edits
+            of another base model. The base model is left as it was.
     """
     path = Path(folder)
+    _check_folder(path)
+    if runtime_of(base) is not None or isinstance(base, PeftModel):
+        raise ValueError(
+            f"base is a {type(base).__name__} with an edit adapter already: pass the base model (model.unload() gives "
+            f"it back), or add the saved edits beside the others with model.load_adapter(folder, adapter_name)."
+        )
+    trainable = {name: parameter.requires_grad for name, parameter in base.named_parameters()}
+    try:
+        model = PeftModel.from_pretrained(base, str(path), is_trainable=is_trainable)
+        _check_complete(model, path)
+    except BaseException as error:
+        remove_editors(base)
+        for name, parameter in base.named_parameters():
+            parameter.requires_grad_(trainable[name])
+        if isinstance(error, RuntimeError):
+            raise ValueError(
+                f"folder={str(path)!r}: {_WEIGHTS} and {_CONFIG} do not fit together or do not fit this model: {error}"
+            ) from error
+        raise
+    return model
+
+
+def _check_folder(path: Path) -> None:
     if not (path / _CONFIG).is_file():
         what = "holds no adapter_config.json" if path.is_dir() else "does not exist"
-        raise ValueError(f"folder={str(path)!r} {what}: pass a folder that save_edits or save_pretrained has written.")
-    if not (path / "adapter_model.safetensors").is_file():
-        raise ValueError(f"folder={str(path)!r} holds no adapter_model.safetensors: its edits are missing.")
+        inside = sorted(file.parent.name for file in path.glob(f"*/{_CONFIG}"))
+        hint = f"pass one of its folders {inside}" if inside else "pass a folder that save_edits has written"
+        raise ValueError(f"folder={str(path)!r} {what}: {hint}.")
+    if not (path / _WEIGHTS).is_file():
+        raise ValueError(f"folder={str(path)!r} holds no {_WEIGHTS}: its edits are missing. Save them again.")
     check_adapter_file(path)
-    return PeftModel.from_pretrained(base, str(path), is_trainable=is_trainable)
+
+
+def _check_complete(model: PeftModel, path: Path) -> None:
+    """Refuse a file without some of the adapter's tensors, which PEFT would only warn about."""
+    with safe_open(str(path / _WEIGHTS), framework="pt") as tensors:
+        missing = sorted(set(get_peft_model_state_dict(model)) - set(tensors.keys()))
+    for group in runtime_of(model.get_base_model()).groups.values():
+        if len({tuple(memory.ids) for memory in group.memories.values()}) > 1:
+            raise ValueError(f"folder={str(path)!r}: its layers hold different edits; the file is damaged.")
+    if missing:
+        raise ValueError(
+            f"folder={str(path)!r}: {_WEIGHTS} lacks {len(missing)} tensors, the first of them {missing[0]!r}. "
+            f"Restore the file from a copy or save the edits again."
+        )

@@ -1,0 +1,63 @@
+# make setup   .venv with everything the rest needs (the other targets do this by themselves)
+# make demo    an edit before and after, figures over 100 edits, and a page: demo_output/demo.html
+# make test    all tests
+# make fast    tests that take seconds, stopping at the first failure: the inner loop
+# make lint    ruff
+# make bench   benchmarks of the operators, results in benchmarks/results/local
+# make readme  the demo, with its output put into README.md
+# make clean   remove what the above made, .venv included
+#
+# Which torch: `make setup TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"` for the CPU
+# build of a Linux machine (plain `torch` brings gigabytes of CUDA there), `make setup TORCH=torch` for a GPU,
+# `make setup VENV_FLAGS=--system-site-packages` to use the torch that python3 has already.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+VENV_FLAGS ?=
+
+# The embedded model is too small to gain from more threads, and tests run beside other work.
+OMP_NUM_THREADS ?= 1
+export OMP_NUM_THREADS
+
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.setup-stamp
+NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
+OPERATORS := $(patsubst benchmarks/bench_%.py,%,$(sort $(wildcard benchmarks/bench_*.py)))
+
+.PHONY: setup demo test fast lint bench readme clean
+.DEFAULT_GOAL := setup
+
+setup: $(STAMP)
+
+# Without build isolation, because the C++ library is compiled against the torch that is installed here.
+$(STAMP): pyproject.toml setup.py $(NATIVE)
+	test -x $(PY) || $(PYTHON) -m venv $(VENV_FLAGS) $(VENV)
+	$(PY) -c "import torch" 2>/dev/null || $(PY) -m pip install $(TORCH)
+	$(PY) -m pip install "setuptools>=77" wheel
+	$(PY) -m pip install --no-build-isolation -e ".[test]"
+	touch $@
+
+demo: $(STAMP)
+	$(PY) -m dualedit.cli demo --json demo_output/demo.json --page demo_output/demo.html
+
+test: $(STAMP)
+	$(PY) -m pytest -q
+
+fast: $(STAMP)
+	$(PY) -m pytest -q -x -m "not slow"
+
+lint: $(STAMP)
+	$(PY) -m ruff check .
+
+bench: $(STAMP)
+	set -e; for op in $(OPERATORS); do \
+	  $(PY) -m benchmarks.bench_$$op --json benchmarks/results/local/$$op.json; done
+
+readme: $(STAMP)
+	$(PY) -m dualedit.cli demo --json demo_output/demo.json --page demo_output/demo.html --readme README.md
+
+clean:
+	rm -rf $(VENV) build demo_output .pytest_cache .ruff_cache *.egg-info python/*.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -f dualedit_kernels/*.so

@@ -1,0 +1,1 @@
+"""Benchmarks of the operators: ``python -m benchmarks.bench_<op>``."""

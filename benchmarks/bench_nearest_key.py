@@ -1,0 +1,131 @@
+"""nearest_key against faiss, torch.cdist and the matrix product trick.
+
+    python -m benchmarks.bench_nearest_key --json benchmarks/results/<machine>.json
+
+Every rival answers the same question, the nearest key of each query and its distance. Ours also applies the
+radius. With --massive the keys look like hidden states: a few activations of size 1e3 that all keys share. A
+rival whose argmin or distance is wrong is not timed; the expansion |q|^2 - 2 q.k + |k|^2 is, there.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from benchmarks.common import Benchmark, Rival, arguments
+from dualedit_kernels import backend, nearest_key
+from dualedit_kernels.nearest_key.reference import nearest_key_reference
+
+SHAPES = [(1_000, 4096), (100_000, 1024), (100_000, 4096)]
+BATCHES = (1, 8, 32, 128)
+
+
+def main() -> None:
+    """Run the benchmark from the command line."""
+    parser = arguments(__doc__.splitlines()[0])
+    parser.add_argument(
+        "--massive", action="store_true", help="keys with massive activations, as hidden states have"
+    )
+    options = parser.parse_args()
+    benchmark = Benchmark("nearest_key", options)
+    for count, dim in SHAPES[:1] if options.quick else SHAPES:
+        for batch in BATCHES[:3] if options.quick else BATCHES:
+            shape = {"batch": batch, "keys": count, "dim": dim, "massive": options.massive}
+            benchmark.compare(shape, rivals(*problem(batch, count, dim, options), options))
+    benchmark.finish()
+    if options.plot is not None:
+        from benchmarks.plots import draw
+
+        draw(benchmark, options.plot)
+
+
+def problem(batch: int, count: int, dim: int, options) -> tuple[Tensor, Tensor]:
+    """Queries that lie near some key, and keys, in fp32."""
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.randn(count, dim, generator=generator).mul_(0.05)
+    if options.massive:
+        keys[:, [dim // 7, dim // 2]] += torch.tensor([1000.0, -2500.0])
+    keys = keys.to(torch.bfloat16).float()  # every dtype then holds the same keys
+    chosen = torch.randint(0, count, (batch,), generator=generator)
+    query = keys[chosen] + torch.randn(batch, dim, generator=generator) * 0.01
+    return query.to(options.device), keys.to(options.device)
+
+
+def rivals(query: Tensor, keys: Tensor, options) -> list[Rival]:
+    """Ours in every dtype and implementation, then the others."""
+    want_index, want_distance = nearest_key_reference(
+        query.double() if keys.numel() < 1 << 24 else query, keys, torch.full((len(keys),), torch.inf), "l2"
+    )
+
+    def wrong(result: tuple[Tensor, Tensor]) -> str | None:
+        index, distance = result
+        bad = int((index != want_index).sum())
+        if bad:
+            return f"{bad} of {len(index)} nearest keys are wrong"
+        error = float(((distance - want_distance).abs() / want_distance).max())
+        return f"distance is off by {error:.1%}" if error > 1e-3 else None
+
+    radius = torch.full((len(keys),), torch.inf, device=keys.device)
+    narrow = keys.to(torch.bfloat16)
+    result = []
+    for dtype, held in (("float32", keys), ("bfloat16", narrow)):
+        choice = backend.explain("nearest_key", keys.device.type, held.dtype)
+        name = f"nearest_key ({choice.implementation.name})"
+        result.append(
+            Rival(
+                f"{name}" if dtype == "float32" else f"{name} bf16 keys",
+                dtype,
+                _ours(query, held, radius),
+                wrong,
+            )
+        )
+    result += _faiss(query, keys, wrong, options) if keys.device.type == "cpu" else []
+    squares = keys.square().sum(1)
+    result.append(Rival("torch matmul trick", "float32", lambda: _trick(query, keys, squares), wrong))
+    if keys.numel() * len(query) <= 1 << 31:
+        result.append(Rival("torch.cdist", "float32", lambda: _smallest(torch.cdist(query, keys)), wrong))
+    return result
+
+
+def _ours(query: Tensor, keys: Tensor, radius: Tensor):
+    return lambda: nearest_key(query, keys, radius)
+
+
+def _trick(query: Tensor, keys: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
+    distance = torch.addmm(squares, query, keys.t(), alpha=-2)  # |k|^2 - 2 q.k
+    smallest, index = distance.min(1)
+    return index, (smallest + query.square().sum(1)).clamp(min=0).sqrt()
+
+
+def _smallest(distance: Tensor) -> tuple[Tensor, Tensor]:
+    smallest, index = distance.min(1)
+    return index, smallest
+
+
+def _faiss(query: Tensor, keys: Tensor, wrong, options) -> list[Rival]:
+    try:
+        import faiss
+    except ImportError:
+        print("    faiss is not installed (pip install faiss-cpu): left out")
+        return []
+    faiss.omp_set_num_threads(options.threads)
+    flat = faiss.IndexFlatL2(keys.shape[1])
+    flat.add(keys.numpy())
+    rows = query.numpy()
+    default = faiss.cvar.distance_compute_blas_threshold
+
+    def search() -> tuple[Tensor, Tensor]:
+        squared, index = flat.search(rows, 1)
+        return torch.from_numpy(index[:, 0]), torch.from_numpy(squared[:, 0]).clamp(min=0).sqrt()
+
+    def blas(on: bool) -> None:
+        faiss.cvar.distance_compute_blas_threshold = 1 if on else default
+
+    return [
+        Rival("faiss IndexFlatL2", "float32", search, wrong),
+        Rival("faiss IndexFlatL2, BLAS forced", "float32", search, wrong, blas),
+    ]
+
+
+if __name__ == "__main__":
+    main()

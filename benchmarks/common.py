@@ -1,0 +1,171 @@
+"""What the benchmarks share: the machine, fair timing of rivals side by side, rows and files.
+
+A rival is timed only after its result has been checked in the same run; a wrong one is named and gets no
+time. Rivals take turns, so that a neighbour on the machine slows all of them alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from dualedit_kernels import library
+
+
+@dataclass
+class Row:
+    """One measured implementation."""
+
+    op: str
+    impl: str
+    device: str
+    dtype: str
+    shape: dict[str, object]
+    threads: int
+    median_ms: float
+    min_ms: float
+    max_ms: float
+    checked: bool = True
+
+
+@dataclass
+class Rival:
+    """An implementation to time.
+
+    run: the call that is timed. wrong: given the result, says what is wrong with it, or None.
+    around: called with True before and False after each turn, for rivals that need a global setting.
+    """
+
+    impl: str
+    dtype: str
+    run: Callable[[], object]
+    wrong: Callable[[object], str | None]
+    around: Callable[[bool], None] = field(default=lambda on: None)
+
+
+class Benchmark:
+    """Collects the rows of one benchmark and prints them as they come."""
+
+    def __init__(self, op: str, options: argparse.Namespace):
+        self.op, self.options = op, options
+        self.device = options.device
+        self.rows: list[Row] = []
+        self.refused: list[dict[str, object]] = []
+        torch.set_num_threads(options.threads)
+        print(json.dumps(machine()))
+
+    def compare(self, shape: dict[str, object], rivals: list[Rival]) -> None:
+        """Check every rival, time the right ones in turns, and print their rows."""
+        right = [rival for rival in rivals if self._is_right(shape, rival)]
+        repeats = {rival.impl: self._repeats(rival) for rival in right}
+        times: dict[str, list[float]] = {rival.impl: [] for rival in right}
+        for _ in range(3 if self.options.quick else 9):
+            for rival in right:
+                times[rival.impl].append(self._turn(rival, repeats[rival.impl]))
+        title = " ".join(f"{name}={value}" for name, value in shape.items())
+        print(f"{self.op}  {title}  ({self.device}, {self.options.threads} threads)")
+        for rival in right:
+            values = times[rival.impl]
+            median, low, high = statistics.median(values), min(values), max(values)
+            self.rows.append(
+                Row(
+                    self.op,
+                    rival.impl,
+                    self.device,
+                    rival.dtype,
+                    shape,
+                    self.options.threads,
+                    median,
+                    low,
+                    high,
+                )
+            )
+            ratio = statistics.median(times[right[0].impl]) / median
+            print(f"    {rival.impl:<34} {rival.dtype:<9} {median:10.3f} ms  {1 / ratio:8.2f} x the first")
+
+    def finish(self) -> None:
+        """Write the rows if --json was given."""
+        if self.options.json is None:
+            return
+        content = {"machine": machine(), "rows": [asdict(row) for row in self.rows], "refused": self.refused}
+        self.options.json.parent.mkdir(parents=True, exist_ok=True)
+        self.options.json.write_text(json.dumps(content, indent=1) + "\n")
+        print(f"wrote {self.options.json}")
+
+    def _is_right(self, shape: dict[str, object], rival: Rival) -> bool:
+        rival.around(True)
+        reason = rival.wrong(rival.run())
+        rival.around(False)
+        if reason is not None:
+            self.refused.append({"impl": rival.impl, "dtype": rival.dtype, "shape": shape, "reason": reason})
+            print(f"    {rival.impl:<34} {rival.dtype:<9} NOT TIMED, its result is wrong: {reason}")
+        return reason is None
+
+    def _repeats(self, rival: Rival) -> int:
+        once = self._turn(rival, 1) / 1e3
+        return max(1, min(1000, int((0.02 if self.options.quick else 0.1) / max(once, 1e-7))))
+
+    def _turn(self, rival: Rival, repeats: int) -> float:
+        rival.around(True)
+        self._synchronize()
+        begin = time.perf_counter()
+        for _ in range(repeats):
+            rival.run()
+        self._synchronize()
+        elapsed = time.perf_counter() - begin
+        rival.around(False)
+        return elapsed / repeats * 1e3
+
+    def _synchronize(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+
+def arguments(description: str) -> argparse.ArgumentParser:
+    """The options every benchmark has: --quick, --json, --threads, --device, --plot."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--quick", action="store_true", help="fewer shapes and turns")
+    parser.add_argument("--json", type=Path, help="write machine and rows to this file")
+    parser.add_argument("--plot", type=Path, help="draw the rows into this PNG file")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads for every rival")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    return parser
+
+
+def machine() -> dict[str, object]:
+    """What the figures depend on."""
+    result: dict[str, object] = {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "compiled_library": library.COMPILED_REASON,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+    for package in ("triton", "faiss-cpu", "peft"):
+        try:
+            result[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            result[package] = None
+    return result
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -1,0 +1,316 @@
+"""Compiles every GPU kernel offline, without a GPU, and fails if one spills, is too large or misses the tensor cores.
+
+    python -m benchmarks.compile_report [--arch 80 90] [--only attend] [--quick] [--json report.json]
+
+The configurations are not a list kept by hand: the shipped launch code runs on meta tensors at the shapes of
+LLaVA-1.5-7B, and every launch is recorded with its tiles and the facts that Triton specialises on (dtypes,
+divisibility by 16, sizes of 1). Each recorded launch is compiled for each architecture, and its registers and
+spilled bytes are read from the machine code. The CUDA sources are compiled with nvcc where it is installed.
+
+The exit status is 0 only if no kernel spills, all fit the shared memory of the chip, and every product of 16-bit
+operands runs on tensor cores. Products in fp32 are exact on purpose (no tf32) and use ordinary multiply-adds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes a block may use, CUDA programming guide
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+TRITON_TYPES = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.uint8: "u8",
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch as Triton would specialise it."""
+
+    kernel: object
+    name: str
+    signature: tuple[tuple[str, str], ...]
+    constexprs: tuple[tuple[str, object], ...]
+    divisible: tuple[int, ...]
+    options: tuple[tuple[str, int], ...]
+    scene: str = field(compare=False)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one kernel became on one architecture; ``faults`` is empty if it is fit to ship."""
+
+    kernel: str
+    arch: str
+    tiles: str
+    scene: str
+    registers: int
+    spilled: int
+    shared: int
+    tensor_cores: str
+    faults: list[str]
+
+
+def scenes() -> Iterator[tuple[str, Callable[[], object]]]:
+    """Calls of the shipped launch code on meta tensors, which together use every tile configuration."""
+    for name, dtype in DTYPES.items():
+        for rows in (1, 2, 8):
+            for metric in ("l2", "cosine"):
+                yield f"nearest_key {name} B={rows} {metric}", lambda d=dtype, b=rows, m=metric: _nearest(d, b, m)
+        for tokens in (1, 40, 640):
+            for rank in (8, 64):
+                yield f"low_rank {name} L={tokens} R={rank}", lambda d=dtype, t=tokens, r=rank: _low_rank(d, t, r)
+            yield f"full {name} L={tokens}", lambda d=dtype, t=tokens: _full(d, t)
+        for rows, tokens in ((1, 40), (8, 640)):
+            for head in (128,) if tokens == 40 else (16, 64, 80, 128, 256):
+                yield (
+                    f"attention {name} B={rows} L={tokens} head={head}",
+                    lambda d=dtype, b=rows, t=tokens, h=head: _attention(d, b, t, h),
+                )
+
+
+def launches(only: str = "", wanted: Callable[[str], bool] = lambda scene: True) -> list[Launch]:
+    """The distinct launches of all scenes; ``only``: part of a kernel's name."""
+    found: dict[Launch, None] = {}
+    for scene, run in scenes():
+        if wanted(scene):
+            with _recording(scene) as recorded:
+                run()
+            found.update((launch, None) for launch in recorded if only in launch.name)
+    return list(found)
+
+
+def compile_launch(launch: Launch, arch: int) -> Result:
+    """Compile one launch for one architecture and judge it."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    source = ASTSource(
+        launch.kernel,
+        dict(launch.signature),
+        dict(launch.constexprs),
+        {(i,): [["tt.divisibility", 16]] for i in launch.divisible},
+    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(launch.options))
+    registers, spilled = resources(compiled.asm["cubin"])
+    shared = compiled.metadata.shared
+    narrow_dots = re.findall(r"tt\.dot .*: tensor<\d+x\d+x(?:bf16|f16)", compiled.asm["ttir"])
+    units = "wgmma" if "wgmma.mma_async" in compiled.asm["ptx"] else "mma" if "mma.sync" in compiled.asm["ptx"] else "-"
+    faults = []
+    if spilled:
+        faults.append(f"spills {spilled} bytes")
+    if shared > SHARED_LIMIT[arch]:
+        faults.append(f"needs {shared} bytes of shared memory, the chip has {SHARED_LIMIT[arch]}")
+    if narrow_dots and units == "-":
+        faults.append("a product of 16-bit operands does not use the tensor cores")
+    tiles = {n: v for n, v in launch.constexprs if n.startswith("B") and n != "BACKWARD"} | dict(launch.options)
+    text = " ".join(f"{name.removeprefix('num_')}={value}" for name, value in tiles.items())
+    return Result(launch.name, f"sm_{arch}", text, launch.scene, registers, spilled, shared, units, faults)
+
+
+def resources(cubin: bytes) -> tuple[int, int]:
+    """(registers, bytes of stack) of the one kernel in a cubin; Triton's kernels use the stack for spills alone."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), "-res-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    figures = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
+    return int(figures[1]), int(figures[2]) + int(figures[3])
+
+
+def compile_cuda(arch: int) -> list[Result]:
+    """Compile csrc/cuda/*.cu with nvcc; an empty list if there is no nvcc."""
+    nvcc = shutil.which("nvcc")
+    results = []
+    folder = Path(__file__).parents[1] / "csrc"
+    for source in sorted(folder.glob("cuda/*.cu")) if nvcc else []:
+        command = [nvcc, "-cubin", "-O3", "-std=c++17", f"-arch=sm_{arch}", "-Xptxas", "-v", "-I", str(folder)]
+        done = subprocess.run([*command, str(source), "-o", "/dev/null"], capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"nvcc failed for {source.name}:\n{done.stderr}")
+        names = {name for name, *_ in _ptxas_figures(done.stderr)}
+        readable = _demangle(sorted(names))
+        for name, registers, spilled, shared in _ptxas_figures(done.stderr):
+            faults = [f"spills {spilled} bytes"] if spilled else []
+            results.append(
+                Result(readable[name], f"sm_{arch}", "", source.name, registers, spilled, shared, "-", faults)
+            )
+    return results
+
+
+def main() -> int:
+    """Run from the command line; the exit status says whether all kernels are fit to ship."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90], choices=sorted(SHARED_LIMIT))
+    parser.add_argument("--only", default="", help="kernels whose name contains this")
+    parser.add_argument("--quick", action="store_true", help="bf16 only")
+    parser.add_argument("--json", type=Path, help="write the rows to this file")
+    options = parser.parse_args()
+    chosen = launches(options.only, lambda scene: not options.quick or " bf16 " in scene)
+    print(f"{'kernel':<22} {'arch':<6} {'regs':>4} {'spill':>5} {'shared':>7} {'units':<6} tiles | first used by")
+    results = []
+    for launch in chosen:
+        for arch in options.arch:
+            results.append(compile_launch(launch, arch))
+            show(results[-1])
+    for arch in options.arch if not options.only else []:
+        cuda = compile_cuda(arch)
+        if not cuda:
+            print(f"csrc/cuda is not compiled for sm_{arch}: there is no nvcc on the PATH")
+        for result in cuda:
+            results.append(result)
+            show(result)
+    if options.json is not None:
+        options.json.write_text(json.dumps([asdict(result) for result in results], indent=1) + "\n")
+    bad = [result for result in results if result.faults]
+    print(f"{len(results)} kernels compiled, {len(bad)} not fit to ship")
+    return 1 if bad or not results else 0
+
+
+def show(result: Result) -> None:
+    """Print one row of the table."""
+    print(
+        f"{result.kernel:<22} {result.arch:<6} {result.registers:>4} {result.spilled:>5} {result.shared:>7} "
+        f"{result.tensor_cores:<6} {result.tiles} | {result.scene}"
+        + "".join(f"  FAULT: {fault}" for fault in result.faults),
+        flush=True,
+    )
+
+
+@contextmanager
+def _recording(scene: str) -> Iterator[list[Launch]]:
+    """Record the launches of Triton kernels in place of launching them."""
+    from triton.runtime.jit import JITFunction
+
+    from dualedit_kernels import triton_support
+
+    recorded: list[Launch] = []
+
+    def run(kernel, *args, grid, warmup, **options):
+        recorded.append(_specialise(kernel, args, options, scene))
+
+    before, JITFunction.run = JITFunction.run, run
+    assert not triton_support.interpreting(), "the interpreter does not compile: unset TRITON_INTERPRET"
+    try:
+        yield recorded
+    finally:
+        JITFunction.run = before
+
+
+def _specialise(kernel, args: tuple, options: dict[str, object], scene: str) -> Launch:
+    names = [p.name for p in kernel.params]
+    values = dict(zip(names, args, strict=False))
+    launch_options = {name: value for name, value in options.items() if name not in names}
+    values.update((name, value) for name, value in options.items() if name in names)
+    signature, constexprs, divisible = [], [], []
+    for i, parameter in enumerate(kernel.params):
+        value, name = values[parameter.name], parameter.name
+        fixed = parameter.do_not_specialize
+        if parameter.is_constexpr or (isinstance(value, int) and value == 1 and not fixed):
+            signature.append((name, "constexpr"))
+            constexprs.append((name, value))
+        elif isinstance(value, torch.Tensor):
+            signature.append((name, "*" + TRITON_TYPES[value.dtype]))
+            divisible.append(i)
+        elif isinstance(value, float):
+            signature.append((name, "fp32"))
+        else:
+            signature.append((name, "i32" if abs(value) < 2**31 else "i64"))
+            if value % 16 == 0 and not fixed:
+                divisible.append(i)
+    return Launch(
+        kernel, kernel.fn.__name__, tuple(signature), tuple(constexprs), tuple(divisible),
+        tuple(sorted(launch_options.items())), scene,
+    )  # fmt: skip
+
+
+def _meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def _nearest(dtype: torch.dtype, rows: int, metric: str) -> None:
+    from dualedit_kernels.nearest_key import triton_kernel
+
+    query, keys = _meta(rows, 4096, dtype=dtype), _meta(1000, 4096, dtype=dtype)
+    triton_kernel.nearest_key(query, keys, _meta(1000, dtype=torch.float32), metric)
+
+
+def _low_rank(dtype: torch.dtype, tokens: int, rank: int) -> None:
+    from dualedit_kernels.routed_linear import triton_kernel
+
+    base, x = _meta(4, tokens, 11008, dtype=dtype), _meta(4, tokens, 4096, dtype=dtype)
+    down, up = _meta(100, rank, 4096, dtype=dtype), _meta(100, 11008, rank, dtype=dtype)
+    index = _meta(4, dtype=torch.int64)
+    triton_kernel.low_rank(base, x, down, up, index)
+    triton_kernel.low_rank_backward(base, x, down, up, index, [True] * 3)
+
+
+def _full(dtype: torch.dtype, tokens: int) -> None:
+    from dualedit_kernels.routed_linear import triton_kernel
+
+    base, x = _meta(4, tokens, 11008, dtype=dtype), _meta(4, tokens, 4096, dtype=dtype)
+    weight, bias, index = (
+        _meta(100, 11008, 4096, dtype=dtype), _meta(11008, dtype=dtype), _meta(4, dtype=torch.int64),
+    )  # fmt: skip
+    triton_kernel.full(base, x, weight, bias, index)
+    triton_kernel.full_backward(base, x, weight, index, [True] * 4)
+
+
+def _attention(dtype: torch.dtype, rows: int, tokens: int, head: int) -> None:
+    from dualedit_kernels.gated_edit_attention import triton_backward, triton_kernel
+
+    dim, heads, slots = 4096, 8, 100
+    size = heads * head
+    hidden, span = _meta(rows, tokens, dim, dtype=dtype), _meta(rows, tokens, dtype=torch.bool)
+    route, start, length = (_meta(n, dtype=torch.int64) for n in (rows, slots, slots))
+    k, v = _meta(62000, size, dtype=dtype), _meta(62000, size, dtype=dtype)
+    weights = [_meta(*shape, dtype=dtype) for shape in ((size, dim), (size,), (dim, size), (dim,))]
+    args = (span, route, k, v, start, length, *weights, heads, 1e-5)
+    triton_kernel.forward(hidden, *args)
+    triton_kernel.forward_(hidden, *args)
+    triton_backward.backward(hidden, hidden, *args, [True] * 7)
+
+
+def _ptxas_figures(log: str) -> list[tuple[str, int, int, int]]:
+    """(mangled name, registers, spilled bytes, static shared bytes) of every kernel in a log of ptxas -v."""
+    figures = []
+    for part in re.split(r"Compiling entry function '", log)[1:]:
+        spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", part))
+        shared = re.search(r"(\d+) bytes smem", part)
+        registers = int(re.search(r"Used (\d+) registers", part).group(1))
+        figures.append((part.split("'")[0], registers, spills, int(shared.group(1)) if shared else 0))
+    return figures
+
+
+def _demangle(names: list[str]) -> dict[str, str]:
+    tool = shutil.which("cu++filt") or shutil.which("c++filt")
+    if tool is None or not names:
+        return {name: name for name in names}
+    text = subprocess.run([tool, *names], capture_output=True, text=True, check=True).stdout.splitlines()
+    short = [re.sub(r"\(.*", "", re.sub(r"^void |dualedit::|\(anonymous namespace\)::", "", line)) for line in text]
+    return dict(zip(names, short, strict=True))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

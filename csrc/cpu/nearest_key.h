@@ -1,0 +1,42 @@
+// Nearest key by direct differences: what the kernels of every instruction set share.
+#pragma once
+
+#include <cstdint>
+
+namespace dualedit {
+
+// Storage of 16-bit floats; the instruction sets convert them themselves.
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+enum class KeyType { kFloat32, kBFloat16, kFloat16 };
+
+// One lookup. Distances are squared Euclidean; for the cosine metric both sides are scaled to length 1 first,
+// and half of the squared distance is 1 - cos.
+struct Lookup {
+  const float* query;  // [batch, stride], zero beyond dim, of length 1 for the cosine metric; 64-byte aligned
+  int64_t batch;
+  int64_t dim;
+  int64_t stride;  // dim rounded up to kLanes
+  const void* keys;  // [*, dim]
+  KeyType type;
+  bool cosine;
+};
+
+constexpr int64_t kLanes = 16;  // the widest register of any instruction set, in floats
+constexpr int64_t kMaxBlock = 4;  // keys that any instruction set holds at once
+
+// Scan keys first..last in ascending order and lower best/index [batch] wherever a key is strictly closer, so
+// the lowest index keeps a tie. NaN is never closer. scratch: [kMaxBlock, stride] floats, 64-byte aligned.
+using Scan = void (*)(
+    const Lookup& lookup, int64_t first, int64_t last, float* best, int64_t* index, float* scratch);
+
+// Instruction sets, worst first.
+enum class Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
+Isa best_isa();
+
+}  // namespace dualedit

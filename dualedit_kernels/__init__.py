@@ -1,0 +1,22 @@
+"""Operators for editing vision-language models: nearest-key routing, gated edit attention, routed linear.
+
+Every function is differentiable where it can be, works under ``torch.compile``, runs on any device PyTorch
+runs on, and promises that a row routed to -1 ("no edit") leaves unchanged bit for bit.
+Which implementation runs, and why: ``python -m dualedit_kernels``.
+"""
+
+from .gated_edit_attention.op import Gate, fold_query, gated_edit_attention
+from .nearest_key.op import nearest_key
+from .routed_linear.op import Full, LowRank, routed_linear
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Full",
+    "Gate",
+    "LowRank",
+    "fold_query",
+    "gated_edit_attention",
+    "nearest_key",
+    "routed_linear",
+]

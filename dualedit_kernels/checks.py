@@ -1,0 +1,43 @@
+"""Checks of arguments: every error names the argument, the value and the remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def tensor(
+    name: str, value: object, shape: Sequence[int | str], dtypes: Sequence[torch.dtype], like: Tensor
+) -> None:
+    """Raise unless ``value`` is a tensor on the device of ``like`` with that shape and one of those dtypes.
+
+    A letter in ``shape`` matches any size, a number matches itself.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"{name} must be a tensor, got {type(value).__name__}: pass one of shape {_show(shape)}."
+        )
+    sizes = zip(shape, value.shape, strict=False)
+    if value.ndim != len(shape) or any(isinstance(want, int) and want != got for want, got in sizes):
+        raise ValueError(
+            f"{name} has shape {list(value.shape)}, expected {_show(shape)}: reshape {name} or the others."
+        )
+    if value.dtype not in dtypes:
+        wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{name} has dtype {value.dtype}, expected {wanted}: convert it with {name}.to(...).")
+    if value.device != like.device:
+        raise ValueError(f"{name} is on {value.device}, the others on {like.device}: move it there.")
+
+
+def choice(name: str, value: object, allowed: Sequence[object]) -> None:
+    """Raise unless ``value`` is one of ``allowed``."""
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r} is unknown: use one of {', '.join(repr(a) for a in allowed)}.")
+
+
+def _show(shape: Sequence[int | str]) -> str:
+    return "[" + ", ".join(str(size) for size in shape) + "]"

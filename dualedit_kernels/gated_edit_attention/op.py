@@ -1,0 +1,272 @@
+"""The public `gated_edit_attention` and `fold_query`, with fake implementation, autograd and backends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from .. import backend, checks
+from ..library import LIBRARY, NAMESPACE
+from ..nearest_key.op import nearest_key
+from ..products import ONEDNN, onednn_refuses
+from . import eager, triton_backend
+from .reference import gated_edit_attention_reference
+
+
+@dataclass(frozen=True)
+class Gate:
+    """The last-token gate: row b is routed by its hidden state at position last[b].
+
+    last: [B] int64, position of the token that asks (the last token of the prompt).
+    keys, radius, metric: as in `nearest_key`; slot i of the memory belongs to keys[i].
+    """
+
+    last: Tensor
+    keys: Tensor
+    radius: Tensor
+    metric: str = "cosine"
+
+
+def fold_query(
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    w_in: Tensor,
+    b_in: Tensor | None,
+    w_query: Tensor,
+    b_query: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Fold LayerNorm's affine, the input projection and the query projection into one matrix.
+
+    The three are linear in a row, so ``query(in(LN(x))) == LN0(x) @ w_q.T + b_q`` with LN0 the LayerNorm
+    without affine. Differentiable; computed in fp32 or better and returned in the dtype of ``w_query``.
+
+    Args:
+        norm_weight: [D]; norm_bias: [D] or None.
+        w_in: [M, D]; b_in: [M] or None.
+        w_query: [M, M]; b_query: [M] or None.
+
+    Returns:
+        w_q: [M, D] and b_q: [M].
+    """
+    checks.tensor("w_query", w_query, ("M", "M"), checks.FLOATS, w_query)
+    size, dim = w_in.shape if w_in.ndim == 2 else ("M", "D")
+    checks.tensor("w_in", w_in, (w_query.shape[1], dim), checks.FLOATS, w_query)
+    checks.tensor("norm_weight", norm_weight, (dim,), checks.FLOATS, w_query)
+    for name, bias, shape in (
+        ("norm_bias", norm_bias, dim),
+        ("b_in", b_in, size),
+        ("b_query", b_query, len(w_query)),
+    ):
+        if bias is not None:
+            checks.tensor(name, bias, (shape,), checks.FLOATS, w_query)
+    out = w_query.dtype
+    wide = torch.float64 if out == torch.float64 else torch.float32
+    w_in, w_query = w_in.to(wide), w_query.to(wide)
+    shift = w_in.new_zeros(w_in.shape[0])
+    if norm_bias is not None:
+        shift = w_in @ norm_bias.to(wide)
+    if b_in is not None:
+        shift = shift + b_in.to(wide)
+    b_q = w_query @ shift
+    if b_query is not None:
+        b_q = b_q + b_query.to(wide)
+    return (w_query @ (w_in * norm_weight.to(wide))).to(out), b_q.to(out)
+
+
+def gated_edit_attention(
+    hidden: Tensor,
+    span: Tensor,
+    k: Tensor,
+    v: Tensor,
+    start: Tensor,
+    length: Tensor,
+    w_q: Tensor,
+    b_q: Tensor,
+    w_o: Tensor,
+    b_o: Tensor,
+    num_heads: int,
+    eps: float,
+    route: Tensor | None = None,
+    gate: Gate | None = None,
+    inplace: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Let the tokens of routed rows attend to the cached keys and values of their edit, and add the result.
+
+    ``out[b, t] = hidden[b, t] + MHA(LN0(hidden[b, t]) @ w_q.T + b_q, k[slot], v[slot]) @ w_o.T + b_o`` where
+    ``span[b, t]`` and ``route[b] >= 0``, with slot = start[route[b]] .. start[route[b]] + length[route[b]].
+    Every other element is bit-identical to ``hidden``. A slot of length 0 holds no edit: its rows stay.
+
+    Args:
+        hidden: [B, L, D], the residual stream.
+        span: [B, L] bool, the tokens an edit may change.
+        k, v: [T, M], cached keys and values of all edits, one after the other.
+        start, length: [N] int64, the rows of k and v that belong to each edit.
+        w_q: [M, D], b_q: [M], folded query projection (see `fold_query`).
+        w_o: [D, M], b_o: [D], output projection.
+        num_heads: number of heads; divides M. The scale is 1/sqrt(M/num_heads).
+        eps: of the LayerNorm.
+        route: [B] int64, the edit of each row or -1; exactly one of ``route`` and ``gate`` is given.
+        gate: routes row b by ``nearest_key(hidden[b, gate.last[b]], ...)``.
+        inplace: change ``hidden`` itself and return it; refused where a gradient is recorded.
+
+    Returns:
+        hidden: [B, L, D] and route: [B] int64.
+
+    The compute dtype is that of ``hidden`` (k, v and weights of another dtype are converted, so keep
+    them in it for speed), with LayerNorm and softmax in fp32 or better. Differentiable once with respect
+    to hidden, k, v, w_q, b_q, w_o and b_o, not through the route.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong dtype, shape, device or value.
+        IndexError: on the CPU, a route beyond the last slot.
+
+    Source: DualEdit (arXiv:2506.13638), edit cross-attention with a last-token gate, evaluated with cached
+    K/V and folded weights.
+    """
+    _check(hidden, span, k, v, start, length, w_q, b_q, w_o, b_o, num_heads)
+    if (route is None) == (gate is None):
+        raise ValueError(
+            "exactly one of route and gate must be given: pass route=[B] int64, or gate=Gate(...)."
+        )
+    if gate is not None:
+        route = _route(hidden, gate, start)
+    checks.tensor("route", route, (hidden.shape[0],), (torch.int64,), hidden)
+    k, v, w_q, b_q, w_o, b_o = (t.to(hidden.dtype) for t in (k, v, w_q, b_q, w_o, b_o))
+    args = (span, route, k, v, start, length, w_q, b_q, w_o, b_o, num_heads, float(eps))
+    if not inplace:
+        return torch.ops.dualedit_kernels.gated_edit_attention(hidden, *args), route
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (hidden, k, v, w_q, b_q, w_o, b_o)):
+        raise ValueError("inplace=True cannot record a gradient: use torch.no_grad() or inplace=False.")
+    torch.ops.dualedit_kernels.gated_edit_attention_(hidden, *args)
+    return hidden, route
+
+
+def _check(
+    hidden: Tensor,
+    span: Tensor,
+    k: Tensor,
+    v: Tensor,
+    start: Tensor,
+    length: Tensor,
+    w_q: Tensor,
+    b_q: Tensor,
+    w_o: Tensor,
+    b_o: Tensor,
+    num_heads: int,
+) -> None:
+    checks.tensor("hidden", hidden, ("B", "L", "D"), checks.FLOATS, hidden)
+    rows, tokens, dim = hidden.shape
+    checks.tensor("w_q", w_q, ("M", dim), checks.FLOATS, hidden)
+    size = w_q.shape[0]
+    checks.tensor("span", span, (rows, tokens), (torch.bool,), hidden)
+    checks.tensor("k", k, ("T", size), checks.FLOATS, hidden)
+    checks.tensor("v", v, (k.shape[0], size), checks.FLOATS, hidden)
+    checks.tensor("start", start, ("N",), (torch.int64,), hidden)
+    checks.tensor("length", length, (start.shape[0],), (torch.int64,), hidden)
+    checks.tensor("b_q", b_q, (size,), checks.FLOATS, hidden)
+    checks.tensor("w_o", w_o, (dim, size), checks.FLOATS, hidden)
+    checks.tensor("b_o", b_o, (dim,), checks.FLOATS, hidden)
+    if num_heads < 1 or size % num_heads:
+        raise ValueError(f"num_heads={num_heads} does not divide M={size}: choose a divisor of w_q.shape[0].")
+
+
+def _route(hidden: Tensor, gate: Gate, start: Tensor) -> Tensor:
+    checks.tensor("gate.last", gate.last, (hidden.shape[0],), (torch.int64,), hidden)
+    if gate.keys.shape[0] != start.shape[0]:
+        raise ValueError(
+            f"gate.keys has {gate.keys.shape[0]} keys, start has {start.shape[0]} slots: pass one per slot."
+        )
+    query = hidden.detach()[torch.arange(hidden.shape[0], device=hidden.device), gate.last]
+    return nearest_key(query, gate.keys, gate.radius, gate.metric)[0]
+
+
+def _forward(hidden: Tensor, *args: object) -> Tensor:
+    return backend.run("gated_edit_attention", "forward", hidden, hidden, *args)
+
+
+def _forward_(hidden: Tensor, *args: object) -> None:
+    backend.run("gated_edit_attention", "forward_", hidden, hidden, *args)
+
+
+def _backward(grad: Tensor, hidden: Tensor, *args: object) -> tuple[Tensor, ...]:
+    return backend.run("gated_edit_attention", "backward", hidden, grad, hidden, *args)
+
+
+def _fake_forward(hidden: Tensor, *args: object) -> Tensor:
+    return torch.empty_like(hidden, memory_format=torch.contiguous_format)
+
+
+def _fake_forward_(hidden: Tensor, *args: object) -> None:
+    return None
+
+
+def _fake_backward(
+    grad: Tensor, hidden: Tensor, span: Tensor, route: Tensor, *args: object
+) -> tuple[Tensor, ...]:
+    k, v, _, _, w_q, b_q, w_o, b_o, _, _, needs = args
+    grads = [
+        t.new_empty(t.shape if need else (0,))
+        for t, need in zip((hidden, k, v, w_q, b_q, w_o, b_o), needs, strict=True)
+    ]
+    return tuple(grads)
+
+
+def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:11])
+    ctx.num_heads, ctx.eps = inputs[11:]
+
+
+def _autograd(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    wanted = (0, 3, 4, 7, 8, 9, 10)  # hidden, k, v, w_q, b_q, w_o, b_o
+    needs = [ctx.needs_input_grad[i] for i in wanted]
+    grads = torch.ops.dualedit_kernels.gated_edit_attention_backward(
+        grad, *ctx.saved_tensors, ctx.num_heads, ctx.eps, needs
+    )
+    result: list[Tensor | None] = [None] * 13
+    for i, need, value in zip(wanted, needs, grads, strict=True):
+        result[i] = value if need else None
+    return tuple(result)
+
+
+def _reference_(hidden: Tensor, *args: object) -> None:
+    hidden.copy_(gated_edit_attention_reference(hidden, *args))
+
+
+for _name, _run, _fake in (
+    ("gated_edit_attention", _forward, _fake_forward),
+    ("gated_edit_attention_", _forward_, _fake_forward_),
+    ("gated_edit_attention_backward", _backward, _fake_backward),
+):
+    LIBRARY.impl(_name, _run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=LIBRARY)
+torch.library.register_autograd(
+    f"{NAMESPACE}::gated_edit_attention", _autograd, setup_context=_setup_context, lib=LIBRARY
+)
+backend.register(
+    "gated_edit_attention",
+    backend.Implementation(
+        "onednn",
+        {
+            name: partial(getattr(eager, name), products=ONEDNN)
+            for name in ("forward", "forward_", "backward")
+        },
+        onednn_refuses,
+        "batched PyTorch with oneDNN's products, touches open tokens only",
+    ),
+    *triton_backend.implementations(),
+    backend.Implementation(
+        "eager",
+        {"forward": eager.forward, "forward_": eager.forward_, "backward": eager.backward},
+        backend.anywhere,
+        "batched PyTorch runs everywhere and touches open tokens only",
+    ),
+    backend.Implementation(
+        "reference",
+        {"forward": gated_edit_attention_reference, "forward_": _reference_, "backward": eager.backward},
+        backend.anywhere,
+        "row by row, the definition",
+    ),
+)

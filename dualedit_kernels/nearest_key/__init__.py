@@ -1,0 +1,1 @@
+"""Nearest-key routing: which edit, if any, a query belongs to."""

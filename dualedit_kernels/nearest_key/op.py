@@ -1,0 +1,67 @@
+"""The public `nearest_key`, its fake implementation and its backends."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import backend, checks
+from ..library import LIBRARY, NAMESPACE
+from . import cpp, triton_backend
+from .reference import nearest_key_reference
+
+METRICS = ("l2", "cosine")
+
+
+def nearest_key(query: Tensor, keys: Tensor, radius: Tensor, metric: str = "l2") -> tuple[Tensor, Tensor]:
+    """Find the nearest key of each query, then ask whether the query lies within THAT key's radius.
+
+    Args:
+        query: [B, D], fp32, bf16, fp16 or fp64.
+        keys: [N, D], fp32, bf16, fp16 or fp64; N may be 0.
+        radius: [N] fp32, in the unit of the distance; inclusive (a query at distance == radius is inside).
+        metric: "l2" (Euclidean distance) or "cosine" (1 - cosine similarity; a similarity threshold tau is
+            a radius of 1 - tau).
+
+    Returns:
+        index: [B] int64, the nearest key, or -1 when the query lies outside its radius.
+        distance: [B] fp32 to the nearest key, inside or not; inf when there is none (N = 0, a query that is
+            not finite or, for "cosine", zero).
+
+    Distances are sums of direct differences with fp32 accumulation (fp64 if an input is fp64), so they stay
+    exact for hidden states with massive activations. Ties go to the lowest index. A key that is not finite
+    (or, for "cosine", zero) is never nearest. Indices have no gradient.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong dtype, shape, device or value.
+
+    Source: codebook lookup with per-edit radius of GRACE (arXiv:2211.11031) and BalancEdit
+    (arXiv:2505.01343); DualEdit's last-token cosine gate (arXiv:2506.13638) is metric="cosine".
+    """
+    checks.tensor("query", query, ("B", "D"), checks.FLOATS, query)
+    checks.tensor("keys", keys, ("N", query.shape[1]), checks.FLOATS, query)
+    checks.tensor("radius", radius, (keys.shape[0],), (torch.float32,), query)
+    checks.choice("metric", metric, METRICS)
+    return torch.ops.dualedit_kernels.nearest_key(query.detach(), keys.detach(), radius.detach(), metric)
+
+
+def _run(query: Tensor, keys: Tensor, radius: Tensor, metric: str) -> tuple[Tensor, Tensor]:
+    wider = query if query.dtype == torch.float64 else keys
+    return backend.run("nearest_key", "nearest_key", wider, query, keys, radius, metric)
+
+
+def _fake(query: Tensor, keys: Tensor, radius: Tensor, metric: str) -> tuple[Tensor, Tensor]:
+    rows = query.shape[0]
+    return query.new_empty((rows,), dtype=torch.int64), query.new_empty((rows,), dtype=torch.float32)
+
+
+LIBRARY.impl("nearest_key", _run, "CompositeExplicitAutograd")
+torch.library.register_fake(f"{NAMESPACE}::nearest_key", _fake, lib=LIBRARY)
+backend.register(
+    "nearest_key",
+    *cpp.implementations(),
+    *triton_backend.implementations(),
+    backend.Implementation(
+        "reference", {"nearest_key": nearest_key_reference}, backend.anywhere, "plain PyTorch runs everywhere"
+    ),
+)

@@ -1,0 +1,68 @@
+"""When Triton kernels can run, and what they need to know about the device they are launched on.
+
+Imports Triton nowhere: the package works where Triton is not installed.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def interpreting() -> bool:
+    """Whether Triton interprets kernels on the CPU (TRITON_INTERPRET=1); meant for tests, it is very slow."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def refuses(device: str, dtype: torch.dtype) -> str | None:
+    """The reason why Triton kernels cannot run for a device type and dtype, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if interpreting():
+        if device != "cpu":
+            return "TRITON_INTERPRET=1 is for the CPU"
+    elif device != "cuda":
+        return "it runs on NVIDIA GPUs only"
+    else:
+        reason = _refuses_gpu()
+        if reason is not None:
+            return reason
+    if dtype not in DTYPES:
+        return f"it has no {str(dtype).removeprefix('torch.')}"
+    return None
+
+
+def _refuses_gpu() -> str | None:
+    if torch.version.hip is not None:
+        return "it has not been tried on AMD GPUs"
+    if not torch.cuda.is_available():
+        return None  # the question is theoretical: answer for a GPU that would do
+    major, minor = torch.cuda.get_device_capability()
+    return None if major >= 8 else f"it needs compute capability 8.0, this GPU has {major}.{minor}"
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager:
+    """Launch on the device of ``tensor``, which need not be the current one."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def processors(tensor: Tensor) -> int:
+    """Streaming multiprocessors of the device of ``tensor``; 4 in the interpreter."""
+    return _processors(tensor.device.index or 0) if tensor.is_cuda else 4
+
+
+@functools.cache
+def _processors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def power_of_two(value: int) -> int:
+    """The smallest power of two that is not below ``value``."""
+    return 1 << max(0, value - 1).bit_length()

@@ -1,0 +1,5 @@
+"""The command line: `dualedit demo | ask | edit | list | remove | sample | kernels`."""
+
+from .app import main
+
+__all__ = ["main"]

@@ -1,0 +1,170 @@
+"""Commands and their options. Each command imports what is heavy itself, so that `--help` is quick."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .running import quiet, run
+
+app = typer.Typer(
+    name="dualedit",
+    help="Correct facts in a vision-language model, one at a time, without retraining it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Edits = Annotated[Path, typer.Option("--edits", "-e", metavar="DIR", help="Folder of saved edits.")]
+Model = Annotated[
+    Path | None,
+    typer.Option("--model", "-m", metavar="DIR", help="Local Hugging Face model (else the embedded one)."),
+]
+Picture = Annotated[str, typer.Argument(metavar="IMAGE", help="Picture file; - asks without a picture.")]
+Question = Annotated[str, typer.Argument(metavar="QUESTION", help="The question, in quotes.")]
+FOLDER = Path("edits")
+PAGE = Path("demo_output/demo.html")
+RETRAINED = Path("demo_output/retrained")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: without the program's name; None takes the process's own.
+
+    Returns:
+        exit code: 0; 2 with one line on stderr for what the user can mend; 130 for Ctrl-C.
+    """
+    given = None if arguments is None else list(arguments)
+    return run(lambda: app(given, prog_name="dualedit", standalone_mode=False))
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from .. import __version__
+
+        print(f"dualedit {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def demo(
+    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the figures as JSON.")] = None,
+    page: Annotated[Path, typer.Option(metavar="FILE", help="Where to write the page.")] = PAGE,
+    edits: Annotated[int, typer.Option(metavar="N", help="Single edits to measure.")] = 100,
+    seed: Annotated[int, typer.Option(metavar="N", help="Which facts are edited.")] = 0,
+    retrain: Annotated[
+        bool, typer.Option("--retrain", help="First train the embedded model and its editors from scratch.")
+    ] = False,
+    weights: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where --retrain writes, or what it once wrote.")
+    ] = None,
+    readme: Annotated[Path | None, typer.Option(metavar="FILE", hidden=True)] = None,
+) -> None:
+    """Edit a fact before your eyes, then measure 100 edits with both methods, then write a page about it."""
+    from . import demo as work
+
+    if retrain:
+        weights = weights or RETRAINED
+    options = work.Options(json, page, readme, edits, seed, weights)
+    options.check()
+    with quiet():
+        if retrain:
+            work.retrain(weights)
+        work.run(options)
+
+
+@app.command()
+def ask(image: Picture, question: Question, edits: Edits = FOLDER, model: Model = None) -> None:
+    """Ask about a picture, and see whether an edit answers."""
+    from .edits import ask as work
+
+    with quiet():
+        work(edits, model, image, question)
+
+
+@app.command()
+def edit(
+    image: Picture,
+    question: Question,
+    answer: Annotated[str, typer.Argument(metavar="ANSWER", help="The new answer.")],
+    edits: Edits = FOLDER,
+    model: Model = None,
+    method: Annotated[
+        str | None, typer.Option(metavar="NAME", help="dualedit or balancedit, for a folder's first edit.")
+    ] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Trained DualEdit adapters, for --model.")
+    ] = None,
+    layer: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Linear layer for BalancEdit, for --model.")
+    ] = None,
+    rephrase: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="Another wording to recognise; may be repeated.")
+    ] = None,
+    unlike: Annotated[
+        list[Path] | None, typer.Option(metavar="IMAGE", help="A picture to leave alone; may be repeated.")
+    ] = None,
+) -> None:
+    """Make the model answer ANSWER, and save that with the other edits."""
+    from .edits import edit as work
+    from .opening import Start
+
+    start = Start(method, adapter, layer)
+    start.check()
+    with quiet():
+        work(edits, model, start, image, question, answer, rephrase or [], unlike or [])
+
+
+@app.command(name="list")
+def list_(edits: Edits = FOLDER) -> None:
+    """List the saved edits."""
+    from .edits import show_list
+
+    show_list(edits)
+
+
+@app.command()
+def remove(
+    edit_id: Annotated[int, typer.Argument(metavar="ID", help="Number of the edit, from 'dualedit list'.")],
+    edits: Edits = FOLDER,
+    model: Model = None,
+) -> None:
+    """Forget one saved edit."""
+    from .edits import remove as work
+
+    with quiet():
+        work(edits, model, edit_id)
+
+
+@app.command()
+def sample(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write to.")] = Path("samples"),
+    seed: Annotated[int, typer.Option(metavar="N", help="Another number, other pictures.")] = 0,
+) -> None:
+    """Write a few pictures that the embedded model knows, with questions to ask."""
+    from .edits import sample as work
+
+    work(folder, seed)
+
+
+@app.command()
+def kernels() -> None:
+    """Say which implementation of each operator runs on this machine, and why."""
+    from dualedit_kernels.__main__ import report
+
+    print(report())

@@ -1,0 +1,133 @@
+"""The commands on a folder of edits: ask, edit, list, remove; and sample pictures to try them on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .opening import Start, load_base, open_editor, open_or_start
+from .saved import is_saved, read_saved, writing
+
+if TYPE_CHECKING:
+    from ..editor import Explanation
+
+NO_IMAGE = "-"
+
+
+def _picture(image: str):
+    from ..prompting import open_image
+
+    return None if image == NO_IMAGE else open_image(image)
+
+
+def why(found: Explanation) -> str:
+    """An explanation in words."""
+    from ..demo.show import near
+
+    if found.edit is None:
+        return "no edit is stored"
+    how_near = f"distance {near(found.distance)}, radius {near(found.radius)}"
+    if found.fired:
+        return f"edit {found.edit.id} answers ({how_near})"
+    return f"no edit answers; edit {found.edit.id} is nearest ({how_near})"
+
+
+def ask(folder: Path, model: Path | None, image: str, question: str) -> None:
+    """Print the answer, and which edit gave it."""
+    picture = _picture(image)
+    if not is_saved(folder):
+        from ..editor import generate_answers
+        from ..prompting import Prompter
+
+        base, processor = load_base(model)
+        print(generate_answers(base, Prompter(processor), [(picture, question)])[0])
+        print(f"(the unedited model: no edits are saved in {folder})")
+        return
+    editor = open_editor(folder, model)
+    print(editor.answer(picture, question))
+    print(f"({why(editor.explain(picture, question))})")
+
+
+def edit(
+    folder: Path,
+    model: Path | None,
+    start: Start,
+    image: str,
+    question: str,
+    answer: str,
+    rephrases: list[str],
+    unlike: list[Path],
+) -> None:
+    """Store an edit, save the folder, print the answer before and after."""
+    picture = _picture(image)
+    with writing(folder):
+        from ..storage import save_edits
+
+        editor = open_or_start(folder, model, start)
+        before = editor.answer(picture, question)
+        made = editor.edit(picture, question, answer, rephrases=rephrases or None, negatives=unlike or None)
+        after = editor.answer(picture, question)
+        save_edits(editor.model, folder)
+    print(f"before: {before}")
+    print(f"after:  {after}")
+    for old in made.replaces:
+        print(f"(it replaces edit {old['id']}, {old.get('target', '?')!r}, of the same image and question)")
+    print(f"(edit {made.id}, {made.seconds:.2f} s, saved in {folder})")
+    if not after.lower().startswith(answer.strip().lower()):
+        print("(the edit is stored but the model does not answer it: remove it, or try another method)")
+
+
+def show_list(folder: Path) -> None:
+    """Print the edits of a folder."""
+    saved = read_saved(folder)
+    count = len(saved.edits)
+    print(f"{count} {saved.method} edit{'' if count == 1 else 's'} in {folder}")
+    if not count:
+        return
+    rows = [("id", "question", "answer", "radius", "stored")]
+    rows += [(str(e.id), e.prompt, e.target, f"{e.radius:.3g}", e.created) for e in saved.edits]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def remove(folder: Path, model: Path | None, edit_id: int) -> None:
+    """Forget one edit and save the folder."""
+    stored = [e.id for e in read_saved(folder).edits]
+    if edit_id not in stored:  # before the model is loaded
+        raise ValueError(f"no edit {edit_id} in {folder}; stored: {', '.join(map(str, stored)) or 'none'}.")
+    with writing(folder):
+        from ..storage import save_edits
+
+        editor = open_editor(folder, model)
+        editor.remove(edit_id)
+        save_edits(editor.model, folder)
+        left = len(editor.edits)
+    print(f"edit {edit_id} is removed; {left} left in {folder}")
+
+
+def sample(folder: Path, seed: int) -> None:
+    """Write example pictures of the embedded model's world, and what can be asked about them."""
+    from ..demo.pictures import sample_pictures
+
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file: pass a folder.")
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = sample_pictures(seed)
+    for picture in pictures:
+        picture.image.save(folder / picture.file)
+    listing = [
+        {"file": p.file, "shows": p.shows, "questions": [{"ask": q, "answer": a} for q, a in p.questions]}
+        for p in pictures
+    ]
+    (folder / "questions.json").write_text(json.dumps(listing, indent=1) + "\n", encoding="utf-8")
+    for picture in pictures:
+        print(f"{folder / picture.file}  {picture.shows}")
+    print(f"{folder / 'questions.json'}  questions, and the answers that are true in that world")
+    first = pictures[0]
+    question, truth = first.questions[0]
+    print("\nTry:")
+    print(f'  dualedit ask {folder / first.file} "{question}"')
+    print(f'  dualedit edit {folder / first.file} "{question}" "{first.other_answer}"')
+    print(f'  dualedit ask {folder / pictures[1].file} "{question}"')

@@ -1,0 +1,128 @@
+"""From command line options to a model and an editor."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .running import use_few_threads
+from .saved import NAMES, is_saved, read_config
+
+if TYPE_CHECKING:
+    from ..editor import Editor
+
+METHODS = tuple(name.lower() for name in NAMES)
+
+
+@dataclass(frozen=True)
+class Start:
+    """What the first edit in a folder begins with.
+
+    Attributes:
+        method: "dualedit", "balancedit", or None for what suits the rest.
+        adapter: folder of trained DualEdit adapters, for a model of the user's own.
+        layer: linear layer for BalancEdit, for a model of the user's own.
+    """
+
+    method: str | None = None
+    adapter: Path | None = None
+    layer: str | None = None
+
+    def check(self) -> None:
+        """Refuse an unknown method. Raises ValueError."""
+        if self.method is not None and self.method not in METHODS:
+            raise ValueError(f"--method {self.method}: choose one of {', '.join(METHODS)}.")
+
+
+def load_base(model: Path | None) -> tuple[Any, Any]:
+    """The base model in eval mode and its processor: the embedded one, or a local Hugging Face folder.
+
+    Raises:
+        ValueError: no such folder, or nothing that transformers loads as a vision-language model.
+    """
+    import torch
+
+    if model is None:
+        from ..demo.vlm import load_embedded
+
+        use_few_threads()
+        return load_embedded()
+    if not (model / "config.json").is_file():
+        what = "holds no config.json" if model.is_dir() else "is no folder"
+        raise ValueError(f"--model {model} {what}: pass a folder with a Hugging Face vision-language model.")
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    try:
+        processor = AutoProcessor.from_pretrained(model, local_files_only=True)
+        loaded = AutoModelForImageTextToText.from_pretrained(model, dtype="auto", local_files_only=True)
+    except (ValueError, OSError, ImportError, KeyError, AttributeError) as error:
+        raise ValueError(f"--model {model} cannot be loaded: {str(error).splitlines()[0]}") from error
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return loaded.eval().to(device), processor
+
+
+def open_editor(folder: Path, model: Path | None) -> Editor:
+    """The editor of a saved folder.
+
+    Raises:
+        ValueError: no edits there, damaged files, or edits of another base model.
+    """
+    from ..editor import Editor
+    from ..storage import load_edits
+
+    read_config(folder)
+    base, processor = load_base(model)
+    try:
+        return Editor(load_edits(base, folder), processor)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{folder} is damaged ({error}): restore it from a copy.") from error
+    except (KeyError, TypeError, RuntimeError) as error:
+        text = str(error).splitlines()[0] if str(error) else ""
+        raise ValueError(f"{folder} cannot be read as edits ({type(error).__name__}: {text}).") from error
+
+
+def open_or_start(folder: Path, model: Path | None, start: Start) -> Editor:
+    """The editor of a saved folder, or a new one where there is none.
+
+    Raises:
+        ValueError: as `open_editor`, or options that do not fit together or do not fit the folder.
+    """
+    start.check()
+    if not is_saved(folder):
+        return start_editor(model, start)
+    used = NAMES[read_config(folder)["peft_type"]]
+    asked = start.method or ("dualedit" if start.adapter else "balancedit" if start.layer else used.lower())
+    if asked != used.lower():
+        wanted = NAMES[asked.upper()]
+        raise ValueError(f"{folder} holds {used} edits: pass another --edits folder for {wanted}.")
+    return open_editor(folder, model)
+
+
+def start_editor(model: Path | None, start: Start) -> Editor:
+    """A new editor without edits. Raises ValueError for options that do not fit together."""
+    from ..editor import Editor
+    from ..model import inject_balancedit
+    from ..storage import load_edits
+
+    if model is None:
+        if start.adapter or start.layer:
+            raise ValueError("--adapter and --layer are for a model of your own: pass --model too.")
+        from ..demo.embedded import load_editor
+
+        use_few_threads()
+        return load_editor(start.method or "dualedit")
+    if start.method == "balancedit" or (start.method is None and start.layer):
+        if start.adapter or not start.layer:
+            raise ValueError("--method balancedit takes --layer (as layers.20.mlp.up_proj) and no --adapter.")
+        base, processor = load_base(model)
+        return Editor(inject_balancedit(base, start.layer), processor)
+    if start.layer or not start.adapter:
+        raise ValueError(
+            "DualEdit's adapters have to be trained for a model first: pass them with --adapter DIR, or use "
+            "--method balancedit --layer NAME, which needs no training."
+        )
+    read_config(start.adapter)
+    base, processor = load_base(model)
+    return Editor(load_edits(base, start.adapter), processor)

@@ -1,0 +1,67 @@
+"""How the demo's page looks."""
+
+STYLE = """
+:root { --page: #fbfaf8; --card: #fff; --ink: #1d1b18; --soft: #6b665e; --line: #e4e0d8; --new: #b4450c;
+  --old: #1f5fa8; --good: #1a7f4b; --bad: #c0252d; --bar: #f0d9c8; --inside: #f6ddcc; --track: #e9e6df; }
+@media (prefers-color-scheme: dark) { :root { --page: #161513; --card: #201e1b; --ink: #ece8e1; --soft:
+  #a39d92;
+  --line: #37332d; --new: #ff9a5c; --old: #7fb4f2; --good: #5ecb92; --bad: #ff7b7b; --bar: #4a3324;
+  --inside: #5a3a26; --track: #322f2a; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--page); color: var(--ink);
+  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif; }
+main { max-width: 62rem; margin: 0 auto; padding: 1.25rem 1rem 4rem; }
+h1 { font-size: clamp(1.7rem, 6vw, 2.6rem); line-height: 1.15; margin: 0 0 1.25rem; letter-spacing: -.02em; }
+h2 { font-size: 1.3rem; margin: 2.75rem 0 .25rem; letter-spacing: -.01em; }
+p { margin: .3rem 0; }
+.eyebrow { color: var(--soft); margin: 0 0 .25rem; font-weight: 600; }
+.soft, .why, .kind, small { color: var(--soft); }
+.question { font-weight: 600; }
+.old { color: var(--old); } .new { color: var(--new); }
+.picture { display: block; width: 4.5rem; height: 4.5rem; border-radius: .5rem; border: 1px solid
+  var(--line); }
+.picture + .picture { margin-top: .4rem; }
+.picture.large { width: 9rem; height: 9rem; flex: none; } .picture.small { width: 2.75rem; height: 2.75rem;
+  flex: none; }
+.picture.none { display: grid; place-items: center; font-size: .75rem; color: var(--soft); border-style:
+  dashed; }
+.edit { display: flex; flex-wrap: wrap; gap: 1rem 1.5rem; background: var(--card); border: 1px solid
+  var(--line);
+  border-radius: 1rem; padding: 1.1rem; }
+.edit > div { flex: 1 1 16rem; } .edit .question { font-size: 1.2rem; margin-top: 0; }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 24rem), 1fr)); gap: .75rem;
+  margin-top: .75rem; }
+article { display: flex; gap: .9rem; background: var(--card); border: 1px solid var(--line); border-radius:
+  .9rem;
+  padding: .9rem; }
+.body { flex: 1; min-width: 0; overflow-wrap: anywhere; } .body > p:first-child { margin-top: 0; }
+.kind { font-size: .8rem; font-weight: 600; }
+.answer { border-top: 1px solid var(--line); margin-top: .5rem; padding-top: .35rem; }
+.method { font-size: .85rem; color: var(--soft); margin-right: .25rem; }
+.mark { font-size: .78rem; font-weight: 600; margin-left: .25rem; white-space: nowrap; }
+.good { color: var(--good); } .bad { color: var(--bad); }
+.gate { position: relative; height: .5rem; margin: .45rem 0 .2rem; border-radius: .25rem;
+  background: linear-gradient(90deg, var(--inside) 50%, var(--track) 50%); border-right: 0; }
+.gate::after { content: ""; position: absolute; left: 50%; top: -.15rem; bottom: -.15rem; width: 2px;
+  background: var(--soft); }
+.gate i { position: absolute; top: 50%; width: .75rem; height: .75rem; margin: -.375rem 0 0 -.375rem;
+  border-radius: 50%; border: 2px solid var(--card); background: var(--old); z-index: 1; }
+.gate i.in { background: var(--new); }
+.why { font-size: .8rem; margin: 0; }
+table { width: 100%; border-collapse: collapse; margin: .75rem 0 1rem; font-variant-numeric: tabular-nums; }
+th, td { text-align: right; padding: .5rem .4rem; border-bottom: 1px solid var(--line); vertical-align: top; }
+th[scope=row] { text-align: left; font-weight: 600; }
+th small { display: block; font-weight: 400; line-height: 1.35; } td small { display: block; }
+td { position: relative; width: 6.5rem; white-space: nowrap; }
+.bar { position: absolute; right: 0; bottom: 0; height: 3px; width: var(--share); background: var(--new);
+  opacity: .55; }
+details { background: var(--card); border: 1px solid var(--line); border-radius: .9rem; margin-top: .6rem;
+  padding: .6rem .9rem; }
+details article { background: var(--page); }
+summary { cursor: pointer; display: flex; gap: .8rem; align-items: center; min-height: 2.75rem; }
+summary::before { content: "+"; color: var(--soft); font-weight: 600; width: .8rem; }
+details[open] > summary::before { content: "\\2013"; }
+summary::-webkit-details-marker { display: none; }
+summary small { display: block; }
+ul { padding-left: 1.2rem; } li { margin: .3rem 0; }
+"""

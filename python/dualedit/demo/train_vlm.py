@@ -1,0 +1,270 @@
+"""Train the embedded model from scratch: ``python -m dualedit.demo.train_vlm --out DIR [--seed N]
+[--steps-scale F]``.
+
+Stage 1 teaches the vision tower with labels (entity, facts, strokes, digits, scenes); without it
+shapes and digits stay at chance.  Stage 2 teaches answering, with copy tasks (answers stay readable in the
+residual stream) and a loss on the last prompt token's state after ``GATE_LAYERS`` (the same fact close,
+everything else apart), whose purpose is a gate that generalises; the vision heads are dropped, the gate loss
+has no weights. About 40 minutes on one CPU core.  One thread is used: on shared cores more are slower.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from tqdm import tqdm
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
+from dualedit.demo.train_vlm_data import IGNORE, RowBatches, Rows, VisionBatches
+from dualedit.demo.train_vlm_loss import (
+    VisionHeads,
+    image_tokens,
+    language_loss,
+    language_states,
+    vision_loss,
+)
+from dualedit.demo.vlm import build_model, build_processor, load_embedded, save_embedded
+from dualedit.demo.vlm_evaluation import accuracies, gate_separation, held_out_cases
+from dualedit.demo.world import ATTRIBUTES, World
+
+GATE_LAYERS = (2, 4)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides a training run."""
+
+    seed: int = 0
+    vision_steps: int = 4500
+    vision_batch: int = 64
+    vision_rate: float = 1e-3
+    language_steps: int = 4500
+    language_rate: float = 1.5e-3
+    tower_share: float = 0.15  # learning rate of the vision tower in stage 2, relative to the rest
+    logo_pairs: int = 5  # of look-alikes, two pictures each: 20 rows
+    scenes: int = 4
+    digits: int = 2
+    text_rows: int = 3
+    gate_weight: float = 0.1
+    weight_decay: float = 0.02
+
+
+def _optimiser(groups: list[dict], steps: int, decay: float) -> tuple:
+    """Fused AdamW with 100 steps of warm-up and a cosine down to 2 per cent."""
+    optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=decay, fused=True)
+
+    def rate(step: int) -> float:
+        return min(1.0, (step + 1) / 100) * (0.02 + 0.49 * (1 + math.cos(math.pi * min(1.0, step / steps))))
+
+    return optimiser, torch.optim.lr_scheduler.LambdaLR(optimiser, rate)
+
+
+class Tally:
+    """Running means per name since the last ``flush``."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+
+    def add(self, name: str, total: float, count: float = 1.0) -> None:
+        """Add ``count`` observations that sum to ``total``."""
+        self._sums[name][0] += total
+        self._sums[name][1] += count
+
+    def flush(self) -> str:
+        """``name=mean`` of everything, and forget it."""
+        text = " ".join(f"{k}={s / c:.3f}" for k, (s, c) in sorted(self._sums.items()) if c)
+        self._sums.clear()
+        return text
+
+
+class Checkpoint:
+    """A file that a killed run continues from: weights, optimiser, generators and the step of one stage."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def save(self, stage: str, step: int, parts: dict) -> None:
+        """Write the states of ``parts`` atomically."""
+        state = {name: part.state_dict() for name, part in parts.items() if hasattr(part, "state_dict")}
+        rng = {name: part.rng.bit_generator.state for name, part in parts.items() if hasattr(part, "rng")}
+        temporary = self.path.with_suffix(".tmp")
+        torch.save({"stage": stage, "step": step, "state": state, "rng": rng}, temporary)
+        temporary.replace(self.path)
+
+    def load(self, stage: str, parts: dict) -> int:
+        """Restore ``parts`` if the file is of this stage; the step to go on from (0 if not)."""
+        saved = torch.load(self.path, weights_only=False) if self.path.exists() else {"stage": None}
+        if saved["stage"] != stage:
+            return 0
+        for name, state in saved["state"].items():
+            parts[name].load_state_dict(state)
+        for name, state in saved["rng"].items():
+            parts[name].rng.bit_generator.state = state
+        return saved["step"]
+
+    def stage(self) -> str | None:
+        """The stage the file was written in, if there is one."""
+        return torch.load(self.path, weights_only=False)["stage"] if self.path.exists() else None
+
+
+def train_vision(
+    model: LlavaForConditionalGeneration, world: World, recipe: Recipe, checkpoint: Checkpoint
+) -> None:
+    """Stage 1: the vision tower learns to show what is in a picture."""
+    batches = VisionBatches(world, recipe.seed)
+    heads = VisionHeads(model.config.vision_config.hidden_size)
+    parameters = [*model.model.vision_tower.parameters(), *heads.parameters()]
+    optimiser, schedule = _optimiser(
+        [{"params": parameters, "lr": recipe.vision_rate}], recipe.vision_steps, recipe.weight_decay
+    )
+    parts = {"model": model, "heads": heads, "optimiser": optimiser, "schedule": schedule, "batches": batches}
+    first, tally = checkpoint.load("vision", parts), Tally()
+    for step in tqdm(range(first + 1, recipe.vision_steps + 1), desc="vision", mininterval=10):
+        pixel_values, labels, bits = batches.draw(recipe.vision_batch)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, counts = vision_loss(heads, image_tokens(model, pixel_values), labels, bits)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimiser.step()
+        schedule.step()
+        optimiser.zero_grad()
+        tally.add("loss", loss.item())
+        for name, (right, count) in counts.items():
+            tally.add(name, right, count)
+        if step % 200 == 0 or step == recipe.vision_steps:
+            tqdm.write(f"vision {step}: {tally.flush()}")
+            checkpoint.save("vision", step, parts)
+
+
+def _tally_rows(tally: Tally, rows: Rows, right: torch.Tensor) -> None:
+    """Token accuracies of a batch: first answer token per attribute, and everything else."""
+    fact = rows.fact[rows.label != IGNORE]
+    for number, attribute in enumerate(ATTRIBUTES):
+        found = right[(fact >= 0) & (fact % len(ATTRIBUTES) == number)]
+        tally.add(attribute, float(found.sum()), len(found))
+    tally.add("other", float(right[fact < 0].sum()), float((fact < 0).sum()))
+
+
+def train_language(
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    world: World,
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    states: Callable = language_states,
+) -> None:
+    """Stage 2: answering questions.  ``states`` is ``language_states`` or a compiled version of it."""
+    batches = RowBatches(world, processor, recipe.seed)
+    tower = list(model.model.vision_tower.parameters())
+    inside = {id(p) for p in tower}
+    rest = [p for p in model.parameters() if id(p) not in inside]
+    optimiser, schedule = _optimiser(
+        [
+            {"params": tower, "lr": recipe.language_rate * recipe.tower_share},
+            {"params": rest, "lr": recipe.language_rate},
+        ],
+        recipe.language_steps,
+        recipe.weight_decay,
+    )
+    parts = {"model": model, "optimiser": optimiser, "schedule": schedule, "batches": batches}
+    first, tally = checkpoint.load("language", parts), Tally()
+    cases = held_out_cases(world, per_family=24, seed=5)
+    for step in tqdm(range(first + 1, recipe.language_steps + 1), desc="language", mininterval=10):
+        rows = batches.draw(recipe.logo_pairs, recipe.scenes, recipe.digits, recipe.text_rows)
+        with torch.autocast("cpu", torch.bfloat16):
+            answer, gate, right = language_loss(
+                states(model, rows, GATE_LAYERS), rows, model.get_input_embeddings().weight
+            )
+        (answer + recipe.gate_weight * gate).backward()
+        torch.nn.utils.clip_grad_norm_([*tower, *rest], 1.0)
+        optimiser.step()
+        schedule.step()
+        optimiser.zero_grad()
+        tally.add("loss", answer.item())
+        tally.add("gate", gate.item())
+        _tally_rows(tally, rows, right)
+        if step % 250 == 0 or step == recipe.language_steps:
+            tqdm.write(f"language {step}: {tally.flush()}")
+            checkpoint.save("language", step, parts)
+        if step % 1000 == 0:
+            found = accuracies(model.eval(), processor, cases)
+            tqdm.write(f"held out {step}: " + " ".join(f"{k}={v:.2f}" for k, v in found.items()))
+            model.train()
+
+
+def report(folder: Path, recipe: Recipe, seconds: float) -> dict:
+    """Measure the model as saved (float16 upcast) and write ``training.json`` beside it."""
+    model, processor = load_embedded(folder)
+    world = World(0)
+    result = {
+        "recipe": asdict(recipe),
+        "world_seed": world.seed,
+        "gate_layers": list(GATE_LAYERS),
+        "gate_loss": "pairwise sigmoid on cosines of last-prompt-token states after gate_layers, "
+        "all entities; it has no weights of its own",
+        "seconds": round(seconds),
+        "machine": platform.machine(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "accuracy": accuracies(model, processor, held_out_cases(world, per_family=200, seed=1)),
+        "gate": gate_separation(model, processor, world, count=200),
+    }
+    (folder / "training.json").write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def train(out: Path, recipe: Recipe, compiled: bool = True) -> dict:
+    """Train, save to ``out`` and return the report; a killed run with the same ``out`` continues."""
+    out.mkdir(parents=True, exist_ok=True)
+    checkpoint, clock, world = Checkpoint(out / "checkpoint.pt"), time.monotonic(), World(0)
+    processor = build_processor()
+    model = build_model(processor.tokenizer, recipe.seed)
+    model.train()
+    model.set_attn_implementation("eager")  # the fused kernel's backward pass takes twice as long here
+    if checkpoint.stage() != "language":
+        train_vision(model, world, recipe, checkpoint)
+    states = torch.compile(language_states, dynamic=False) if compiled else language_states
+    train_language(model, processor, world, recipe, checkpoint, states)
+    save_embedded(model, processor, out)
+    checkpoint.path.unlink()
+    return report(out, recipe, time.monotonic() - clock)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description="Train the embedded vision-language model from scratch.")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for the model; a killed run continues there"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps-scale", type=float, default=1.0, help="multiplies the steps of both stages")
+    parser.add_argument(
+        "--eager", action="store_true", help="do not use torch.compile (needs a C++ compiler)"
+    )
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    base = Recipe(seed=options.seed)
+    steps = {
+        name: max(1, round(getattr(base, name) * options.steps_scale))
+        for name in ("vision_steps", "language_steps")
+    }
+    result = train(options.out, Recipe(**{**asdict(base), **steps}), compiled=not options.eager)
+    print(json.dumps({key: result[key] for key in ("seconds", "parameters", "accuracy")}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

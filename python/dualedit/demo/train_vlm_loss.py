@@ -1,0 +1,126 @@
+"""Losses of training the embedded model: vision heads, packed answers, states that a gate can use."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import LlavaForConditionalGeneration
+
+from dualedit.demo.train_vlm_data import IGNORE, Rows, VisionBatches
+from dualedit.demo.vlm import IMAGE_TOKENS
+from dualedit.demo.world_logos import STROKES
+
+ATTRIBUTE_COUNT = 5
+GATE_SCALE, GATE_CENTRE = 12.0, 0.5
+
+
+class VisionHeads(nn.Module):
+    """Linear heads on the mean image token, for the vision stage only."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.heads = nn.ModuleDict({name: nn.Linear(dim, size) for name, size in VisionBatches.heads.items()})
+        self.strokes = nn.Linear(dim, len(STROKES))
+
+    def forward(self, tokens: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """Image tokens [B, 36, D] -> logits per head, stroke logits [B, 20]."""
+        pooled = self.norm(tokens.mean(1))
+        return {name: head(pooled) for name, head in self.heads.items()}, self.strokes(pooled)
+
+
+def image_tokens(model: LlavaForConditionalGeneration, pixel_values: torch.Tensor) -> torch.Tensor:
+    """Vision tower's image tokens [B, 36, D], the class token dropped."""
+    return model.model.vision_tower(pixel_values).last_hidden_state[:, 1:]
+
+
+def vision_loss(heads: VisionHeads, tokens: torch.Tensor, labels: torch.Tensor, bits: torch.Tensor) -> tuple:
+    """Loss of the vision stage and, per head, how many labels were right of how many there were."""
+    logits, strokes = heads(tokens)
+    total, counts = torch.zeros(()), {}
+    for i, (name, found) in enumerate(logits.items()):
+        known = labels[:, i] != IGNORE
+        if known.any():
+            weight = 1.0 if name in ("entity", "digit") else 0.6
+            total = total + weight * F.cross_entropy(found[known].float(), labels[known, i])
+            counts[name] = (int((found[known].argmax(-1) == labels[known, i]).sum()), int(known.sum()))
+    known = bits[:, 0] >= 0
+    # One unit per stroke: strokes are shared by all logos, so they are what the tower learns to see first.
+    total = total + 20.0 * F.binary_cross_entropy_with_logits(strokes[known].float(), bits[known])
+    right = ((strokes[known] > 0) == (bits[known] > 0.5)).all(-1)
+    counts["strokes"] = (int(right.sum()), int(known.sum()))
+    return total, counts
+
+
+def attention_mask(rows: Rows) -> torch.Tensor:
+    """Which token sees which: own question and the picture, backwards only.
+
+    Returns an additive mask [B, 1, L, L] for eager attention, which is several times cheaper here than the
+    fused CPU kernel's backward pass.
+    """
+    query, key = rows.group[:, :, None], rows.group[:, None, :]
+    length = rows.group.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    seen = (query == key) | ((key == 0) & (query > 0) & ~rows.blind[:, :, None])
+    return torch.zeros(seen.shape).masked_fill(~(seen & causal), -1e4)[:, None]
+
+
+def language_states(model: LlavaForConditionalGeneration, rows: Rows, layers: tuple[int, ...]) -> tuple:
+    """Normalised last states [B, L, D] and the residual streams after the layers named in ``layers``."""
+    inner = model.model
+    hidden = inner.get_input_embeddings()(rows.ids)
+    pictures = inner.multi_modal_projector(image_tokens(model, rows.pixel_values)).to(hidden.dtype)
+    count = len(pictures)
+    pictured = torch.cat([pictures, hidden[:count, IMAGE_TOKENS:]], dim=1)
+    hidden = torch.cat([pictured, hidden[count:]], dim=0)
+    llama = inner.language_model
+    rotary = llama.rotary_emb(hidden, rows.position)
+    mask, kept = attention_mask(rows), []
+    for number, layer in enumerate(llama.layers, 1):
+        hidden = layer(hidden, attention_mask=mask, position_ids=rows.position, position_embeddings=rotary)
+        if number in layers:
+            kept.append(hidden)
+    return llama.norm(hidden), kept
+
+
+def gate_loss(states: torch.Tensor, facts: torch.Tensor) -> torch.Tensor:
+    """Pairwise sigmoid loss on cosines of last-prompt-token states [N, D] with fact ids [N].
+
+    Two pictures and wordings of the same fact should have a cosine above ``GATE_CENTRE``; the same question
+    about a look-alike, another question about the same logo, and anything else below it.  The kinds weigh the
+    same, so that one threshold serves them all.
+    """
+    unit = F.normalize(states.float(), dim=-1)
+    cosine = unit @ unit.T
+    entity, attribute = facts // ATTRIBUTE_COUNT, facts % ATTRIBUTE_COUNT
+    same_entity = entity[:, None] == entity[None]
+    same_attribute = attribute[:, None] == attribute[None]
+    upper = torch.ones_like(same_entity).triu(1)
+    logits = GATE_SCALE * (cosine - GATE_CENTRE)
+    loss = F.softplus(-logits[same_entity & same_attribute & upper]).mean() * 2
+    for other in (
+        same_attribute & ~same_entity,
+        same_entity & ~same_attribute,
+        ~same_entity & ~same_attribute,
+    ):
+        found = F.softplus(logits[other & upper])
+        if len(found):
+            # Look-alikes are few among the others: the hardest tenth speaks for its kind.
+            loss = loss + found.topk(max(1, len(found) // 10)).values.mean()
+    return loss
+
+
+def language_loss(states: tuple, rows: Rows, embeddings: torch.Tensor) -> tuple:
+    """Losses of one packed batch from what ``language_states`` returned and the tied word embeddings [V, D].
+
+    Returns the answer loss (mean over answer tokens, end included), the gate loss (summed over the kept
+    layers) and which of the wanted tokens were right, bool [number of labels].
+    """
+    last, kept = states
+    wanted = rows.label != IGNORE
+    logits = F.linear(last[wanted], embeddings).float()
+    answer = F.cross_entropy(logits, rows.label[wanted])
+    plain = rows.fact >= 0
+    gate = sum((gate_loss(found[plain], rows.fact[plain]) for found in kept), torch.zeros(()))
+    return answer, gate, logits.argmax(-1) == rows.label[wanted]

@@ -1,0 +1,149 @@
+"""The shipped embedded model: loads like any other, answers its world, has states that a gate can use."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from dualedit.demo.samples import edit_samples
+from dualedit.demo.train_vlm_data import IGNORE, RowBatches, pixels
+from dualedit.demo.train_vlm_loss import language_states
+from dualedit.demo.vlm import IMAGE_TOKENS, NOTE, WEIGHTS, format_prompt, load_embedded
+from dualedit.demo.vlm_evaluation import (
+    accuracies,
+    answers,
+    gate_cosines,
+    held_out_cases,
+)
+from dualedit.demo.world import ATTRIBUTES, QUESTIONS, World, answer_vocabulary
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
+GATE_LAYER = 4
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    return World(0)
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    return load_embedded()
+
+
+def test_loads_as_float32_llava_in_eval_mode(embedded):
+    model, processor = embedded
+    assert isinstance(model, LlavaForConditionalGeneration) and isinstance(processor, LlavaProcessor)
+    assert not model.training and {p.dtype for p in model.parameters()} == {torch.float32}
+    assert len(model.model.language_model.layers) == 8
+    again, _ = load_embedded()
+    assert again.lm_head.weight.data_ptr() != model.lm_head.weight.data_ptr()
+
+
+def test_weights_file_is_small_and_half_precision():
+    (file,) = WEIGHTS.glob("*.safetensors")
+    assert file.stat().st_size <= 7.5e6
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as found:
+        assert {found.get_tensor(name).dtype for name in found.keys()} == {torch.float16}
+
+
+def test_missing_weights_say_how_to_train(tmp_path):
+    with pytest.raises(FileNotFoundError, match="dualedit.demo.train_vlm"):
+        load_embedded(tmp_path)
+
+
+def test_training_pictures_are_what_the_processor_makes(world, embedded):
+    picture = world.render(7, np.random.default_rng(0))
+    made = embedded[1](images=[picture], text=["<image> x"], return_tensors="pt")
+    assert made["input_ids"].eq(embedded[1].image_token_id).sum() == IMAGE_TOKENS
+    torch.testing.assert_close(made["pixel_values"], pixels([picture]), atol=1e-5, rtol=0)
+
+
+def test_packed_training_rows_agree_with_the_model(world, embedded):
+    """A question packed among others has the logits it has when asked alone."""
+    model, processor = embedded
+    rows = RowBatches(world, processor, seed=1).draw(1, 0, 0, 1)
+    rows.blind[:] = False
+    with torch.no_grad():
+        packed, _ = language_states(model, rows, ())
+    for row in (0, len(rows.ids) - 1):
+        for group in (1, 2, 3):
+            at = (rows.group[row] == group).nonzero().flatten()
+            inputs = {"input_ids": rows.ids[row, at][None]}
+            if row == 0:
+                picture = torch.full((1, IMAGE_TOKENS), processor.image_token_id)
+                inputs = {"input_ids": torch.cat([picture, inputs["input_ids"]], dim=1),
+                          "pixel_values": rows.pixel_values[:1]}  # fmt: skip
+            with torch.no_grad():
+                alone = model(**inputs).logits[0, -len(at) :]
+            wanted = rows.label[row, at] != IGNORE
+            assert wanted.any()
+            torch.testing.assert_close(model.lm_head(packed[row, at]), alone, atol=2e-3, rtol=1e-3)
+
+
+def test_answers_its_world(world, embedded):
+    """Held-out pictures, held-out digits and scene combinations, every family, by processor and generate."""
+    cases = held_out_cases(world, per_family=12, seed=11)
+    found = accuracies(*embedded, cases)
+    assert len(cases) >= 200 and found["overall"] >= 0.95, found
+    facts = [found[attribute] for attribute in ATTRIBUTES]
+    assert np.mean(facts) >= 0.9, found
+
+
+def test_batches_do_not_change_answers(world, embedded):
+    cases = held_out_cases(world, per_family=2, seed=12)[:24]
+    questions = [(case.image, case.question) for case in cases]
+    assert answers(*embedded, questions) == answers(*embedded, questions, batch_size=1)
+
+
+def test_a_note_overrides_what_the_model_knows(world, embedded):
+    """Context decides, two-token names included: a model that cannot copy an answer cannot be edited."""
+    rng, questions, wanted = np.random.default_rng(0), [], []
+    for entity in range(0, 520, 13):
+        attribute = ATTRIBUTES[entity % 5]
+        options = [a for a in answer_vocabulary(attribute) if a != world.answer(entity, attribute)]
+        wanted.append(options[int(rng.integers(len(options)))])
+        question = f"{NOTE} {wanted[-1]}. {QUESTIONS[attribute].canonical}"
+        questions.append((world.render(entity, rng), question))
+    right = [a == b for a, b in zip(answers(*embedded, questions), wanted, strict=True)]
+    assert np.mean(right) >= 0.9
+
+
+def test_gate_can_tell_edits_from_look_alikes(world, embedded):
+    """One cosine threshold on the last prompt token accepts new pictures and refuses look-alikes."""
+    cosine = {
+        kind: found[:, GATE_LAYER] for kind, found in gate_cosines(*embedded, world, "test", 60).items()
+    }
+    accepted = {kind: float((found >= 0.5).float().mean()) for kind, found in cosine.items()}
+    assert accepted["v_gen"] >= 0.85 and accepted["t_gen"] >= 0.85, accepted
+    assert accepted["hard_image"] <= 0.2 and accepted["hard_question"] <= 0.1, accepted
+    assert accepted["m_loc"] <= 0.05 and accepted["t_loc"] <= 0.05 and accepted["same_question"] <= 0.05, (
+        accepted
+    )
+
+
+def test_prompts_of_edit_samples_fit_the_template(world, embedded):
+    _, processor = embedded
+    for sample in edit_samples(world, "test", 3):
+        text = format_prompt(processor, sample.request.prompt, True)
+        assert text == f"<image> {sample.request.prompt} answer :"
+
+
+def test_training_report_is_complete(embedded):
+    report = json.loads((WEIGHTS / "training.json").read_text())
+    assert report["parameters"] == sum(p.numel() for p in embedded[0].parameters())
+    assert report["accuracy"]["overall"] >= 0.95
+    assert {"recipe", "seconds", "versions", "gate"} <= set(report)
+    assert len(report["gate"]) == 9

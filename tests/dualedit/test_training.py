@@ -1,0 +1,109 @@
+"""Training the adapters, on the embedded model: what a batch holds, what moves, what stays."""
+
+import pytest
+import torch
+
+from dualedit.architectures import unwrap
+from dualedit.context import bound
+from dualedit.data import Probe
+from dualedit.demo.samples import edit_samples
+from dualedit.demo.train_editors import Stream, calibration_samples, held_out_entities
+from dualedit.demo.vlm import load_embedded
+from dualedit.demo.world import World
+from dualedit.editing import edit_layers
+from dualedit.editor import Editor
+from dualedit.model import active_group, inject_balancedit, inject_dualedit
+from dualedit.prompting import Prompter
+from dualedit.training import TrainSettings, train_adapters
+from dualedit.training.dualedit import losses, make_batch, teacher_forced, train_step, training_probes
+
+
+@pytest.fixture(scope="module")
+def world():
+    return World(0)
+
+
+@pytest.fixture(scope="module")
+def samples(world):
+    return edit_samples(world, "train", 6, seed=5)
+
+
+@pytest.fixture
+def injected():
+    base, processor = load_embedded()
+    torch.manual_seed(0)
+    return inject_dualedit(base, text_layer=2, vis_layer=3, mid_dim=64, num_heads=4), processor
+
+
+def _eos(model):
+    return unwrap(model).generation_config.eos_token_id
+
+
+def test_wordings_of_the_test_never_train(samples):
+    generator = torch.Generator().manual_seed(0)
+    for sample in samples:
+        kept_for_test = {probe.prompt for probe in sample.generality["t_gen"]}
+        seen = {p.prompt for _ in range(40) for p in training_probes(sample, generator)[0]}
+        assert len(seen) > 2
+        assert not seen & kept_for_test
+
+
+def test_calibration_entities_never_train(world):
+    held_out = held_out_entities(world)
+    assert 0 < len(held_out) < 0.3 * len(world.entities("train"))
+    stream = Stream(world, 32, 0, held_out)
+    trained = {sample.entity for step in range(20) for sample in stream(step)}
+    assert not trained & held_out
+    assert {s.entity for s in calibration_samples(world, held_out, 60, 0)} <= held_out
+
+
+def test_answers_follow_the_prompts_in_one_column(samples, injected):
+    model, processor = injected
+    probes = [Probe(s.request.image, s.request.prompt, s.request.target) for s in samples]
+    probes.append(Probe(None, "what is the opposite of hot ?", "cold"))
+    inputs = teacher_forced(Prompter(processor), probes, _eos(model))
+    labels = inputs["labels"]
+    begins = (labels != -100).int().argmax(1)
+    assert (begins == begins[0]).all()
+    for row, probe in enumerate(probes):
+        answer = labels[row][labels[row] != -100]
+        assert answer[-1] == _eos(model)
+        assert processor.tokenizer.decode(answer[:-1]) == probe.answer
+        assert torch.equal(inputs["input_ids"][row][labels[row] != -100], answer)
+    assert ((labels != -100) <= (inputs["attention_mask"] == 1)).all()
+
+
+def test_identity_adapters_lose_what_the_base_loses(samples, injected):
+    model, processor = injected
+    name, _, group = active_group(model)
+    edits, batch = make_batch(Prompter(processor), samples, _eos(model), torch.Generator().manual_seed(1))
+    change, keep = train_step(model, edit_layers(model, group), name, edits, batch)
+    assert float(keep) == pytest.approx(0, abs=1e-5)
+    call = {k: v for k, v in batch.inputs.items() if k != "labels"}
+    base = unwrap(model)
+    with torch.no_grad(), bound(base, batch.route, {}):
+        logits = base(**call).logits
+    expected, _ = losses(logits, logits[batch.keep][:, :-1], batch)
+    assert float(change) == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_training_moves_the_adapters_only_and_learns(samples, injected):
+    model, processor = injected
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    settings = TrainSettings(steps=12, batch_size=6, learning_rate=5e-3, warmup=2, locality_weight=0.1)
+    history = train_adapters(model, Prompter(processor), lambda step: samples, settings)
+    assert history[-1][0] < 0.7 * history[0][0]
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]) != ("dualedit_adapter" in name), name
+
+
+def test_refuses_stored_edits_and_other_adapters(samples, injected):
+    model, processor = injected
+    editor = Editor(model, processor)
+    request = samples[0].request
+    editor.edit(request.image, request.prompt, request.target)
+    with pytest.raises(ValueError, match="holds 1 edits"):
+        train_adapters(model, Prompter(processor), lambda step: samples, TrainSettings(steps=1))
+    other = inject_balancedit(load_embedded()[0], layer="layers.5.mlp.up_proj")
+    with pytest.raises(ValueError, match="BalancEditConfig"):
+        train_adapters(other, Prompter(processor), lambda step: samples, TrainSettings(steps=1))
