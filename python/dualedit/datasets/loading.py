@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import overload
@@ -38,8 +39,8 @@ class LoadedSamples(Sequence[EditSample]):
         template: name of the prompt template.
         rows: the row number of each sample.
         skipped: rows that were left out (skip_bad=True): (file, index, field, reason).
-        notes: remarks on rows that were kept, in the same shape: fields not read, targets the model already
-            gives.
+        notes: remarks on rows that were kept, in the same shape: targets the model already gives, and
+            fields not read (each once, at its first row).
     """
 
     samples: tuple[EditSample, ...]
@@ -193,6 +194,11 @@ def _load(
     )  # fmt: skip
 
 
+def _column(field: str) -> str:
+    """A field's name without the numbers of list entries."""
+    return re.sub(r"\[\d+\]", "[]", field)
+
+
 class _Reader:
     """Turns rows into samples, and keeps what was wrong with them."""
 
@@ -211,6 +217,7 @@ class _Reader:
         self.missing: list[Problem] = []
         self.missing_rows: set[int] = set()
         self.ids: dict[str, str] = {}
+        self.unread: set[str] = set()
 
     def read(self, raw: RawRow) -> None:
         """Add the row's sample, or say what is wrong with it."""
@@ -249,7 +256,11 @@ class _Reader:
         self.skipped.append(Problem(self.source, raw.index, error.field, error.reason))
 
     def _note(self, raw: RawRow, row: Row, sample: EditSample) -> None:
-        remarks = list(row.notes)
+        remarks = []
+        for field, remark in row.notes:
+            if _column(field) not in self.unread:
+                self.unread.add(_column(field))
+                remarks.append((field, remark))
         before, target = sample.base_answer, sample.request.target
         if before is not None and before.strip().lower() == target.strip().lower():
             field = "target" if self.format in _NAMED else "alt"

@@ -56,6 +56,7 @@ class _Images:
     def __init__(self, path: Path):
         self.home = Path(os.path.abspath(path)).parent
         self.folder = self.home / f"{path.stem}_images"
+        self._written: dict[str, str] = {}
 
     def path_of(self, source: ImageSource) -> str | None:
         """What the file says of an image."""
@@ -63,8 +64,11 @@ class _Images:
             return None
         if not isinstance(source, str):
             return self._stored(source)
-        place = Path(os.path.abspath(source))
-        return place.relative_to(self.home).as_posix() if place.is_relative_to(self.home) else str(place)
+        if source not in self._written:
+            place = Path(os.path.abspath(source))
+            below = place.is_relative_to(self.home)
+            self._written[source] = place.relative_to(self.home).as_posix() if below else str(place)
+        return self._written[source]
 
     def _stored(self, source: ImageSource) -> str:
         file = self.folder / f"{pixel_digest(source)[:24]}.png"
