@@ -19,7 +19,7 @@ _MORE_STORIES = 5
 _FAILURES = 12
 GROUPS = {
     "new answer": ("These must change", "One picture and wording made the edit; it must hold for others."),
-    "as before": ("These must stay", "Look-alikes, other questions, all the rest: none of its business."),
+    "as before": ("These must stay", "Look-alikes, other questions, and all that the edit is not about."),
 }
 
 
@@ -64,7 +64,7 @@ def _opening(story: Story) -> str:
     knew = moments[0].before
     return (
         "<header><p class=eyebrow>DualEdit Kernels</p>"
-        "<h1>One fact corrected, the rest left alone</h1></header>"
+        "<h1>One fact edited: what changes, what stays</h1></header>"
         f"<section class=edit>{picture(story.request.image, 'large')}<div>"
         f"<p class=question>{escape(story.request.prompt)}</p>"
         f"<p>The unedited model answers <b class=old>{escape(knew)}</b>"
@@ -145,7 +145,7 @@ def _cell(value: float | None, error: float | None) -> str:
     if value is None:
         return "<td>–</td>"
     small = "" if error is None else f"<small>± {error:.1f}</small>"
-    return f'<td><span class=bar style="--share:{value:.1f}%"></span>{value:.1f}{small}</td>'
+    return f'<td><span class=bar style="--share:{value / 100:.3f}"></span>{value:.1f}{small}</td>'
 
 
 def _others(stories: Sequence[Story]) -> str:

@@ -48,12 +48,15 @@ article { display: flex; gap: .9rem; background: var(--card); border: 1px solid 
   border-radius: 50%; border: 2px solid var(--card); background: var(--old); z-index: 1; }
 .gate i.in { background: var(--new); }
 .why { font-size: .8rem; margin: 0; }
-table { width: 100%; border-collapse: collapse; margin: .75rem 0 1rem; font-variant-numeric: tabular-nums; }
+table { width: 100%; max-width: 44rem; border-collapse: collapse; margin: .75rem 0 1rem;
+  font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: .5rem .4rem; border-bottom: 1px solid var(--line); vertical-align: top; }
 th[scope=row] { text-align: left; font-weight: 600; }
-th small { display: block; font-weight: 400; line-height: 1.35; } td small { display: block; }
+th small { display: block; font-weight: 400; line-height: 1.35; }
+td small { display: block; }
 td { position: relative; width: 6.5rem; white-space: nowrap; }
-.bar { position: absolute; right: 0; bottom: 0; height: 3px; width: var(--share); background: var(--new);
+.bar { position: absolute; right: 0; bottom: 0; height: 3px; width: calc((100% - .75rem) * var(--share));
+  background: var(--new);
   opacity: .55; }
 details { background: var(--card); border: 1px solid var(--line); border-radius: .9rem; margin-top: .6rem;
   padding: .6rem .9rem; }

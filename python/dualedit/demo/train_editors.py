@@ -12,19 +12,22 @@ import argparse
 import json
 import platform
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
 
+from dualedit.editing import edit_layers
 from dualedit.editor import Editor
 from dualedit.evaluation import ask_before
-from dualedit.model import inject_balancedit, inject_dualedit
+from dualedit.model import active_group, inject_balancedit, inject_dualedit
 from dualedit.prompting import Prompter
 from dualedit.storage import save_edits
-from dualedit.training import TrainSettings, calibrate_alpha, calibrate_threshold, measure_curve, train_adapters
+from dualedit.training import TrainSettings, calibrate_alpha, calibrate_threshold, measure_curve, optimise
 from dualedit.training.calibration import with_threshold
 
+from .adapter_pool import Pool
 from .samples import edit_samples
 from .vlm import load_embedded
 from .world import World
@@ -32,8 +35,8 @@ from .world import World
 # Measured on training facts of the shipped model: where adapters and keys work best (see editors.json).
 TEXT_LAYER, VIS_LAYER = 3, 3
 BALANCEDIT_LAYER = "layers.5.mlp.up_proj"
-SETTINGS = TrainSettings(steps=1500, batch_size=12, learning_rate=3e-3, warmup=50)
-CALIBRATION_FACTS = 120
+SETTINGS = TrainSettings(steps=1500, batch_size=16, learning_rate=5e-3, warmup=50, locality_weight=0.1)
+FACTS, CALIBRATION_FACTS = 3000, 120
 
 
 def balancedit_config(layer: str = BALANCEDIT_LAYER, alpha: float = 0.2) -> dict:
@@ -42,24 +45,6 @@ def balancedit_config(layer: str = BALANCEDIT_LAYER, alpha: float = 0.2) -> dict
         "layer": layer, "alpha": alpha, "metric": "l2", "key": "last", "value": "low_rank", "rank": 8,
         "learning_rate": 1e-2, "max_steps": 60, "stop_probability": 0.95,
     }  # fmt: skip
-
-
-class Stream:
-    """Training samples drawn step by step; facts kept for calibration never appear."""
-
-    def __init__(self, world: World, batch_size: int, seed: int, held_out: set[int]):
-        self.world, self.batch_size, self.seed = world, batch_size, seed
-        self.held_out = held_out
-        self._pool: list = []
-        self._round = 0
-
-    def __call__(self, step: int) -> list:
-        while len(self._pool) < self.batch_size:
-            drawn = edit_samples(self.world, "train", 400, seed=1_000_000 + 1000 * self.seed + self._round)
-            self._pool += [sample for sample in drawn if sample.entity not in self.held_out]
-            self._round += 1
-        batch, self._pool = self._pool[: self.batch_size], self._pool[self.batch_size :]
-        return batch
 
 
 def held_out_entities(world: World, share: float = 0.125) -> set[int]:
@@ -76,22 +61,46 @@ def calibration_samples(world: World, held_out: set[int], count: int, seed: int)
     return [sample for sample in drawn if sample.entity in held_out][:count]
 
 
-def train_dualedit(world: World, vlm: Path | None, settings: TrainSettings, layers: tuple[int, int], mid_dim: int):
-    """The embedded model with freshly trained adapters, its losses, and the seconds it took."""
+def training_samples(world: World, count: int, seed: int) -> list:
+    """Edits of the training entities that calibration does not use, with several targets a fact."""
+    held_out = held_out_entities(world)
+    drawn = edit_samples(world, "train", int(1.3 * count) + 64, seed=1_000_000 + seed)
+    return [sample for sample in drawn if sample.entity not in held_out][:count]
+
+
+def train_dualedit(
+    world: World, vlm: Path | None, settings: TrainSettings, layers: tuple[int, int], mid_dim: int, facts: int
+) -> tuple[Editor, list[tuple[float, float]], float]:
+    """The embedded model with freshly trained adapters, its losses (change, keep), and the seconds it took."""
+    began = time.perf_counter()
     base, processor = load_embedded(vlm)
+    # On a CPU the fused attention kernel's backward costs several times the plain one's.
+    base.set_attn_implementation("eager")
     torch.manual_seed(settings.seed)
     model = inject_dualedit(base, *layers, mid_dim=mid_dim, num_heads=8, threshold=0.8)
-    stream = Stream(world, settings.batch_size, settings.seed, held_out_entities(world))
-    began = time.perf_counter()
-    with tqdm(total=settings.steps, desc="training adapters", unit="step") as bar:
+    name, _, group = active_group(model)
+    wrapped = edit_layers(model, group)
+    samples = training_samples(world, facts, settings.seed)
+    pool = Pool(model, Prompter(processor), wrapped, samples, settings.seed)
+    parameters = [p for layer in wrapped.values() for p in layer.dualedit_adapter[name].parameters()]
+    generator = torch.Generator().manual_seed(settings.seed)
+    draw = _epochs(len(pool), settings.batch_size, generator)
+    with tqdm(total=settings.steps, desc="training adapters", unit="step", mininterval=2) as bar:
 
         def report(step: int, change: float, keep: float) -> None:
             bar.update()
-            bar.set_postfix(change=f"{change:.3f}", keep=f"{keep:.3f}")
+            bar.set_postfix(change=f"{change:.3f}", keep=f"{keep:.3f}", refresh=False)
 
-        history = train_adapters(model, Prompter(processor), stream, settings, report)
+        history = optimise(parameters, lambda step: pool.losses(name, next(draw)), settings, report)
     model.eval()
+    base.set_attn_implementation("sdpa")
     return Editor(model, processor), history, time.perf_counter() - began
+
+
+def _epochs(count: int, batch_size: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
+    while True:
+        order = torch.randperm(count, generator=generator)
+        yield from order[: count - count % batch_size].split(batch_size)
 
 
 def _tail_mean(history: list[tuple[float, float]], column: int, steps: int = 50) -> float:
@@ -99,11 +108,13 @@ def _tail_mean(history: list[tuple[float, float]], column: int, steps: int = 50)
     return sum(tail) / len(tail)
 
 
-def run(out: Path, vlm: Path | None, settings: TrainSettings, layers: tuple[int, int], mid_dim: int, facts: int) -> dict:
+def run(
+    out: Path, vlm: Path | None, settings: TrainSettings, layers: tuple[int, int], mid_dim: int, facts: int, calibration: int
+) -> dict:
     """Train, calibrate, save; returns what is written to editors.json."""
     world = World(0)
-    editor, history, seconds = train_dualedit(world, vlm, settings, layers, mid_dim)
-    samples = calibration_samples(world, held_out_entities(world), facts, settings.seed)
+    editor, history, seconds = train_dualedit(world, vlm, settings, layers, mid_dim, facts)
+    samples = calibration_samples(world, held_out_entities(world), calibration, settings.seed)
     before = ask_before(editor, samples)
     tau, figures = calibrate_threshold(measure_curve(editor, samples, before=before))
     with_threshold(editor, tau)
@@ -116,7 +127,7 @@ def run(out: Path, vlm: Path | None, settings: TrainSettings, layers: tuple[int,
         "dualedit": {
             "threshold": tau, "text_layer": layers[0], "vis_layer": layers[1], "mid_dim": mid_dim,
             "steps": settings.steps, "batch_size": settings.batch_size, "learning_rate": settings.learning_rate,
-            "seed": settings.seed, "seconds": round(seconds, 1),
+            "locality_weight": settings.locality_weight, "facts": facts, "seed": settings.seed, "seconds": round(seconds, 1),
             "loss_change": _tail_mean(history, 0), "loss_keep": _tail_mean(history, 1),
             "calibration_figures": figures,
         },
@@ -140,14 +151,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--text-layer", type=int, default=TEXT_LAYER)
     parser.add_argument("--vis-layer", type=int, default=VIS_LAYER)
     parser.add_argument("--mid-dim", type=int, default=128)
-    parser.add_argument("--facts", type=int, default=CALIBRATION_FACTS, help="training facts to calibrate on")
+    parser.add_argument("--facts", type=int, default=FACTS, help="edits to train on")
+    parser.add_argument("--calibration", type=int, default=CALIBRATION_FACTS, help="training facts to calibrate on")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(arguments)
     settings = TrainSettings(
         given.steps, given.batch_size, given.learning_rate, SETTINGS.warmup,
         locality_weight=given.locality_weight, seed=given.seed,
     )  # fmt: skip
-    report = run(given.out, given.vlm, settings, (given.text_layer, given.vis_layer), given.mid_dim, given.facts)
+    report = run(given.out, given.vlm, settings, (given.text_layer, given.vis_layer), given.mid_dim, given.facts, given.calibration)
     print(json.dumps(report, indent=1))
 
 

@@ -48,12 +48,12 @@ class Recipe:
     vision_steps: int = 4500
     vision_batch: int = 64
     vision_rate: float = 1e-3
-    language_steps: int = 4500
+    language_steps: int = 6750
     language_rate: float = 1.5e-3
     tower_share: float = 0.15  # learning rate of the vision tower in stage 2, relative to the rest
     logo_pairs: int = 5  # of look-alikes, two pictures each: 20 rows
-    scenes: int = 4
-    digits: int = 2
+    scenes: int = 3
+    digits: int = 3
     text_rows: int = 3
     gate_weight: float = 0.1
     weight_decay: float = 0.02
@@ -88,24 +88,34 @@ class Tally:
 
 
 class Checkpoint:
-    """A file that a killed run continues from: weights, optimiser, generators and the step of one stage."""
+    """What a killed run continues from: weights, optimiser, generators, the step of one stage, seconds."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._start = time.monotonic() - (self._read()["seconds"] if path.exists() else 0.0)
+
+    def _read(self) -> dict:
+        return torch.load(self.path, weights_only=False)
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock seconds of the whole run so far, earlier sessions up to their last save included."""
+        return time.monotonic() - self._start
 
     def save(self, stage: str, step: int, parts: dict) -> None:
         """Write the states of ``parts`` atomically."""
         state = {name: part.state_dict() for name, part in parts.items() if hasattr(part, "state_dict")}
         rng = {name: part.rng.bit_generator.state for name, part in parts.items() if hasattr(part, "rng")}
         temporary = self.path.with_suffix(".tmp")
-        torch.save({"stage": stage, "step": step, "state": state, "rng": rng}, temporary)
+        saved = {"stage": stage, "step": step, "state": state, "rng": rng, "seconds": self.seconds}
+        torch.save(saved, temporary)
         temporary.replace(self.path)
 
     def load(self, stage: str, parts: dict) -> int:
         """Restore ``parts`` if the file is of this stage; the step to go on from (0 if not)."""
-        saved = torch.load(self.path, weights_only=False) if self.path.exists() else {"stage": None}
-        if saved["stage"] != stage:
+        if self.stage() != stage:
             return 0
+        saved = self._read()
         for name, state in saved["state"].items():
             parts[name].load_state_dict(state)
         for name, state in saved["rng"].items():
@@ -114,7 +124,7 @@ class Checkpoint:
 
     def stage(self) -> str | None:
         """The stage the file was written in, if there is one."""
-        return torch.load(self.path, weights_only=False)["stage"] if self.path.exists() else None
+        return self._read()["stage"] if self.path.exists() else None
 
 
 def train_vision(
@@ -230,7 +240,7 @@ def report(folder: Path, recipe: Recipe, seconds: float) -> dict:
 def train(out: Path, recipe: Recipe, compiled: bool = True) -> dict:
     """Train, save to ``out`` and return the report; a killed run with the same ``out`` continues."""
     out.mkdir(parents=True, exist_ok=True)
-    checkpoint, clock, world = Checkpoint(out / "checkpoint.pt"), time.monotonic(), World(0)
+    checkpoint, world = Checkpoint(out / "checkpoint.pt"), World(0)
     processor = build_processor()
     model = build_model(processor.tokenizer, recipe.seed)
     model.train()
@@ -241,7 +251,7 @@ def train(out: Path, recipe: Recipe, compiled: bool = True) -> dict:
     train_language(model, processor, world, recipe, checkpoint, states)
     save_embedded(model, processor, out)
     checkpoint.path.unlink()
-    return report(out, recipe, time.monotonic() - clock)
+    return report(out, recipe, checkpoint.seconds)
 
 
 def main() -> None:

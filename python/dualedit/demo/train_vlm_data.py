@@ -84,7 +84,7 @@ class VisionBatches:
         return labels, strokes
 
     def _scene(self) -> tuple[object, dict[str, int]]:
-        things = draw_scene(self.rng)
+        things = draw_scene(self.rng, alike=False)
         at = {thing.place: thing for thing in things}
         labels = {}
         for place in SCENE_PLACES:

@@ -100,7 +100,7 @@ class World:
         ]
 
     def scene(self, rng: np.random.Generator, held_out: bool = False) -> tuple[Image.Image, list[Ask]]:
-        """A picture of one to three shapes and questions about it; held out = combinations not trained on."""
+        """One to three like shapes and questions about them; held out = combinations not trained on."""
         things = world_scenes.draw_scene(rng, held_out)
         return world_scenes.render_scene(things, rng), world_scenes.scene_asks(things, rng)
 

@@ -16,15 +16,15 @@ SCENE_SHAPES = ("disc", "box", "triangle", "ring", "cross", "bar")
 SCENE_COLOURS = ("red", "green", "blue", "yellow", "purple", "orange")
 SCENE_PLACES = ("left", "right", "top", "bottom")
 SCENE_SIZES = ("small", "large")
-# Shape and colour pairs that training never shows.
-HELD_OUT_PAIRS = frozenset(
+# What training never shows.
+HELD_OUT = frozenset(
     {
-        ("disc", "green"),
-        ("box", "purple"),
-        ("triangle", "red"),
-        ("ring", "blue"),
-        ("cross", "orange"),
-        ("bar", "yellow"),
+        ("disc", "green", "small"),
+        ("box", "purple", "large"),
+        ("triangle", "red", "small"),
+        ("ring", "blue", "large"),
+        ("cross", "orange", "small"),
+        ("bar", "yellow", "large"),
     }
 )
 _CENTRES = {"left": (10, 24), "right": (38, 24), "top": (24, 10), "bottom": (24, 38)}
@@ -50,18 +50,20 @@ class Ask:
     answer: str
 
 
-def draw_scene(rng: np.random.Generator, held_out: bool = False) -> tuple[Thing, ...]:
-    """One to three things of different shape, colour and place.
+def draw_scene(rng: np.random.Generator, held_out: bool = False, alike: bool = True) -> tuple[Thing, ...]:
+    """One to three things in different places, ``alike`` in all else or (to train seeing) in nothing.
 
-    With ``held_out`` the scene contains at least one pair of ``HELD_OUT_PAIRS``; without, none.
+    With ``held_out`` at least one thing is a combination of ``HELD_OUT``; without, none is.
     """
     while True:
         count = int(rng.integers(1, 4))
         shapes, colours = rng.permutation(SCENE_SHAPES)[:count], rng.permutation(SCENE_COLOURS)[:count]
-        places = rng.permutation(SCENE_PLACES)[:count]
-        sizes = rng.choice(SCENE_SIZES, size=count)
-        things = tuple(Thing(*map(str, t)) for t in zip(shapes, colours, places, sizes, strict=True))
-        if any((t.shape, t.colour) in HELD_OUT_PAIRS for t in things) == held_out:
+        places, sizes = rng.permutation(SCENE_PLACES)[:count], rng.choice(SCENE_SIZES, size=count)
+        if alike:
+            shapes, colours, sizes = ([kind[0]] * count for kind in (shapes, colours, sizes))
+        looks = zip(shapes, colours, places, sizes, strict=True)
+        things = tuple(Thing(*map(str, look)) for look in looks)
+        if any((t.shape, t.colour, t.size) in HELD_OUT for t in things) == held_out:
             return things
 
 
@@ -98,24 +100,23 @@ def render_scene(things: tuple[Thing, ...], rng: np.random.Generator) -> Image.I
 
 
 def scene_asks(things: tuple[Thing, ...], rng: np.random.Generator) -> list[Ask]:
-    """Questions about a scene, one of each family, in random wordings."""
-
-    def ask(family: str, answer: str, **words: str) -> Ask:
+    """Questions about a scene of like things, one of each family (the place only of a single thing)."""
+    thing = things[int(rng.integers(len(things)))]
+    answers = {
+        "scene_shape": thing.shape,
+        "scene_shape_at": thing.shape,
+        "scene_colour": thing.colour,
+        "scene_count": str(len(things)),
+        "scene_size": thing.size,
+    }
+    if len(things) == 1:
+        answers["scene_place"] = thing.place
+    words = {"shape": thing.shape, "colour": thing.colour, "place": thing.place}
+    asks = []
+    for family, answer in answers.items():
         wordings = SCENE_QUESTIONS[family]
-        return Ask(family, wordings[int(rng.integers(len(wordings)))].format(**words), answer)
-
-    def pick() -> Thing:
-        return things[int(rng.integers(len(things)))]
-
-    shape, at, colour, place, size = (pick() for _ in range(5))
-    return [
-        ask("scene_shape", shape.shape, colour=shape.colour),
-        ask("scene_shape_at", at.shape, place=at.place),
-        ask("scene_colour", colour.colour, shape=colour.shape),
-        ask("scene_place", place.place, shape=place.shape),
-        ask("scene_count", str(len(things))),
-        ask("scene_size", size.size, shape=size.shape),
-    ]
+        asks.append(Ask(family, wordings[int(rng.integers(len(wordings)))].format(**words), answer))
+    return asks
 
 
 @lru_cache(maxsize=1)

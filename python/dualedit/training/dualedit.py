@@ -82,6 +82,9 @@ def teacher_forced(prompter: Prompter, probes: Sequence[Probe], eos: int | None)
     return full
 
 
+_KEPT = ("t_loc", "m_loc", "hard_image", "hard_question")
+
+
 def _choose(options: Sequence, generator: torch.Generator):
     return options[int(torch.randint(len(options), (1,), generator=generator))]
 
@@ -101,10 +104,11 @@ def training_probes(sample: EditSample, generator: torch.Generator) -> tuple[lis
         image = _choose(sample.generality["v_gen"], generator).image
         prompt = request.prompt if torch.rand(1, generator=generator) < 0.7 else _choose(wordings, generator)
         change.append(Probe(image, prompt, request.target))
-    easy = [p for name in ("t_loc", "m_loc") for p in sample.locality.get(name, []) if p.answer]
-    hard = [sample.locality[name] for name in ("hard_image", "hard_question") if sample.locality.get(name)]
-    keep = [_choose(easy, generator)] if easy else []
-    return change, keep + [_choose(probes, generator) for probes in hard]
+    kinds = [sample.locality[name] for name in _KEPT if name in sample.locality]
+    kinds = [[p for p in probes if p.answer] for probes in kinds]
+    kinds = [probes for probes in kinds if probes]
+    # One of the kinds at a time: over the steps each gets its share, at a quarter of the cost.
+    return change, [_choose(_choose(kinds, generator), generator)] if kinds else []
 
 
 def make_batch(
@@ -193,6 +197,35 @@ def _schedule(step: int, settings: TrainSettings) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
+def optimise(
+    parameters: Sequence[nn.Parameter],
+    losses_of: Callable[[int], tuple[Tensor, Tensor]],
+    settings: TrainSettings,
+    on_step: Callable[[int, float, float], None] | None = None,
+) -> list[tuple[float, float]]:
+    """AdamW with warmup, cosine decay and clipping on the two losses that `losses_of(step)` returns.
+
+    Returns:
+        the two losses (change, keep) of every step.
+    """
+    optimizer = torch.optim.AdamW(
+        parameters, settings.learning_rate, betas=(0.9, 0.98), weight_decay=settings.weight_decay
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _schedule(step, settings))
+    history = []
+    for step in range(settings.steps):
+        change, keep = losses_of(step)
+        optimizer.zero_grad(set_to_none=True)
+        (change + settings.locality_weight * keep).backward()
+        nn.utils.clip_grad_norm_(parameters, settings.grad_clip)
+        optimizer.step()
+        schedule.step()
+        history.append((float(change.detach()), float(keep.detach())))
+        if on_step is not None:
+            on_step(step, *history[-1])
+    return history
+
+
 def train_adapters(
     model: nn.Module,
     prompter: Prompter,
@@ -225,18 +258,9 @@ def train_adapters(
     eos = unwrap(model).generation_config.eos_token_id
     eos = eos[0] if isinstance(eos, list) else eos
     generator = torch.Generator().manual_seed(settings.seed)
-    optimizer = torch.optim.AdamW(parameters, settings.learning_rate, weight_decay=settings.weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _schedule(step, settings))
-    history = []
-    for step in range(settings.steps):
+
+    def losses_of(step: int) -> tuple[Tensor, Tensor]:
         edits, batch = make_batch(prompter, next_samples(step), eos, generator)
-        rel, keep = train_step(model, layers, name, edits, batch)
-        optimizer.zero_grad(set_to_none=True)
-        (rel + settings.locality_weight * keep).backward()
-        nn.utils.clip_grad_norm_(parameters, settings.grad_clip)
-        optimizer.step()
-        schedule.step()
-        history.append((float(rel.detach()), float(keep.detach())))
-        if on_step is not None:
-            on_step(step, *history[-1])
-    return history
+        return train_step(model, layers, name, edits, batch)
+
+    return optimise(parameters, losses_of, settings, on_step)
