@@ -13,8 +13,8 @@ import re
 import torch
 from torch import nn
 
-# Path segments of module lists that are not the language model's layers. Whole tokens of a segment are compared:
-# a plain substring test would find "dit" in "dualedit".
+# Path segments of module lists that are not the language model's layers. Whole tokens of a segment are
+# compared: a plain substring test would find "dit" in "dualedit".
 _NOT_DECODER = {
     "vision", "visual", "vit", "image", "audio", "speech", "qformer", "perceiver", "resampler", "connector",
     "aligner", "merger", "projector", "vqmodel", "vqvae", "cross", "dit", "abstractor",
@@ -45,7 +45,9 @@ def hidden_size(model: nn.Module) -> int:
     for name in ("hidden_size", "n_embd", "d_model"):
         if isinstance(getattr(config, name, None), int):
             return getattr(config, name)
-    raise ValueError(f"{type(config).__name__} states no hidden_size; this architecture cannot be edited by layer.")
+    raise ValueError(
+        f"{type(config).__name__} states no hidden_size; this architecture cannot be edited by layer."
+    )
 
 
 def _segments(path: str) -> set[str]:
@@ -68,7 +70,9 @@ def _layer_lists(root: nn.Module, prefix: str) -> dict[str, nn.ModuleList]:
         if _is_layer_list(module) and not _segments(path) & _NOT_DECODER:
             found[path] = module
     # A list inside another candidate (a layer's experts, say) is part of that layer.
-    return {p: m for p, m in found.items() if not any(p.startswith(other + ".") for other in found if other != p)}
+    return {
+        p: m for p, m in found.items() if not any(p.startswith(other + ".") for other in found if other != p)
+    }
 
 
 def _name_of(model: nn.Module, target: nn.Module) -> str:
@@ -90,8 +94,8 @@ def find_decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     model = unwrap(model)
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(
-            f"{type(model).__name__} is an encoder-decoder: its decoder never holds the image and the question in "
-            f"one sequence, which both editors need. Use a decoder-only vision-language model."
+            f"{type(model).__name__} is an encoder-decoder: its decoder never holds the image and the "
+            f"question in one sequence, which both editors need. Use a decoder-only vision-language model."
         )
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
     candidates: dict[str, nn.ModuleList] = {}
@@ -105,8 +109,8 @@ def find_decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     if len(candidates) != 1:
         listed = ", ".join(f"{p} ({len(m)} layers)" for p, m in candidates.items()) or "none"
         raise ValueError(
-            f"Cannot tell which list of {type(model).__name__} holds the decoder layers; candidates: {listed}. "
-            f"Name the layer in full, for instance text_layer='model.language_model.layers.16'."
+            f"Cannot tell which list of {type(model).__name__} holds the decoder layers; candidates: "
+            f"{listed}. Name the layer in full, for instance text_layer='model.language_model.layers.16'."
         )
     return next(iter(candidates.items()))
 
@@ -151,15 +155,17 @@ def resolve_layer(model: nn.Module, layer: int | str, argument: str = "text_laye
     if isinstance(layer, int):
         if not -len(layers) <= layer < len(layers):
             raise ValueError(
-                f"{argument}={layer}: {path} has {len(layers)} layers; pass a number from 0 to {len(layers) - 1} "
-                f"(negative numbers count from the end)."
+                f"{argument}={layer}: {path} has {len(layers)} layers; pass a number from 0 to "
+                f"{len(layers) - 1} (negative numbers count from the end)."
             )
         return f"{path}.{layer % len(layers)}"
     names = [f"{path}.{i}" for i in range(len(layers))]
     try:
         return _pick(argument, layer, names)
     except ValueError as error:
-        raise ValueError(f"{error} Valid layers: {names[0]} to {names[-1]}, or 0 to {len(layers) - 1}.") from None
+        raise ValueError(
+            f"{error} Valid layers: {names[0]} to {names[-1]}, or 0 to {len(layers) - 1}."
+        ) from None
 
 
 def resolve_linear(model: nn.Module, name: str, argument: str = "layer") -> str:
@@ -179,7 +185,7 @@ def resolve_linear(model: nn.Module, name: str, argument: str = "layer") -> str:
 
 
 def image_token_ids(model: nn.Module) -> list[int]:
-    """Ids that stand for image or video content in `input_ids`, from the model's config; empty if it names none."""
+    """Ids of image or video content in `input_ids`, by the model's config; empty if it names none."""
     config = model.config
     ids = {getattr(config, name, None) for name in _IMAGE_ID_NAMES}
     return sorted(i for i in ids if isinstance(i, int) and i >= 0)
@@ -188,7 +194,9 @@ def image_token_ids(model: nn.Module) -> list[int]:
 def has_vision(model: nn.Module) -> bool:
     """Whether the model takes images at all."""
     config = model.config
-    return any(getattr(config, name, None) is not None for name in ("vision_config", "vq_config", "vision_model"))
+    return any(
+        getattr(config, name, None) is not None for name in ("vision_config", "vq_config", "vision_model")
+    )
 
 
 def check_image_positions(model: nn.Module, ids: list[int], vis_layer: object) -> None:
@@ -200,28 +208,33 @@ def check_image_positions(model: nn.Module, ids: list[int], vis_layer: object) -
     kind = type(model).__name__
     if not has_vision(model):
         raise ValueError(f"vis_layer={vis_layer!r}: {kind} is a text-only model. Pass vis_layer=None.")
-    if getattr(text_config(model), "cross_attention_layers", None) or model.config.model_type in {"mllama", "idefics"}:
+    crosses = getattr(text_config(model), "cross_attention_layers", None)
+    if crosses or model.config.model_type in {"mllama", "idefics"}:
         raise ValueError(
-            f"vis_layer={vis_layer!r}: {kind} feeds images through cross-attention, so no position of its sequence "
-            f"holds image content to edit. Pass vis_layer=None."
+            f"vis_layer={vis_layer!r}: {kind} feeds images through cross-attention, so no position of its "
+            f"sequence holds image content to edit. Pass vis_layer=None."
         )
     if not ids:
         raise ValueError(
-            f"vis_layer={vis_layer!r}: the config of {kind} names no image token. Pass image_token_ids=[...] (the id "
-            f"that its processor puts where the image goes), or vis_layer=None."
+            f"vis_layer={vis_layer!r}: the config of {kind} names no image token. Pass "
+            f"image_token_ids=[...] (the id that its processor puts where the image goes), or vis_layer=None."
         )
 
 
 def fingerprint(model: nn.Module) -> dict[str, object]:
     """What identifies a base model: its type, sizes, and a hash of the signs of its first embedding rows.
 
-    Signs survive rounding, so that the same weights loaded in another dtype are still the same model; the hash is
-    None where the weights are not at hand (meta device, sharded).
+    Signs survive rounding, so that the same weights loaded in another dtype are still the same model; the
+    hash is None where the weights are not at hand (meta device, sharded).
     """
     config = text_config(model)
     embeddings = model.get_input_embeddings().weight
     digest = None
-    if type(embeddings) in (nn.Parameter, torch.Tensor) and embeddings.device.type != "meta" and embeddings.ndim == 2:
+    if (
+        type(embeddings) in (nn.Parameter, torch.Tensor)
+        and embeddings.device.type != "meta"
+        and embeddings.ndim == 2
+    ):
         signs = torch.signbit(embeddings.detach()[:32].cpu())
         digest = hashlib.sha256(signs.numpy().tobytes()).hexdigest()[:16]
     return {
@@ -248,6 +261,6 @@ def check_fingerprint(model: nn.Module, saved: dict[str, object] | None) -> None
     ]
     if differs:
         raise ValueError(
-            f"These edits were made on another base model: {'; '.join(differs)}. Load the base model they were "
-            f"made on, or make the edits again on this one."
+            f"These edits were made on another base model: {'; '.join(differs)}. Load the base model they "
+            f"were made on, or make the edits again on this one."
         )

@@ -45,8 +45,8 @@ def check_adapter_file(folder: str | os.PathLike[str]) -> None:
             tensors.keys()
     except SafetensorError as error:
         raise ValueError(
-            f"{file} is cut short or damaged ({error}); nothing was loaded. Restore the file from a copy or save "
-            f"the edits again."
+            f"{file} is cut short or damaged ({error}); nothing was loaded. Restore the file from a copy "
+            f"or save the edits again."
         ) from error
 
 
@@ -58,8 +58,8 @@ class EditConfig(PeftConfig):
         target_modules: full names of the wrapped modules; found at injection, never set by hand.
         image_token_ids: ids that stand for image (or video) content in `input_ids`; None reads them from the
             model's config.
-        base_fingerprint: what the base model looked like when the edits were made; injection into a model that
-            looks different is refused. None skips the check.
+        base_fingerprint: what the base model looked like when the edits were made; injection into a model
+            that looks different is refused. None skips the check.
     """
 
     target_modules: list[str] | None = field(
@@ -93,18 +93,24 @@ class DualEditConfig(EditConfig):
         num_heads: attention heads; divides `mid_dim`.
         threshold: tau, the cosine similarity from which on the gate opens, in [-1, 1].
         gate: "prompt" compares the last prompt token on both sides (what is known when a question is asked);
-            "published" compares the last input token, as the published evaluation does, where that token is part
-            of the answer: it sees the label and is for comparison only.
+            "published" compares the last input token, as the published evaluation does, where that token is
+            part of the answer: it sees the label and is for comparison only.
         norm_eps: epsilon of the adapters' LayerNorms.
         init_weights: True starts the adapters as the identity (output projection zero); False at random.
     """
 
-    text_layer: int | str | None = field(default=16, metadata={"help": "Layer whose text positions are edited."})
-    vis_layer: int | str | None = field(default=19, metadata={"help": "Layer whose image positions are edited."})
+    text_layer: int | str | None = field(
+        default=16, metadata={"help": "Layer whose text positions are edited."}
+    )
+    vis_layer: int | str | None = field(
+        default=19, metadata={"help": "Layer whose image positions are edited."}
+    )
     mid_dim: int = field(default=1024, metadata={"help": "Width of the adapters' attention."})
     num_heads: int = field(default=8, metadata={"help": "Attention heads; divides mid_dim."})
     threshold: float = field(default=0.8, metadata={"help": "tau: cosine similarity that opens the gate."})
-    gate: str = field(default="prompt", metadata={"help": "'prompt' (honest) or 'published' (sees the answer)."})
+    gate: str = field(
+        default="prompt", metadata={"help": "'prompt' (honest) or 'published' (sees the answer)."}
+    )
     norm_eps: float = field(default=1e-5, metadata={"help": "Epsilon of the adapters' LayerNorms."})
     init_weights: bool = field(default=True, metadata={"help": "Start as the identity (True) or at random."})
 
@@ -113,7 +119,7 @@ class DualEditConfig(EditConfig):
         self.peft_type = EditType.DUALEDIT
         layers = (self.text_layer, self.vis_layer)
         _require(layers != (None, None), "text_layer, vis_layer", layers, "name at least one layer to edit")
-        for name, layer in zip(("text_layer", "vis_layer"), layers):
+        for name, layer in zip(("text_layer", "vis_layer"), layers, strict=True):
             fits = layer is None or (isinstance(layer, (int, str)) and not isinstance(layer, bool))
             _require(fits, name, layer, "pass a layer number, a module name, or None")
         _require(self.mid_dim > 0, "mid_dim", self.mid_dim, "pass a positive width")
@@ -134,34 +140,50 @@ class BalancEditConfig(EditConfig):
     Attributes:
         layer: name (or unambiguous suffix) of the linear layer that is edited.
         alpha: where the radius lies between the positive and the negative sample:
-            alpha * d(positive) + (1 - alpha) * d(negative). The paper's Eq. 3 and Eq. 10 contradict each other;
-            its experiments (Fig. 5, Table 10: alpha = 0 is the widest scope) match this one.
+            alpha * d(positive) + (1 - alpha) * d(negative). The paper's Eq. 3 and Eq. 10 contradict each
+            other; its experiments (Fig. 5, Table 10: alpha = 0 is the widest scope) match this one.
         metric: "l2" or "cosine", the distance between keys.
-        key: "mean" pools the layer's input over the prompt tokens (the paper's), "last" takes the last prompt token.
+        key: "mean" pools the layer's input over the prompt tokens (the paper's), "last" takes the last prompt
+            token.
         value: "low_rank" stores W + up @ down, "full" a whole weight.
         rank: rank of a low-rank value.
-        learning_rate, max_steps, stop_probability: the fine-tuning of a value: Adam until every target token is
-            the most probable one with at least `stop_probability`, or `max_steps`.
+        learning_rate, max_steps, stop_probability: the fine-tuning of a value: Adam until every target token
+            is the most probable one with at least `stop_probability`, or `max_steps`.
     """
 
     layer: str | None = field(default=None, metadata={"help": "Name of the linear layer that is edited."})
-    alpha: float = field(default=0.2, metadata={"help": "Radius between positive (1) and negative (0) sample."})
+    alpha: float = field(
+        default=0.2, metadata={"help": "Radius between positive (1) and negative (0) sample."}
+    )
     metric: str = field(default="l2", metadata={"help": "'l2' or 'cosine'."})
     key: str = field(default="mean", metadata={"help": "'mean' over prompt tokens or the 'last' one."})
     value: str = field(default="low_rank", metadata={"help": "'low_rank' or 'full'."})
     rank: int = field(default=8, metadata={"help": "Rank of a low-rank value."})
     learning_rate: float = field(default=3e-3, metadata={"help": "Adam's learning rate for a value."})
     max_steps: int = field(default=50, metadata={"help": "Most fine-tuning steps for a value."})
-    stop_probability: float = field(default=0.9, metadata={"help": "Least probability of every target token."})
+    stop_probability: float = field(
+        default=0.9, metadata={"help": "Least probability of every target token."}
+    )
 
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = EditType.BALANCEDIT
-        _require(isinstance(self.layer, str) and self.layer != "", "layer", self.layer, "name the linear layer to edit")
+        _require(
+            isinstance(self.layer, str) and self.layer != "",
+            "layer",
+            self.layer,
+            "name the linear layer to edit",
+        )
         _require(0.0 <= self.alpha <= 1.0, "alpha", self.alpha, "pass a number in [0, 1]")
         _require(self.metric in METRICS, "metric", self.metric, f"choose one of {METRICS}")
         _require(self.key in KEYS, "key", self.key, f"choose one of {KEYS}")
         _require(self.value in VALUES, "value", self.value, f"choose one of {VALUES}")
         _require(self.rank > 0, "rank", self.rank, "pass a positive rank")
+        _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "pass a positive number")
         _require(self.max_steps > 0, "max_steps", self.max_steps, "pass a positive number of steps")
-        _require(0 < self.stop_probability < 1, "stop_probability", self.stop_probability, "pass a number in (0, 1)")
+        _require(
+            0 < self.stop_probability < 1,
+            "stop_probability",
+            self.stop_probability,
+            "pass a number in (0, 1)",
+        )

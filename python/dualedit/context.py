@@ -1,147 +1,38 @@
 """What one forward or one generation knows: its prompt, its masks, and the edits it has decided on.
 
-Layers need to know which positions are prompt text, which are image, and where the prompt ends. None of that is
-kept in modules: it travels in a context variable for the length of a call, and with the key-value cache for the
-length of a sequence, so two threads, two models, or an edit made while a generation runs do not see each other.
+Layers need to know which positions are prompt text, which are image, and where the prompt ends. None of that
+is
+kept in modules: it travels in a context variable for the length of a call, and with the key-value cache for
+the length of a sequence, so two threads, two models, or an edit made while a generation runs do not see each
+other.
 
-The way of a call: `generate` (or the model's forward) states the prompt; the stack that owns the decoder layers
-states how much of the sequence is in the cache already; the wrapped layers read both as a `ForwardPass`.
+The way of a call: `generate` (or the model's forward) states the prompt; the stack that owns the decoder
+layers states how much of the sequence is in the cache already; the wrapped layers read both as a
+`ForwardPass`.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-_FRAMES: ContextVar[tuple["Frame", ...]] = ContextVar("dualedit_frames", default=())
+from .sequence import ForwardPass, Prompt, Sequence, describe_prompt, last_true
+
+_FRAMES: ContextVar[tuple[Frame, ...]] = ContextVar("dualedit_frames", default=())
 _CACHE_ATTRIBUTE = "_dualedit_sequence"
 # Arguments that only calls with packed sequences have (padding-free training, continuous batching).
 _PACKED_ARGUMENTS = ("cu_seq_lens_q", "cu_seqlens", "seq_idx", "block_table")
 _PACKED = (
-    "{what}: several sequences are packed into one row, so edits cannot tell whose prompt this is. Use ordinary "
-    "padded batches (generate, not generate_batch), or remove the edit adapter with unload()."
+    "{what}: several sequences are packed into one row, so edits cannot tell whose prompt this is. Use "
+    "ordinary padded batches (generate, not generate_batch), or remove the edit adapter with unload()."
 )
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """The prompt of B sequences of P columns (padding and, when scoring, target columns included).
-
-    Attributes:
-        text: [B, P] bool, prompt tokens that are not image content (or padding).
-        image: [B, P] bool, prompt tokens that stand for image content; None when the input ids are not known.
-        last: [B] int64, column of the last prompt token.
-        last_input: [B] int64, column of the last input token; differs from `last` only when a target follows.
-    """
-
-    text: Tensor
-    image: Tensor | None
-    last: Tensor
-    last_input: Tensor
-
-    @property
-    def length(self) -> int:
-        """Columns P."""
-        return self.text.shape[1]
-
-    def prompt(self) -> Tensor:
-        """[B, P] bool: every prompt token, text or image."""
-        return self.text if self.image is None else self.text | self.image
-
-
-def _last_true(mask: Tensor) -> Tensor:
-    columns = torch.arange(1, mask.shape[1] + 1, device=mask.device)
-    return (mask * columns).argmax(dim=1)
-
-
-def describe_prompt(
-    input_ids: Tensor | None,
-    attention_mask: Tensor | None,
-    labels: Tensor | None,
-    image_ids: list[int],
-    shape: tuple[int, int],
-    device: torch.device,
-) -> Prompt:
-    """Sort the columns of a batch into text, image, target and padding.
-
-    Args:
-        input_ids: [B, P] or None (the caller passed embeddings): then the image positions stay unknown.
-        attention_mask: [B, P] with 0 at padding; anything that is not 2-D (a ready-made 4-D mask) is read as
-            "no padding".
-        labels: [B, P] with -100 at prompt tokens: the prompt ends before the first other label. None: all prompt.
-        image_ids: ids of image content.
-        shape: (B, P).
-    """
-    attended = torch.ones(shape, dtype=torch.bool, device=device)
-    if attention_mask is not None and attention_mask.ndim == 2:
-        attended = attention_mask[:, -shape[1] :].to(device) != 0
-    prompt = attended
-    if labels is not None and labels.shape == shape:
-        prompt = attended & ((labels.to(device) != -100).cumsum(1) == 0)
-    image = None
-    if input_ids is not None:
-        ids = torch.tensor(image_ids, dtype=input_ids.dtype, device=input_ids.device)
-        image = torch.isin(input_ids, ids).to(device) & prompt
-    text = prompt if image is None else prompt & ~image
-    return Prompt(text=text, image=image, last=_last_true(prompt), last_input=_last_true(attended))
-
-
-@dataclass
-class Sequence:
-    """A batch of sequences from prefill to its last token: the prompt and what was decided about it."""
-
-    prompt: Prompt
-    decisions: dict[Any, Any] = field(default_factory=dict)
-
-    def __deepcopy__(self, memo):
-        # A copied cache continues the same text with the same decisions; the tensors are never written to.
-        return Sequence(self.prompt, dict(self.decisions))
-
-
-def _expand(rows: Tensor, batch: int, what: str) -> Tensor:
-    """Repeat rows as generation does for beams and several returned sequences."""
-    if rows.shape[0] == batch:
-        return rows
-    if batch % rows.shape[0]:
-        raise ValueError(
-            f"{what} was decided for {rows.shape[0]} sequences and this call has {batch}: the cache belongs to another "
-            f"batch. Pass the cache that this batch was prefilled with."
-        )
-    return rows.repeat_interleave(batch // rows.shape[0], dim=0)
-
-
-@dataclass
-class ForwardPass:
-    """One call of the decoder stack: columns [start, start + length) of a sequence, for B rows."""
-
-    sequence: Sequence
-    start: int
-    batch: int
-    length: int
-
-    @property
-    def in_prompt(self) -> bool:
-        """Whether any column of this pass belongs to the prompt."""
-        return self.start < self.sequence.prompt.length
-
-    def columns(self, mask: Tensor) -> Tensor:
-        """The part [B, length] of a prompt mask [B0, P] that this pass holds; False behind the prompt."""
-        part = _expand(mask, self.batch, "The prompt")[:, self.start : self.start + self.length]
-        return nn.functional.pad(part, (0, self.length - part.shape[1]))
-
-    def position(self, column: Tensor) -> Tensor:
-        """Where columns [B0] of the sequence lie in this pass, as [B]; negative when they are in the cache."""
-        return _expand(column, self.batch, "The prompt") - self.start
-
-    def decision_rows(self, rows: Tensor) -> Tensor:
-        """A decision [B0] for the rows of this pass [B]."""
-        return _expand(rows, self.batch, "The route")
 
 
 @dataclass
@@ -168,12 +59,12 @@ class Bound:
 class Frame:
     """One level of what the running call knows. `kind`: "generate", "call", "pass", "mode" or "masks"."""
 
-    runtime: "EditRuntime"
+    runtime: EditRuntime
     kind: str
     content: Any
 
 
-def _find(runtime: "EditRuntime", *kinds: str) -> Frame | None:
+def _find(runtime: EditRuntime, *kinds: str) -> Frame | None:
     for frame in reversed(_FRAMES.get()):
         if frame.runtime is runtime and frame.kind in kinds:
             return frame
@@ -184,7 +75,7 @@ def _push(frame: Frame) -> None:
     _FRAMES.set((*_FRAMES.get(), frame))
 
 
-def _pop(runtime: "EditRuntime", kind: str) -> None:
+def _pop(runtime: EditRuntime, kind: str) -> None:
     frames = _FRAMES.get()
     for i in range(len(frames) - 1, -1, -1):
         if frames[i].runtime is runtime and frames[i].kind == kind:
@@ -192,7 +83,7 @@ def _pop(runtime: "EditRuntime", kind: str) -> None:
             return
 
 
-def _drop(runtime: "EditRuntime", *kinds: str) -> None:
+def _drop(runtime: EditRuntime, *kinds: str) -> None:
     """Forget calls that never ended: PyTorch skips the hooks of a call that Ctrl-C interrupts."""
     frames = _FRAMES.get()
     kept = tuple(frame for frame in frames if frame.runtime is not runtime or frame.kind not in kinds)
@@ -201,7 +92,7 @@ def _drop(runtime: "EditRuntime", *kinds: str) -> None:
 
 
 @contextmanager
-def framed(runtime: "EditRuntime", kind: str, content: Any) -> Iterator[Any]:
+def framed(runtime: EditRuntime, kind: str, content: Any) -> Iterator[Any]:
     """Let the calls inside the block know `content`."""
     before = _FRAMES.get()
     _push(Frame(runtime, kind, content))
@@ -214,7 +105,7 @@ def framed(runtime: "EditRuntime", kind: str, content: Any) -> Iterator[Any]:
 class GenerateWithContext:
     """Stands in for a model's `generate`: notes the prompt, then calls the model's own."""
 
-    def __init__(self, model: nn.Module, runtime: "EditRuntime"):
+    def __init__(self, model: nn.Module, runtime: EditRuntime):
         self.model = model
         self.runtime = runtime
         self.previous = model.__dict__.get("generate")
@@ -242,8 +133,8 @@ class GenerateWithContext:
         chunk = given.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None))
         if chunk is not None:
             raise ValueError(
-                f"prefill_chunk_size={chunk}: a prompt that is read in pieces drops the image in most models and has no "
-                f"single last prompt token to decide on. Leave prefill_chunk_size out."
+                f"prefill_chunk_size={chunk}: a prompt that is read in pieces drops the image in most "
+                f"models and has no single last prompt token to decide on. Leave prefill_chunk_size out."
             )
         with framed(self.runtime, "generate", _Generation(given)):
             return own(*args, **kwargs)
@@ -252,7 +143,7 @@ class GenerateWithContext:
 class GenerateBatchRefused:
     """Stands in for a model's `generate_batch`, which packs the sequences of a batch into one row."""
 
-    def __init__(self, runtime: "EditRuntime"):
+    def __init__(self, runtime: EditRuntime):
         self.runtime = runtime
 
     def __call__(self, *args, **kwargs):
@@ -347,7 +238,9 @@ class EditRuntime:
         generation = _find(self, "generate")
         if generation is not None:
             if generation.content.sequence is None:
-                generation.content.sequence = self._generation_prompt(generation.content, frame, inputs, start, shape, device)
+                generation.content.sequence = self._generation_prompt(
+                    generation.content, frame, inputs, start, shape, device
+                )
             return generation.content.sequence
         known = getattr(cache, _CACHE_ATTRIBUTE, None) if start > 0 else None
         if isinstance(known, Sequence):
@@ -362,8 +255,9 @@ class EditRuntime:
         length = ids.shape[1] if ids is not None else start + shape[1]
         if start + shape[1] < length:
             raise ValueError(
-                f"The decoder got {start + shape[1]} positions for a prompt of {length} input ids, so image and text "
-                f"positions cannot be told apart. Expand the image placeholders with the model's processor."
+                f"The decoder got {start + shape[1]} positions for a prompt of {length} input ids, so "
+                f"image and text positions cannot be told apart. Expand the image placeholders with the "
+                "model's processor."
             )
         rows = ids.shape[0] if ids is not None else shape[0]
         if given.get("attention_mask") is None and frame is not None and frame.kind == "call":
@@ -391,7 +285,9 @@ def _behind_cache(prompt: Prompt, start: int) -> Prompt:
     if start == 0:
         return prompt
     image = None if prompt.image is None else nn.functional.pad(prompt.image, (start, 0))
-    return Prompt(nn.functional.pad(prompt.text, (start, 0)), image, prompt.last + start, prompt.last_input + start)
+    return Prompt(
+        nn.functional.pad(prompt.text, (start, 0)), image, prompt.last + start, prompt.last_input + start
+    )
 
 
 def _remember(cache: Any, sequence: Sequence) -> None:
@@ -409,7 +305,7 @@ def _cache_in(output: Any) -> Any:
 def _named(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of a module's forward by name."""
     names = list(inspect.signature(module.forward).parameters)
-    return {**dict(zip(names, args)), **kwargs}
+    return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 class _CallBegins:
@@ -474,11 +370,12 @@ def explicit_masks(model: nn.Module, text: Tensor, image: Tensor | None = None) 
     """State the prompt's positions by hand, for callers that pass `inputs_embeds`.
 
     Args:
-        text, image: [B, P] bool; prompt text and image positions of the sequence (padding is neither); `image`
+        text, image: [B, P] bool; prompt text and image positions of the sequence (padding is neither);
+            `image`
             None: there is none.
     """
     image = torch.zeros_like(text) if image is None else image
     prompt = text | image
-    masks = Prompt(text, image, _last_true(prompt), _last_true(prompt))
+    masks = Prompt(text, image, last_true(prompt), last_true(prompt))
     with framed(runtime_of(model), "masks", masks):
         yield

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dualedit_kernels import Full, LowRank, nearest_key
+from dualedit_kernels import nearest_key
 
-from .architectures import find_decoder_layers, unwrap
+from .architectures import unwrap
 from .config import BalancEditConfig, DualEditConfig
-from .context import Prompt, bound, describe_prompt, recording, runtime_of
-from .layer import BalancEditLayer, EditLayer
+from .context import Prompt, describe_prompt, recording, runtime_of
+from .fitting import fit_value, to_device
+from .layer import EditLayer
 from .memory import MemoryGroup, Snapshot
 from .model import active_group
-from .replay import Replay
 from .routing import cosine_radius, last_state, pool_key
 
 Inputs = Mapping[str, Tensor]
@@ -90,31 +92,30 @@ def append_target(inputs: Inputs, target_ids: Tensor) -> dict[str, Tensor]:
     for name, value in inputs.items():
         if isinstance(value, Tensor) and value.shape == ids.shape and name != "input_ids":
             # Masks continue with 1, token types with 0: the target is attended text.
-            full[name] = torch.cat([value, torch.full_like(target, int("attention" in name)).to(value)], dim=1)
+            full[name] = torch.cat(
+                [value, torch.full_like(target, int("attention" in name)).to(value)], dim=1
+            )
     full["input_ids"] = torch.cat([ids, target], dim=1)
     full["labels"] = torch.cat([torch.full_like(ids, -100), target], dim=1)
     return full
 
 
-def _to_device(inputs: Inputs, model: nn.Module) -> dict[str, Any]:
-    weight = model.get_input_embeddings().weight
-    moved = {}
-    for name, value in inputs.items():
-        if isinstance(value, Tensor):
-            value = value.to(weight.device)
-            value = value.to(model.dtype) if value.is_floating_point() else value
-            value = value.clone() if value.is_inference() else value  # autograd refuses those
-        moved[name] = value
-    return moved
-
-
 def record_states(model: nn.Module, inputs: Inputs) -> tuple[dict[str, Tensor], Prompt]:
     """What the wrapped layers of the frozen model see of an input, by layer name, and its prompt."""
     base = unwrap(model)
-    inputs = _to_device(inputs, base)
-    ids = inputs["input_ids"]
+    inputs = to_device(inputs, base)
+    ids = inputs.get("input_ids")
+    if ids is None:
+        raise ValueError(
+            f"inputs={sorted(inputs)}: input_ids are missing, so image and text cannot be told apart."
+        )
     prompt = describe_prompt(
-        ids, inputs.get("attention_mask"), inputs.get("labels"), runtime_of(base).image_ids, tuple(ids.shape), ids.device
+        ids,
+        inputs.get("attention_mask"),
+        inputs.get("labels"),
+        runtime_of(base).image_ids,
+        tuple(ids.shape),
+        ids.device,
     )
     call = {name: value for name, value in inputs.items() if name != "labels"}
     with torch.no_grad(), recording(base) as states:
@@ -122,7 +123,9 @@ def record_states(model: nn.Module, inputs: Inputs) -> tuple[dict[str, Tensor], 
     return states, prompt
 
 
-def _query(states: dict[str, Tensor], prompt: Prompt, layer_name: str, config: DualEditConfig | BalancEditConfig) -> Tensor:
+def _query(
+    states: dict[str, Tensor], prompt: Prompt, layer_name: str, config: DualEditConfig | BalancEditConfig
+) -> Tensor:
     """The vector [B, D] by which an input is looked up."""
     hidden = states[layer_name]
     if isinstance(config, BalancEditConfig):
@@ -144,7 +147,7 @@ def _radii(stored: Snapshot, config: DualEditConfig | BalancEditConfig) -> Tenso
 
 
 def lookup_many(model: nn.Module, inputs: Inputs) -> list[Lookup]:
-    """For each row of a batch, the stored edit nearest to it and whether it applies. The model is not changed.
+    """For each row of a batch, the stored edit nearest to it and whether it applies. No model is changed.
 
     Args:
         inputs: what a processor returns for a batch of prompts, padding masked.
@@ -163,7 +166,7 @@ def lookup_many(model: nn.Module, inputs: Inputs) -> list[Lookup]:
     radii = radius.tolist()
     return [
         nothing if row < 0 else Lookup(stored.ids[row], far, radii[row], far <= radii[row])
-        for row, far in zip(index.tolist(), distance.tolist())
+        for row, far in zip(index.tolist(), distance.tolist(), strict=True)
     ]
 
 
@@ -195,7 +198,14 @@ def _distances(key: Tensor, others: Sequence[Tensor], metric: str) -> list[float
     if not others:
         return []
     everywhere = torch.full((1,), float("inf"), device=key.device)
-    return nearest_key(torch.cat(list(others)).float(), key.float(), everywhere, metric)[1].tolist()
+    distances = nearest_key(torch.cat(list(others)).float(), key.float(), everywhere, metric)[1].tolist()
+    if not all(map(math.isfinite, distances)):
+        raise ValueError(
+            f"positives, negatives: the distances {distances} are not all finite, and a radius made of "
+            f"them would open the edit to every input. The forward of a sample overflowed; run the model "
+            "in bfloat16 or float32."
+        )
+    return distances
 
 
 def _queries(model: nn.Module, samples: Sequence[Inputs], layer: str, config) -> list[Tensor]:
@@ -203,11 +213,12 @@ def _queries(model: nn.Module, samples: Sequence[Inputs], layer: str, config) ->
 
 
 def _balancedit_radius(config: BalancEditConfig, positive: list[float], negative: list[float]) -> float:
-    """alpha d(positive) + (1 - alpha) d(negative), for the farthest positive and the nearest negative sample."""
+    """alpha d(positive) + (1 - alpha) d(negative), of the farthest positive and nearest negative sample."""
     if not positive or not negative:
         raise ValueError(
-            f"positives ({len(positive)}) and negatives ({len(negative)}): BalancEdit sets the radius of an edit "
-            f"between at least one of each. Pass a rephrased prompt and, for instance, the prompt with a black image."
+            f"positives ({len(positive)}) and negatives ({len(negative)}): BalancEdit sets the radius of "
+            f"an edit between at least one of each. Pass a rephrased prompt and, for instance, the prompt "
+            "with a black image."
         )
     far, near = max(positive), min(negative)
     radius = config.alpha * far + (1 - config.alpha) * near
@@ -215,8 +226,9 @@ def _balancedit_radius(config: BalancEditConfig, positive: list[float], negative
         # Inside the negative sample by construction: the radius that still leaves it alone is just below it.
         radius = min(radius, near * (1 - 1e-4))
         warnings.warn(
-            f"The positive sample (distance {far:.4g}) is not nearer than the negative one ({near:.4g}); the radius is "
-            f"clamped to {radius:.4g}. Rewordings of this edit may not be recognised: pass closer rephrases.",
+            f"The positive sample (distance {far:.4g}) is not nearer than the negative one ({near:.4g}); "
+            f"the radius is clamped to {radius:.4g}. Rewordings of this edit may not be recognised: pass "
+            "closer rephrases.",
             stacklevel=4,
         )
     return radius
@@ -244,17 +256,18 @@ def _dualedit_rows(
 
 
 def _check_image(group: MemoryGroup, prompt: Prompt) -> None:
-    wants = any(table.endswith("_vision") for memory in group.memories.values() for table in memory.token_tables)
+    wants = any(
+        table.endswith("_vision") for memory in group.memories.values() for table in memory.token_tables
+    )
     if wants and (prompt.image is None or not bool(prompt.image.any())):
         raise ValueError(
-            "inputs hold no image: the edit's image is missing, and this adapter edits image positions. Pass the "
-            "image to the processor together with a prompt that has its image placeholder."
+            "inputs hold no image: the edit's image is missing, and this adapter edits image positions. "
+            "Pass the image to the processor together with a prompt that has its image placeholder."
         )
 
 
-def _add_dualedit(model, name, config, group, inputs, target_ids, positives, negatives):
+def _add_dualedit(model, name, config, group, inputs, full, positives, negatives):
     layers = edit_layers(model, group)
-    full = append_target(inputs, target_ids)
     with torch.no_grad():
         states, prompt = record_states(model, full)
         _check_image(group, prompt)
@@ -264,86 +277,26 @@ def _add_dualedit(model, name, config, group, inputs, target_ids, positives, neg
         rows = _dualedit_rows(layers, name, states, attended)
         key = _query(states, prompt, gate, config)
         distances = [
-            _distances(key, _queries(model, samples, gate, config), "cosine") for samples in (positives, negatives)
+            _distances(key, _queries(model, samples, gate, config), "cosine")
+            for samples in (positives, negatives)
         ]
     rows[gate] |= {"key": key[0], "radius": torch.tensor(_dualedit_radius(config, *distances))}
     return rows, key, {}
 
 
-def _new_value(layer: BalancEditLayer, config: BalancEditConfig) -> list[nn.Parameter]:
-    device = next(layer.base_layer.parameters()).device
-    inputs, outputs = layer.base_layer.in_features, layer.base_layer.out_features
-    if config.value == "full":
-        weight = layer.base_layer.weight
-        if not weight.is_floating_point() or weight.shape != (outputs, inputs):
-            raise ValueError(
-                f"value='full': {layer.layer_name} is quantised ({weight.dtype}), so there is no whole weight to copy. "
-                f"Use value='low_rank'."
-            )
-        return [nn.Parameter(weight.detach().float().clone())]
-    # LoRA's start: a random way down, nothing comes back up. Seeded, so that the same edit gives the same value.
-    generator = torch.Generator().manual_seed(0)
-    down = torch.randn(config.rank, inputs, generator=generator) / inputs**0.5
-    return [nn.Parameter(down.to(device)), nn.Parameter(torch.zeros(outputs, config.rank, device=device))]
-
-
-def _as_values(parts: list[nn.Parameter]) -> LowRank | Full:
-    return Full(parts[0][None]) if len(parts) == 1 else LowRank(parts[0][None], parts[1][None])
-
-
-def fit_value(
-    model: nn.Module, layer: BalancEditLayer, config: BalancEditConfig, inputs: Inputs
-) -> tuple[list[Tensor], dict[str, Any]]:
-    """Fine-tune the value of one edit by next-token loss on its target, from the edited layer upward.
-
-    Args:
-        inputs: from `append_target`; labels say which tokens are the target.
-
-    Returns:
-        the value's tensors (full weight, or down and up), and {"steps", "probability"} of the fit.
-    """
-    base = unwrap(model)
-    inputs = _to_device(inputs, base)
-    labels = inputs.pop("labels")
-    target = labels[:, 1:] != -100
-    parts = _new_value(layer, config)
-    optimizer = torch.optim.Adam(parts, lr=config.learning_rate)
-    route = torch.zeros(1, dtype=torch.int64, device=labels.device)
-    number = int(layer.layer_name.removeprefix(find_decoder_layers(base)[0] + ".").split(".")[0])
-    with bound(base, route, {}):
-        replay = Replay(base, inputs, number)
-    for step in range(config.max_steps + 1):
-        with torch.enable_grad(), bound(base, route, {layer.layer_name: _as_values(parts)}):
-            logits = replay()[:, :-1][target].float()
-            loss = nn.functional.cross_entropy(logits, labels[:, 1:][target])
-        probability = float(logits.detach().softmax(-1).gather(1, labels[:, 1:][target][:, None]).min())
-        if probability >= config.stop_probability or step == config.max_steps:
-            break
-        # Not backward(): trainable parts of the model (an adapter beside this one) keep their gradients.
-        for part, gradient in zip(parts, torch.autograd.grad(loss, parts)):
-            part.grad = gradient
-        optimizer.step()
-    if probability < 0.5:
-        warnings.warn(
-            f"The edit did not take: after {step} steps the least likely target token has probability "
-            f"{probability:.2f}. Raise max_steps ({config.max_steps}) or learning_rate ({config.learning_rate}).",
-            stacklevel=4,
-        )
-    return [part.detach() for part in parts], {"steps": step, "probability": probability}
-
-
-def _add_balancedit(model, name, config, group, inputs, target_ids, positives, negatives):
+def _add_balancedit(model, name, config, group, inputs, full, positives, negatives):
     layer_name = _gate_layer(group)
     layer = edit_layers(model, group)[layer_name]
     key = _query(*record_states(model, inputs), layer_name, config)
     positive, negative = (
-        _distances(key, _queries(model, samples, layer_name, config), config.metric) for samples in (positives, negatives)
+        _distances(key, _queries(model, samples, layer_name, config), config.metric)
+        for samples in (positives, negatives)
     )
     radius = _balancedit_radius(config, positive, negative)
-    parts, fit = fit_value(model, layer, config, append_target(inputs, target_ids))
+    parts, fit = fit_value(model, layer, config, full)
     fit |= {"d_positive": max(positive), "d_negative": min(negative)}
     names = ("weight",) if config.value == "full" else ("down", "up")
-    rows = {"key": key[0], "radius": torch.tensor(radius), **dict(zip(names, parts))}
+    rows = {"key": key[0], "radius": torch.tensor(radius), **dict(zip(names, parts, strict=True))}
     return {layer_name: rows}, key, fit
 
 
@@ -368,9 +321,9 @@ def add_edit(
 ) -> Edit:
     """Store one edit in the model's active adapter.
 
-    DualEdit runs the edit once through the frozen model and keeps its projected keys and values; BalancEdit fits
-    a value at its layer. An edit with the very key of a stored one (same image and question) takes its place, and
-    says so in `replaces`; any other overlap is left to the nearest key.
+    DualEdit runs the edit once through the frozen model and keeps its projected keys and values; BalancEdit
+    fits a value at its layer. An edit with the very key of a stored one (same image and question) takes its
+    place, and says so in `replaces`; any other overlap is left to the nearest key.
 
     Args:
         model: with an active edit adapter.
@@ -385,13 +338,14 @@ def add_edit(
     """
     began = time.perf_counter()
     name, config, group = active_group(model)
+    full = append_target(inputs, target_ids)
     base = unwrap(model)
     modes = [(module, module.training) for module in base.modules() if module.training]
     base.eval()  # dropout in the run that is stored would be stored with it
     try:
         method = _add_dualedit if isinstance(config, DualEditConfig) else _add_balancedit
         with torch.inference_mode(False):  # a value is fitted with gradients
-            rows, key, fit = method(model, name, config, group, inputs, target_ids, positives, negatives)
+            rows, key, fit = method(model, name, config, group, inputs, full, positives, negatives)
     finally:
         for module, mode in modes:
             module.training = mode
@@ -403,7 +357,9 @@ def add_edit(
         "seconds": round(time.perf_counter() - began, 4),
         "replaces": [{"id": i, **group.first.record(i)} for i in old],
     }
-    edit_id = group.add({place: {t: r.detach() for t, r in row.items()} for place, row in rows.items()}, record)
+    edit_id = group.add(
+        {place: {t: r.detach() for t, r in row.items()} for place, row in rows.items()}, record
+    )
     for replaced in old:
         group.remove(replaced)
     return edit_of(group, edit_id, config)
@@ -418,4 +374,3 @@ def list_edits(model: nn.Module) -> list[Edit]:
     """The active adapter's edits, oldest first."""
     _, config, group = active_group(model)
     return [edit_of(group, edit_id, config) for edit_id in group.ids()]
-

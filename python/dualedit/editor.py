@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Iterable, Sequence
+from typing import Any
 
 import torch
 from PIL import Image, ImageEnhance
@@ -65,7 +66,7 @@ class Editor:
         self.model = model
         self.processor = processor
         self.prompter = Prompter(processor, template)
-        self._undo: list[tuple[MemoryGroup, EditConfig, int, list[tuple[dict, dict]]]] = []
+        self._undo: list[tuple[MemoryGroup, EditConfig, int, list[tuple[int, dict, dict]]]] = []
 
     # ------------------------------------------------------------------ editing
 
@@ -98,10 +99,12 @@ class Editor:
         picture = open_image(image)
         if picture is None and (isinstance(config, BalancEditConfig) or config.vis_layer is not None):
             raise ValueError(
-                "image=None: the edit's image is missing. Pass the image that the question is about (only a DualEdit "
-                "adapter with vis_layer=None takes text-only edits)."
+                "image=None: the edit's image is missing. Pass the image that the question is about (only "
+                "a DualEdit adapter with vis_layer=None takes text-only edits)."
             )
-        positives, contrasts = self._samples(picture, prompt, rephrases, negatives, isinstance(config, BalancEditConfig))
+        positives, contrasts = self._samples(
+            picture, prompt, rephrases, negatives, isinstance(config, BalancEditConfig)
+        )
         inputs = self.prompter.inputs([(picture, prompt)])
         target_ids = self.prompter.target_ids(picture, prompt, target, self._eos())
         note = {"prompt": prompt, "target": target.strip(), "image_sha256": _image_hash(picture)}
@@ -113,13 +116,16 @@ class Editor:
             note=note,
         )  # fmt: skip
         lost = [i for i in records if i not in group.ids()]
-        self._undo.append((group, config, edit.id, [(group.rows(snapshots, i), records[i]) for i in lost]))
+        self._undo.append((group, config, edit.id, [(i, group.rows(snapshots, i), records[i]) for i in lost]))
         return edit
 
-    def _samples(self, image, prompt, rephrases, negatives, needed: bool) -> tuple[list[Sample], list[Sample]]:
+    def _samples(
+        self, image, prompt, rephrases, negatives, needed: bool
+    ) -> tuple[list[Sample], list[Sample]]:
         positives = [(image, s) if isinstance(s, str) else (open_image(s[0]), s[1]) for s in rephrases or ()]
         contrasts = [
-            (open_image(s[0]), s[1]) if isinstance(s, tuple) else (open_image(s), prompt) for s in negatives or ()
+            (open_image(s[0]), s[1]) if isinstance(s, tuple) else (open_image(s), prompt)
+            for s in negatives or ()
         ]
         if needed and not positives:
             positives = [(_brighter(image), prompt), (image, f"Question: {prompt}")]
@@ -149,7 +155,9 @@ class Editor:
             try:
                 edits.append(self.edit(*request))
             except (ValueError, TypeError) as error:
-                raise ValueError(f"requests[{number}]: {error} ({len(edits)} of {len(listed)} edits are stored.)") from error
+                raise ValueError(
+                    f"requests[{number}]: {error} ({len(edits)} of {len(listed)} edits are stored.)"
+                ) from error
         return edits
 
     def remove(self, edit_id: int) -> None:
@@ -157,7 +165,7 @@ class Editor:
         active_group(self.model)[2].remove(edit_id)
 
     def undo(self) -> Edit:
-        """Take back the newest edit made by this editor, and bring back an edit that it had replaced.
+        """Take back this editor's newest edit; an edit that it had replaced comes back under its number.
 
         Returns:
             the edit that was taken back.
@@ -173,8 +181,8 @@ class Editor:
                 continue  # removed by hand, or with its adapter
             edit = edit_of(group, edit_id, config)
             group.remove(edit_id)
-            for rows, record in lost:
-                group.add(rows, record)
+            for old_id, rows, record in lost:
+                group.add(rows, record, old_id)
             return edit
         raise ValueError("Nothing to undo: this editor has made no edit that is still stored.")
 

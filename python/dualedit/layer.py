@@ -63,8 +63,8 @@ class EditLayer(nn.Module, BaseTunerLayer):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Not possible: an edit applies to some inputs only."""
         raise ValueError(
-            "Edits cannot be merged into the base weights: they apply only to the inputs that they match. Keep the "
-            "adapter, or call unload() to drop the edits."
+            "Edits cannot be merged into the base weights: they apply only to the inputs that they match. "
+            "Keep the adapter, or call unload() to drop the edits."
         )
 
     def unmerge(self) -> None:
@@ -86,9 +86,9 @@ class EditLayer(nn.Module, BaseTunerLayer):
         forward = self.runtime.current_pass()
         if forward is None and len(memory):
             raise RuntimeError(
-                f"{self.layer_name} ran outside a forward of its model, so the {len(memory)} stored edits cannot tell "
-                f"whose input this is. Call the model itself (recomputing the layer in backward counts as outside: "
-                f"turn gradient checkpointing off), or disable the adapter."
+                f"{self.layer_name} ran outside a forward of its model, so the {len(memory)} stored edits "
+                f"cannot tell whose input this is. Call the model itself (recomputing the layer in "
+                f"backward counts as outside: turn gradient checkpointing off), or disable the adapter."
             )
         return forward
 
@@ -105,8 +105,8 @@ class Role:
 class DualEditLayer(EditLayer):
     """A decoder layer whose output the adapters may write to.
 
-    The edit is applied outside the base layer's `__call__`: inside it, gradient checkpointing would run the edit
-    twice and, with two forwards before one backward, with the wrong state.
+    The edit is applied outside the base layer's `__call__`: inside it, gradient checkpointing would run the
+    edit twice and, with two forwards before one backward, with the wrong state.
     """
 
     adapter_layer_names = ("dualedit_adapter",)
@@ -222,7 +222,9 @@ class DualEditLayer(EditLayer):
 def _kv_of(snapshot: Snapshot) -> dict[str, EditKV]:
     parts = [name[2:] for name in snapshot.tables if name.startswith("k_")]
     return {
-        part: EditKV(snapshot.tables[f"k_{part}"], snapshot.tables[f"v_{part}"], snapshot.start, snapshot.length)
+        part: EditKV(
+            snapshot.tables[f"k_{part}"], snapshot.tables[f"v_{part}"], snapshot.start, snapshot.length
+        )
         for part in parts
     }
 
@@ -268,7 +270,9 @@ class BalancEditLayer(EditLayer):
         mode = self.runtime.mode()
         if isinstance(mode, Record):
             forward = self.runtime.current_pass()
-            mode.states[self.layer_name] = x if forward is None else self._by_row(x, forward.batch, forward.length)
+            mode.states[self.layer_name] = (
+                x if forward is None else self._by_row(x, forward.batch, forward.length)
+            )
             return base
         if self.disable_adapters:
             return base
@@ -292,14 +296,14 @@ class BalancEditLayer(EditLayer):
         return self._routed(x, base, values_of(decision.snapshots[self.layer_name]), route)
 
     def _by_row(self, x: Tensor, batch: int, length: int) -> Tensor:
-        """x as [B, L, width]: some models (OPT) hand their linear layers all tokens in one row after the other."""
+        """x as [B, L, width]: OPT and others hand linear layers all tokens, row after row."""
         if x.ndim == 2 and x.shape[0] == batch * length:
             return x.view(batch, length, -1)
         if x.shape[:-1] != (batch, length):
             raise ValueError(
-                f"{self.layer_name} gets inputs of shape {tuple(x.shape)} for {batch} x {length} tokens: rows of a "
-                f"batch cannot be told apart (a mixture-of-experts layer, probably). Edit a linear layer that sees "
-                f"every token."
+                f"{self.layer_name} gets inputs of shape {tuple(x.shape)} for {batch} x {length} tokens: "
+                f"rows of a batch cannot be told apart (a mixture-of-experts layer, probably). Edit a "
+                f"linear layer that sees every token."
             )
         return x
 
@@ -314,7 +318,8 @@ class BalancEditLayer(EditLayer):
         snapshots = self.groups[name].snapshot()
         snapshot = snapshots[self.layer_name]
         route = None
-        # A decision is made on the prompt; when it went by with the adapter switched off, there is none to make.
+        # A decision is made on the prompt; when it went by with the adapter switched off, there is none to
+        # make.
         if len(snapshot) and forward.in_prompt:
             x = self._by_row(x, forward.batch, forward.length)
             route, _ = route_codebook(x, forward, config.key, config.metric, snapshot)

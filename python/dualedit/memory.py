@@ -1,16 +1,16 @@
 """The stored edits: growing tables that a module can save, load and hand out as snapshots.
 
-A table has one row an edit ("edit" tables: keys, radii, values) or one row a token of an edit ("token" tables:
-cached keys and values of variable length). Appending never moves a row that a snapshot can see, and removing
-makes new tensors, so a generation that holds a snapshot is untouched by edits made meanwhile.
+A table has one row an edit ("edit" tables: keys, radii, values) or one row a token of an edit ("token"
+tables: cached keys and values of variable length). Appending never moves a row that a snapshot can see, and
+removing makes new tensors, so a generation that holds a snapshot is untouched by edits made meanwhile.
 """
 
 from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +23,8 @@ class Snapshot:
     """The edits of one memory at one moment.
 
     Attributes:
-        tables: name to tensor; N rows for an edit table, T rows (all edits' tokens, one after the other) for a
-            token table.
+        tables: name to tensor; N rows for an edit table, T rows (all edits' tokens, one after the other) for
+            a token table.
         ids: the edits' numbers [N], in the order of the rows.
         start, length: first row and number of rows [N] (int64) of each edit in the token tables.
     """
@@ -42,7 +42,10 @@ class Snapshot:
         row = self.ids.index(edit_id)
         first = int(self.start[row])
         tokens = slice(first, first + int(self.length[row]))
-        return {name: table[tokens if name in token_tables else row].clone() for name, table in self.tables.items()}
+        return {
+            name: table[tokens if name in token_tables else row].clone()
+            for name, table in self.tables.items()
+        }
 
 
 def _as_bytes_tensor(text: bytes) -> Tensor:
@@ -55,7 +58,8 @@ class EditMemory(nn.Module):
     Args:
         edit_tables: name to shape of one row, for tables with a row an edit.
         token_tables: name to width, for tables with a row a token.
-        device, dtype: of the tables; the first `add` of an empty memory takes over the dtype of what it stores.
+        device, dtype: of the tables; the first `add` of an empty memory takes over the dtype of what it
+            stores.
     """
 
     def __init__(
@@ -72,7 +76,8 @@ class EditMemory(nn.Module):
             self.register_buffer(name, torch.empty((0, *shape), device=device, dtype=dtype))
         self.register_buffer("edit_ids", torch.empty(0, dtype=torch.int64, device=device))
         self.register_buffer("edit_lengths", torch.empty(0, dtype=torch.int64, device=device))
-        # JSON text of each edit's record, UTF-8, one after the other: it travels in the same file as the tensors.
+        # JSON text of each edit's record, UTF-8, one after the other: it travels in the same file as the
+        # tensors.
         self.register_buffer("record_bytes", torch.empty(0, dtype=torch.uint8, device=device))
         self._num_edits = 0
         self._num_tokens = 0
@@ -109,28 +114,36 @@ class EditMemory(nn.Module):
         """Refuse rows that do not fit, before anything is stored.
 
         Raises:
-            ValueError: a table without a row or of another shape, token rows of different lengths, or values that
-                are not finite (a key with NaN would never match and would hide its neighbours).
+            ValueError: a table without a row or of another shape, token rows of different lengths, or values
+                that are not finite (a key with NaN would never match and would hide its neighbours).
         """
         wanted = self.edit_tables | self.token_tables
         if set(rows) != set(wanted):
-            raise ValueError(f"rows={sorted(rows)}: this memory has the tables {sorted(wanted)}; pass one row for each.")
+            raise ValueError(
+                f"rows={sorted(rows)}: this memory has the tables {sorted(wanted)}; pass one row for each."
+            )
         lengths = {int(rows[name].shape[0]) for name in self.token_tables}
         if len(lengths) > 1:
-            raise ValueError(f"rows: the token tables {sorted(self.token_tables)} got {sorted(lengths)} rows; pass equal.")
+            raise ValueError(
+                f"rows: the token tables {sorted(self.token_tables)} got {sorted(lengths)} rows; pass equal."
+            )
         if 0 in lengths:
-            raise ValueError("rows: an edit without tokens cannot be stored; its prompt and target are empty.")
+            raise ValueError(
+                "rows: an edit without tokens cannot be stored; its prompt and target are empty."
+            )
         for name, row in rows.items():
             shape = tuple(row.shape) if name in self.edit_tables else tuple(row.shape[1:])
             if shape != wanted[name]:
                 raise ValueError(f"{name}: a row has shape {shape}, this memory stores {wanted[name]}.")
             if name != "radius" and not torch.isfinite(row).all():
                 raise ValueError(
-                    f"{name}: NaN or infinite values cannot be stored. The forward of the edit overflowed; run the "
-                    f"model in bfloat16 or float32."
+                    f"{name}: NaN or infinite values cannot be stored. The forward of the edit overflowed; "
+                    f"run the model in bfloat16 or float32."
                 )
 
-    def add(self, edit_id: int, rows: Mapping[str, Tensor], record: Mapping[str, object] | None = None) -> None:
+    def add(
+        self, edit_id: int, rows: Mapping[str, Tensor], record: Mapping[str, object] | None = None
+    ) -> None:
         """Store one edit.
 
         Args:
@@ -213,7 +226,9 @@ class EditMemory(nn.Module):
         if self._snapshot is None:
             n, t = self._num_edits, self._num_tokens
             length = self.edit_lengths[:n]
-            with torch.inference_mode(False):  # a snapshot made in inference mode must serve a backward pass later
+            with torch.inference_mode(
+                False
+            ):  # a snapshot made in inference mode must serve a backward pass later
                 start = length.cumsum(0) - length
             self._snapshot = Snapshot(
                 tables={name: getattr(self, name)[:n] for name in self.edit_tables}
@@ -268,8 +283,8 @@ class EditMemory(nn.Module):
         whole = len(records) == len(lengths) == len(set(ids)) and min(lengths, default=least) >= least
         if not whole or not all(isinstance(record, dict) for record in records):
             raise ValueError(
-                f"{len(ids)} edits (numbers {ids[:8]}) with {len(records)} records and lengths {lengths[:8]} do not fit "
-                f"together; the file is damaged. Restore it from a copy."
+                f"{len(ids)} edits (numbers {ids[:8]}) with {len(records)} records and lengths "
+                f"{lengths[:8]} do not fit together; the file is damaged. Restore it from a copy."
             )
         device = self.edit_ids.device
         # A model being filled from a file may still be on the meta device; the file's tensors are real.
@@ -277,7 +292,7 @@ class EditMemory(nn.Module):
         for name in found:
             # Cloned: tensors mapped from a file can be unaligned, which changes the last bit of a product.
             setattr(self, name, found[name].detach().to(place).clone())
-        self._records = dict(zip(ids, records))
+        self._records = dict(zip(ids, records, strict=True))
         self._num_edits, self._num_tokens, self._snapshot = len(ids), sum(lengths), None
         self._highest_id = max([self._highest_id, *ids])
 
@@ -318,24 +333,46 @@ class MemoryGroup:
 
     def rows(self, snapshots: Mapping[str, Snapshot], edit_id: int) -> dict[str, dict[str, Tensor]]:
         """An edit of an earlier moment, as `add` takes it."""
-        return {name: snapshots[name].rows(edit_id, memory.token_tables) for name, memory in self.memories.items()}
+        return {
+            name: snapshots[name].rows(edit_id, memory.token_tables) for name, memory in self.memories.items()
+        }
 
     def next_id(self) -> int:
         """A number that no edit of this memory has or has had."""
         return max((memory.highest_id for memory in self.memories.values()), default=0) + 1
 
-    def add(self, rows: Mapping[str, Mapping[str, Tensor]], record: Mapping[str, object]) -> int:
-        """Store one edit in every memory, or in none. `rows`: memory name to the rows of its tables."""
+    def add(
+        self,
+        rows: Mapping[str, Mapping[str, Tensor]],
+        record: Mapping[str, object],
+        edit_id: int | None = None,
+    ) -> int:
+        """Store one edit in every memory, or in none.
+
+        Args:
+            rows: memory name to the rows of its tables.
+            record: anything JSON can hold.
+            edit_id: the number of an edit that is brought back; None takes a new one.
+
+        Returns:
+            the edit's number.
+        """
         with self._lock:
             if set(rows) != set(self.memories):
-                raise ValueError(f"rows={sorted(rows)}: this adapter has memories on {sorted(self.memories)}.")
+                raise ValueError(
+                    f"rows={sorted(rows)}: this adapter has memories on {sorted(self.memories)}."
+                )
             for name, memory in self.memories.items():
                 memory.check(rows[name])
-            edit_id = self.next_id()
+            if edit_id in self.ids():
+                raise ValueError(f"edit_id={edit_id} is stored already; remove it first.")
+            edit_id = self.next_id() if edit_id is None else edit_id
             try:
                 for name, memory in self.memories.items():
                     memory.add(edit_id, rows[name], record if memory is self.first else None)
-            except BaseException:  # a record that is no JSON, no memory left, Ctrl-C: in all of them or in none
+            except (
+                BaseException
+            ):  # a record that is no JSON, no memory left, Ctrl-C: in all of them or in none
                 for memory in self.memories.values():
                     if edit_id in memory.ids:
                         memory.remove(edit_id)

@@ -69,13 +69,17 @@ class EditTuner(BaseTuner):
     def _group(self, runtime: EditRuntime, adapter_name: str) -> MemoryGroup:
         return runtime.groups.setdefault((self.prefix, adapter_name), MemoryGroup())
 
-    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        setattr(parent, child_name, new_module)  # a wrapper places its own parts; on unload the base layer stands
+    def _replace_module(
+        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
+    ) -> None:
+        setattr(
+            parent, child_name, new_module
+        )  # a wrapper places its own parts; on unload the base layer stands
 
     def _check_merge_allowed(self) -> None:
         raise ValueError(
-            "Edits cannot be merged into the base weights: they apply only to the inputs that they match. Keep the "
-            "adapter, or call unload() to drop the edits."
+            "Edits cannot be merged into the base weights: they apply only to the inputs that they match. "
+            "Keep the adapter, or call unload() to drop the edits."
         )
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -92,7 +96,8 @@ class EditTuner(BaseTuner):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
-        # Tensors mapped from a file can be unaligned, and an unaligned operand changes the last bit of a product.
+        # Tensors mapped from a file can be unaligned, and an unaligned operand changes the last bit of a
+        # product.
         aligned = {key: value.clone() for key, value in state_dict.items()}
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, aligned)
 
@@ -232,8 +237,8 @@ def inject_dualedit(
         a `PeftModel` around the same model; without stored edits it answers bit for bit as before.
 
     Raises:
-        ValueError: a layer that does not exist, a `vis_layer` on a model without image positions, a bad setting.
-            The model is left as it was.
+        ValueError: a layer that does not exist, a `vis_layer` on a model without image positions, a bad
+            setting. The model is left as it was.
 
     Source: DualEdit (COLM 2025, arXiv:2506.13638).
     """
@@ -262,7 +267,8 @@ def inject_balancedit(
 
     Args:
         model: a Hugging Face decoder-only VLM.
-        layer: name or unambiguous suffix of a linear layer inside the decoder, such as "layers.20.mlp.up_proj".
+        layer: name or unambiguous suffix of a linear layer inside the decoder, such as
+            "layers.20.mlp.up_proj".
         adapter_name: PEFT's name of the adapter.
         others: as in `BalancEditConfig`, whose defaults they share.
 
@@ -298,7 +304,9 @@ def active_group(model: nn.Module) -> tuple[str, Any, MemoryGroup]:
             f"inject_balancedit(model, ...) first."
         )
     if len(names) > 1:
-        raise ValueError(f"Several edit adapters are active ({', '.join(names)}): choose one with model.set_adapter(name).")
+        raise ValueError(
+            f"Several edit adapters are active ({', '.join(names)}): choose one with model.set_adapter(name)."
+        )
     name = names[0]
     tuner = DualEditModel if isinstance(configs[name], DualEditConfig) else BalancEditModel
     return name, configs[name], runtime.groups[(tuner.prefix, name)]

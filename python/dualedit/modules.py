@@ -29,9 +29,9 @@ class EditCrossAttention(nn.Module):
     """The adapter that the published results come from.
 
     q = W_q (W_in LN(x) + b_in) + b_q, k = W_k LN(e) + b_k, v = W_v LN(e) + b_v, and
-    x + W_o softmax(q k^T / sqrt(M / heads)) v + b_o, for input states x and edit states e. The paper's formula
-    (DualEdit, COLM 2025, Sec. 4) leaves out the two LayerNorms, the input projection and the residual; the
-    published weights have them.
+    x + W_o softmax(q k^T / sqrt(M / heads)) v + b_o, for input states x and edit states e. The paper's
+    formula (DualEdit, COLM 2025, Sec. 4) leaves out the two LayerNorms, the input projection and the
+    residual; the published weights have them.
 
     Args:
         hidden_size: width D of the residual stream.
@@ -41,7 +41,9 @@ class EditCrossAttention(nn.Module):
         init_weights: True starts as the identity (W_o = 0), False with a random output projection.
     """
 
-    def __init__(self, hidden_size: int, mid_dim: int, num_heads: int, eps: float = 1e-5, init_weights: bool = True):
+    def __init__(
+        self, hidden_size: int, mid_dim: int, num_heads: int, eps: float = 1e-5, init_weights: bool = True
+    ):
         super().__init__()
         self.num_heads = num_heads
         self.query_norm = nn.LayerNorm(hidden_size, eps=eps)
@@ -68,8 +70,8 @@ class EditCrossAttention(nn.Module):
         )  # fmt: skip
         if torch.is_grad_enabled() and any(part.requires_grad for part in parts):
             return fold_query(*parts)
-        # Between two training steps the fold is the same. A parameter's version counts its in-place changes; moving
-        # or casting the module gives it other memory.
+        # Between two training steps the fold is the same. A parameter's version counts its in-place changes;
+        # moving or casting the module gives it other memory.
         state = tuple(number for part in parts for number in (part.data_ptr(), part.dtype, part._version))
         folded = self._folded
         if folded is None or folded[0] != state:
@@ -85,7 +87,12 @@ class EditCrossAttention(nn.Module):
         return {**self.__dict__, "_folded": None}
 
     def forward(
-        self, hidden: Tensor, span: Tensor, edits: EditKV, route: Tensor | None = None, gate: Gate | None = None
+        self,
+        hidden: Tensor,
+        span: Tensor,
+        edits: EditKV,
+        route: Tensor | None = None,
+        gate: Gate | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Write the routed edits into the residual stream.
 
@@ -97,10 +104,10 @@ class EditCrossAttention(nn.Module):
             gate: decides the route here.
 
         Returns:
-            states [B, L, D] in hidden's dtype (rows with route -1 bit for bit as they came), and the route [B].
+            states [B, L, D] in hidden's dtype (rows with route -1 bit for bit as they came), and route [B].
         """
         w_q, b_q = self._query_weights()
         return gated_edit_attention(
-            hidden, span, edits.k, edits.v, edits.start, edits.length, w_q, b_q, self.o_proj.weight, self.o_proj.bias,
-            num_heads=self.num_heads, eps=self.query_norm.eps, route=route, gate=gate,
+            hidden, span, edits.k, edits.v, edits.start, edits.length, w_q, b_q, self.o_proj.weight,
+            self.o_proj.bias, num_heads=self.num_heads, eps=self.query_norm.eps, route=route, gate=gate,
         )  # fmt: skip

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any
 
 import torch
 from PIL import Image, UnidentifiedImageError
@@ -38,8 +39,9 @@ class Prompter:
 
     Args:
         processor: of the model, with a tokenizer.
-        template: a format string with {prompt} (and the image placeholder, where there is an image) for models
-            without a chat template; None uses the chat template, or else the image token and the prompt.
+        template: a format string with {prompt} (and the image placeholder, where there is an image) for
+            models without a chat template; None uses the chat template, or else the image token and the
+            prompt.
     """
 
     def __init__(self, processor: Any, template: str | None = None):
@@ -61,10 +63,12 @@ class Prompter:
         """The prompt as the model reads it, placeholders not expanded."""
         if self._chats:
             conversation = self._conversation(image, prompt)
-            return self.processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+            return self.processor.apply_chat_template(
+                conversation, add_generation_prompt=True, tokenize=False
+            )
         token = getattr(self.processor, "image_token", "<image>")
         if self.template is not None:
-            text = self.template.format(prompt=prompt)
+            text = self.template.replace("{prompt}", prompt)
             return text if image is not None else text.replace(token, "").lstrip()
         return prompt if image is None else f"{token}\n{prompt}"
 
@@ -76,7 +80,7 @@ class Prompter:
         """
         if not questions:
             raise ValueError("questions is empty: pass at least one (image, prompt).")
-        for image, prompt in questions:
+        for _, prompt in questions:
             if not isinstance(prompt, str) or not prompt.strip():
                 raise ValueError(f"prompt={prompt!r}: pass a question.")
         texts = [self.text(image, prompt) for image, prompt in questions]

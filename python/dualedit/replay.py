@@ -1,15 +1,16 @@
 """Running only the upper part of a model again and again, from activations kept of one full run.
 
-Fitting a value at one layer changes nothing below it. One full forward notes what every decoder layer from there
-on was called with; after that a step costs the upper layers only. Whether this reproduces the model is checked
-against the full forward's logits; where it does not (features added between layers, scaled logits), the full
-model runs instead.
+Fitting a value at one layer changes nothing below it. One full forward notes what every decoder layer from
+there on was called with; after that a step costs the upper layers only. Whether this reproduces the model is
+checked against the full forward's logits; where it does not (features added between layers, scaled logits),
+the full model runs instead.
 """
 
 from __future__ import annotations
 
 import threading
-from typing import Any, Callable, Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +51,9 @@ class Replay:
     def _record(self) -> tuple[list[tuple[nn.Module, tuple, dict]], Tensor]:
         path, layers = find_decoder_layers(self.model)
         stack = self.model.get_submodule(path.rpartition(".")[0])
-        watched = {id(m): m for m in [*layers[self.first :], *(c for c in stack.children() if c is not layers)]}
+        watched = {
+            id(m): m for m in [*layers[self.first :], *(c for c in stack.children() if c is not layers)]
+        }
         calls: list[tuple[nn.Module, tuple, dict]] = []
 
         own = threading.get_ident()
@@ -72,7 +75,9 @@ class Replay:
             again = self._upper()
         except (TypeError, ValueError, RuntimeError, KeyError):
             return False
-        return again.shape == logits.shape and torch.allclose(again.float(), logits.float(), rtol=1e-3, atol=1e-3)
+        return again.shape == logits.shape and torch.allclose(
+            again.float(), logits.float(), rtol=1e-3, atol=1e-3
+        )
 
     def _upper(self) -> Tensor:
         states = _states(*self._calls[0][1:])

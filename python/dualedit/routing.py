@@ -18,7 +18,8 @@ class Decision:
     """What was decided for a sequence, kept until it ends.
 
     Attributes:
-        route: [B] int64, row of each sequence's edit in the snapshots, -1 for none; None when no edit is stored.
+        route: [B] int64, row of each sequence's edit in the snapshots, -1 for none; None when no edit is
+            stored.
         snapshots: memory name to the edits as they were when the decision was made.
     """
 
@@ -57,7 +58,9 @@ def pool_key(hidden: Tensor, key: str, prompt: Tensor, last: Tensor) -> Tensor:
     return mean_state(hidden, prompt) if key == "mean" else last_state(hidden, last).float()
 
 
-def route_codebook(hidden: Tensor, forward: ForwardPass, key: str, metric: str, edits: Snapshot) -> tuple[Tensor, Tensor]:
+def route_codebook(
+    hidden: Tensor, forward: ForwardPass, key: str, metric: str, edits: Snapshot
+) -> tuple[Tensor, Tensor]:
     """BalancEdit's lookup: the nearest key, and only inside its radius.
 
     Returns:
@@ -66,4 +69,6 @@ def route_codebook(hidden: Tensor, forward: ForwardPass, key: str, metric: str, 
     prompt = forward.columns(forward.sequence.prompt.prompt())
     query = pool_key(hidden, key, prompt, forward.position(forward.sequence.prompt.last))
     index, distance = nearest_key(query, edits.tables["key"].float(), edits.tables["radius"].float(), metric)
-    return torch.where(prompt.any(dim=1).to(index.device), index, -1), distance  # no prompt, no question, no edit
+    return torch.where(
+        prompt.any(dim=1).to(index.device), index, -1
+    ), distance  # no prompt, no question, no edit

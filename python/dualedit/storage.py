@@ -1,7 +1,7 @@
 """Saving and loading edits so that a crash, a full disk or a wrong folder loses nothing.
 
-The files are PEFT's (`adapter_config.json`, `adapter_model.safetensors`), so that `PeftModel.from_pretrained` reads
-them; they are written beside the old ones and put in their place only when they are whole.
+The files are PEFT's (`adapter_config.json`, `adapter_model.safetensors`), so that `PeftModel.from_pretrained`
+reads them; they are written beside the old ones and put in their place only when they are whole.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ def save_edits(model: PeftModel, folder: str | os.PathLike[str]) -> None:
         OSError: the disk refused; the folder is as it was.
     """
     if not isinstance(model, PeftModel):
-        raise ValueError(f"model is a {type(model).__name__}: pass the PeftModel that inject_dualedit returned.")
+        raise ValueError(
+            f"model is a {type(model).__name__}: pass the PeftModel that inject_dualedit returned."
+        )
     target = Path(folder)
     if target.exists() and not target.is_dir():
         raise ValueError(f"folder={str(target)!r} is a file: pass a folder.")
@@ -58,7 +60,7 @@ def save_edits(model: PeftModel, folder: str | os.PathLike[str]) -> None:
 
 
 def _files(folder: Path) -> list[Path]:
-    """The files of a folder, weights before configs: a config never announces edits that are not there yet."""
+    """The files of a folder, weights before configs: no config announces edits that are not there yet."""
     return sorted((f for f in folder.rglob("*") if f.is_file()), key=lambda f: (f.name == _CONFIG, str(f)))
 
 
@@ -73,8 +75,8 @@ def _sync(path: Path) -> None:
 def _swap(made: Path, target: Path, kept: Path) -> None:
     """Move the new files over the old ones, each in one step; if one move fails, all the old ones come back.
 
-    Only a power cut between two moves can leave new weights beside an old config. Where the two do not fit, loading
-    says so, and the old files are still in `kept`.
+    Only a power cut between two moves can leave new weights beside an old config. Where the two do not fit,
+    loading says so, and the old files are still in `kept`.
     """
     files = [file.relative_to(made) for file in _files(made)]
     for file in files:
@@ -100,15 +102,16 @@ def load_edits(base: nn.Module, folder: str | os.PathLike[str], is_trainable: bo
     """Put saved edits on a base model: `PeftModel.from_pretrained` with the folder checked first.
 
     Raises:
-        ValueError: no such folder, no adapter in it, a file cut short, a file without some of the tensors, or edits
-            of another base model. The base model is left as it was.
+        ValueError: no such folder, no adapter in it, a file cut short, a file without some of the tensors, or
+            edits of another base model. The base model is left as it was.
     """
     path = Path(folder)
     _check_folder(path)
     if runtime_of(base) is not None or isinstance(base, PeftModel):
         raise ValueError(
-            f"base is a {type(base).__name__} with an edit adapter already: pass the base model (model.unload() gives "
-            f"it back), or add the saved edits beside the others with model.load_adapter(folder, adapter_name)."
+            f"base is a {type(base).__name__} with an edit adapter already: pass the base model "
+            f"(model.unload() gives it back), or add the saved edits beside the others with "
+            "model.load_adapter(folder, adapter_name)."
         )
     trainable = {name: parameter.requires_grad for name, parameter in base.named_parameters()}
     try:
@@ -120,7 +123,8 @@ def load_edits(base: nn.Module, folder: str | os.PathLike[str], is_trainable: bo
             parameter.requires_grad_(trainable[name])
         if isinstance(error, RuntimeError):
             raise ValueError(
-                f"folder={str(path)!r}: {_WEIGHTS} and {_CONFIG} do not fit together or do not fit this model: {error}"
+                f"folder={str(path)!r}: {_WEIGHTS} and {_CONFIG} do not fit together or do not fit this "
+                f"model: {error}"
             ) from error
         raise
     return model
@@ -141,11 +145,11 @@ def _check_complete(model: PeftModel, path: Path) -> None:
     """Refuse a file without some of the adapter's tensors, which PEFT would only warn about."""
     with safe_open(str(path / _WEIGHTS), framework="pt") as tensors:
         missing = sorted(set(get_peft_model_state_dict(model)) - set(tensors.keys()))
+    if missing:
+        raise ValueError(
+            f"folder={str(path)!r}: {_WEIGHTS} lacks {len(missing)} tensors, the first of them "
+            f"{missing[0]!r}. Restore the file from a copy or save the edits again."
+        )
     for group in runtime_of(model.get_base_model()).groups.values():
         if len({tuple(memory.ids) for memory in group.memories.values()}) > 1:
             raise ValueError(f"folder={str(path)!r}: its layers hold different edits; the file is damaged.")
-    if missing:
-        raise ValueError(
-            f"folder={str(path)!r}: {_WEIGHTS} lacks {len(missing)} tensors, the first of them {missing[0]!r}. "
-            f"Restore the file from a copy or save the edits again."
-        )

@@ -9,8 +9,21 @@ import torch
 from dualedit import add_edit, explicit_masks, remove_edit
 from dualedit import context as context_module
 from dualedit.context import ForwardPass, Sequence, describe_prompt, runtime_of
+from peft import LoraConfig, inject_adapter_in_model
 from tiny_models import (
-    BLIP2, FAMILIES, IMAGE, LLAVA, METHODS, PAD, QWEN, WORDS, edit_layers, editor_of, row_of, store, tiny_llama,
+    BLIP2,
+    FAMILIES,
+    IMAGE,
+    LLAVA,
+    METHODS,
+    PAD,
+    QWEN,
+    WORDS,
+    edit_layers,
+    editor_of,
+    row_of,
+    store,
+    tiny_llama,
 )  # fmt: skip
 
 NEVER = 10_000  # no token has this id: generations do not end early
@@ -39,7 +52,7 @@ def generate(model, inputs, **more):
 
 
 def decode(model, inputs, steps=NEW, between=None, **more):
-    """A hand-written greedy loop: prefill, then one token at a time. Tokens [B, steps], logits [B, steps, V]."""
+    """A hand-written greedy loop with a cache: tokens [B, steps], logits [B, steps, V]."""
     tokens, logits = [], []
     mask = inputs["attention_mask"]
     with torch.no_grad():
@@ -130,7 +143,7 @@ def test_each_row_generates_as_alone(family, method, generator):
 
 @pytest.mark.parametrize("settings", [{"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}])
 def test_beams(family, method, settings, generator):
-    """Beam search on the batch gives each row what beam search on the row alone gives; closed rows are the base's."""
+    """Beam search gives a row of a batch what it gives the row alone; closed rows are the base's."""
     base, model = family.build(), editor_of(family, method)
     inputs = family.questions(3, generator)
     store(model, row_of(inputs, 1), generator)
@@ -151,8 +164,8 @@ def test_several_sampled_sequences(family, method, generator, seed):
     for each in (model, base):
         torch.manual_seed(seed)
         out = each.generate(
-            **inputs, do_sample=True, num_return_sequences=3, max_new_tokens=NEW, eos_token_id=NEVER, pad_token_id=PAD,
-            return_dict_in_generate=True, output_logits=True,
+            **inputs, do_sample=True, num_return_sequences=3, max_new_tokens=NEW, eos_token_id=NEVER,
+            pad_token_id=PAD, return_dict_in_generate=True, output_logits=True,
         )  # fmt: skip
         draws.append(out.logits[0])
     ours, theirs = draws
@@ -173,7 +186,7 @@ def test_mask_that_generate_infers(generator):
 
 
 def test_prompt_lookup_decoding(method, generator):
-    """Assisted decoding prefills the prompt together with candidates: the last prompt token is not the last one."""
+    """Assisted decoding prefills prompt and candidates together: the last prompt token is not the last."""
     model = editor_of(LLAVA, method)
     inputs = LLAVA.question(generator, words=8)
     inputs["input_ids"][0, -4:] = inputs["input_ids"][0, -8:-4]
@@ -245,12 +258,17 @@ def test_balancedit_is_sticky_in_decode(generator):
 
 def test_switched_on_in_the_middle(method, generator):
     """A sequence whose prompt went by with the adapter off has no decision, so it stays without edits."""
-    base, model = LLAVA.build(), editor_of(LLAVA, method, **({"alpha": 0.0} if method == "balancedit" else {}))
+    base, model = (
+        LLAVA.build(),
+        editor_of(LLAVA, method, **({"alpha": 0.0} if method == "balancedit" else {})),
+    )
     inputs = LLAVA.question(generator)
     store(model, inputs, generator)
     expected = decode(base, inputs)[1]
     model.base_model.disable_adapter_layers()
-    steps = decode(model, inputs, between=lambda step: step == 1 and model.base_model.enable_adapter_layers())[1]
+    steps = decode(
+        model, inputs, between=lambda step: step == 1 and model.base_model.enable_adapter_layers()
+    )[1]
     assert torch.equal(steps, expected)
 
 
@@ -288,7 +306,9 @@ def test_labels_end_the_prompt(family, method, generator):
     full = dict(question)
     for name in ("attention_mask", "mm_token_type_ids"):
         if name in full:
-            full[name] = torch.cat([full[name], torch.full_like(target, int(name == "attention_mask"))], dim=1)
+            full[name] = torch.cat(
+                [full[name], torch.full_like(target, int(name == "attention_mask"))], dim=1
+            )
     full["input_ids"] = torch.cat([question["input_ids"], target], dim=1)
     labels = torch.cat([torch.full_like(question["input_ids"], -100), target], dim=1)
     with torch.no_grad():
@@ -450,7 +470,9 @@ def test_text_only_model(generator):
     with torch.no_grad():
         ours, theirs = model(**inputs).logits, base(**inputs).logits
         assert torch.equal(ours[1], theirs[1]) and not torch.equal(ours[0], theirs[0])
-        embedded = model(inputs_embeds=base.get_input_embeddings()(words)).logits  # no image: positions are known
+        embedded = model(
+            inputs_embeds=base.get_input_embeddings()(words)
+        ).logits  # no image: positions are known
     assert torch.equal(embedded, ours)
 
 
@@ -460,8 +482,38 @@ def test_blip2_generates_with_positional_pixels(generator):
     inputs = BLIP2.question(generator)
     store(model, inputs, generator)
     base = model.get_base_model()
-    by_position = base.generate(inputs["pixel_values"], inputs["input_ids"], max_new_tokens=NEW, do_sample=False)
+    by_position = base.generate(
+        inputs["pixel_values"], inputs["input_ids"], max_new_tokens=NEW, do_sample=False
+    )
     by_name = base.generate(**inputs, max_new_tokens=NEW, do_sample=False)
     assert torch.equal(by_position, by_name)
     with model.disable_adapter():
         assert not torch.equal(base.generate(**inputs, max_new_tokens=NEW, do_sample=False), by_name)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_torch_compile(method, generator):
+    """A compiled model routes and edits as the model itself does, and leaves nothing behind."""
+    model = editor_of(LLAVA, method)
+    inputs = LLAVA.questions(3, generator)
+    store(model, row_of(inputs, 1), generator)
+    base = model.get_base_model()
+    try:
+        with torch.no_grad():
+            assert torch.equal(torch.compile(base, backend="eager")(**inputs).logits, base(**inputs).logits)
+    finally:
+        torch.compiler.reset()
+
+
+def test_lora_beside_an_editor(generator):
+    """LoRA injected into the same model: the promise of the editor holds on top of it."""
+    model = editor_of(LLAVA, "balancedit")
+    inputs = LLAVA.questions(3, generator)
+    inject_adapter_in_model(
+        LoraConfig(target_modules=["q_proj"], init_lora_weights=False), model.get_base_model(), "lora"
+    )
+    with torch.no_grad():
+        before = model(**inputs).logits
+        store(model, row_of(inputs, 2), generator)
+        after = model(**inputs).logits
+    assert torch.equal(after[:2], before[:2]) and not torch.equal(after[2], before[2])

@@ -1,4 +1,4 @@
-"""Gradients of the adapters: two forwards before one backward, gradient checkpointing, and finite differences."""
+"""Gradients of the adapters: two forwards before one backward, checkpointing, finite differences."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def edits_of(model, edit):
 
 
 def training_loss(model, edit, other):
-    """Edit loss plus a locality loss on another question, the adapters open for both: two forwards, one backward."""
+    """Edit loss plus a locality loss on another question, adapters open for both: two forwards."""
     call = [{k: v for k, v in inputs.items() if k != "labels"} for inputs in (edit, other)]
     target = edit["labels"][:, 1:] != -100
     with torch.no_grad(), model.disable_adapter():
@@ -57,7 +57,9 @@ def training_loss(model, edit, other):
 def gradients(model, batch):
     model.zero_grad(set_to_none=True)
     training_loss(model, *batch).backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+    return {
+        name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad and p.grad is not None
+    }
 
 
 def with_checkpointing(model, reentrant):
@@ -140,7 +142,7 @@ def test_bound_rows_without_an_edit(generator):
 
 
 def test_a_stored_edit_is_the_bound_edit(generator):
-    """What training optimises is what inference runs: same edit, bound with gradients or stored and routed."""
+    """What training optimises is what inference runs: the edit bound, or stored and routed."""
     from dualedit import add_edit
 
     model = editor(LLAVA)
@@ -155,7 +157,7 @@ def test_a_stored_edit_is_the_bound_edit(generator):
 
 
 def test_checkpointing_with_stored_edits_in_a_linear_layer(generator):
-    """A BalancEdit layer that backward runs again cannot know its input's route: it says so, and does not guess."""
+    """A BalancEdit layer that backward runs again cannot know its input's route, and says so."""
     model = editor_of(LLAVA, "balancedit")
     inputs = LLAVA.question(generator)
     store(model, inputs, generator)
@@ -169,7 +171,7 @@ def test_checkpointing_with_stored_edits_in_a_linear_layer(generator):
 
 
 def test_gradients_of_something_else(generator):
-    """Another trainable part of an edited model (a soft prompt, say) gets right gradients through fixed edits."""
+    """Another trainable part of an edited model (a soft prompt, say) gets right gradients."""
     from dualedit import add_edit
 
     model = editor_of(LLAVA, "dualedit", tiny_opt(), vis_layer=None).double().requires_grad_(False)

@@ -16,7 +16,9 @@ def gate_memory(**more):
 
 def rows_for(memory, generator, tokens=None, dtype=torch.float32):
     tokens = int(torch.randint(1, 6, (1,), generator=generator)) if tokens is None else tokens
-    rows = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in memory.edit_tables.items()}
+    rows = {
+        name: torch.randn(shape, generator=generator).to(dtype) for name, shape in memory.edit_tables.items()
+    }
     return rows | {
         name: torch.randn((tokens, *shape), generator=generator).to(dtype)
         for name, shape in memory.token_tables.items()
@@ -32,7 +34,9 @@ def filled(count, generator):
 
 
 def assert_holds(memory_or_snapshot, stored, token_tables=("k_text", "v_text")):
-    snapshot = memory_or_snapshot.snapshot() if isinstance(memory_or_snapshot, EditMemory) else memory_or_snapshot
+    snapshot = (
+        memory_or_snapshot.snapshot() if isinstance(memory_or_snapshot, EditMemory) else memory_or_snapshot
+    )
     assert snapshot.ids == tuple(stored)
     for edit_id, rows in stored.items():
         found = snapshot.rows(edit_id, token_tables)
@@ -92,7 +96,7 @@ def test_state_dict_round_trip(dtype, generator):
     assert not result.missing_keys and not result.unexpected_keys
     assert_holds(other, {i: {n: r.to(dtype) for n, r in rows.items()} for i, rows in stored.items()})
     assert other.record(7) == {"number": 7, "text": "Zürich ☃"}
-    for name, value in state.items():  # loaded tensors are the memory's own
+    for value in state.values():  # loaded tensors are the memory's own
         value.fill_(0)
     assert float(other.snapshot().tables["key"].abs().sum()) > 0
     assert set(other.state_dict()) == set(state)
@@ -186,7 +190,9 @@ def group_of_two(generator):
     group = MemoryGroup()
     group.memories["early"] = gate_memory()
     group.memories["late"] = EditMemory({}, {"k_vision": M, "v_vision": M})
-    return group, lambda: {name: rows_for(memory, generator, tokens=2) for name, memory in group.memories.items()}
+    return group, lambda: {
+        name: rows_for(memory, generator, tokens=2) for name, memory in group.memories.items()
+    }
 
 
 def test_ids_are_never_used_again(generator):
@@ -195,6 +201,10 @@ def test_ids_are_never_used_again(generator):
     group.remove(ids[-1])
     ids.append(group.add(rows(), {}))
     assert len(set(ids)) == 4
+    with pytest.raises(ValueError, match="is stored already"):
+        group.add(rows(), {}, ids[0])
+    group.remove(ids[0])
+    assert group.add(rows(), {"back": 1}, ids[0]) == ids[0] and group.records()[ids[0]] == {"back": 1}
     state = {name: memory.state_dict() for name, memory in group.memories.items()}
     loaded, _ = group_of_two(generator)
     for name, memory in loaded.memories.items():
@@ -220,6 +230,7 @@ def test_an_edit_is_in_all_memories_or_in_none(bad, generator, monkeypatch):
         record = {"image": object()}
         group.memories = dict(reversed(group.memories.items()))  # the record is stored last
     else:
+
         def fail(*args, **kwargs):
             raise torch.OutOfMemoryError("no memory left")
 

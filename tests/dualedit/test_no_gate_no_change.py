@@ -98,7 +98,6 @@ def test_unload_leaves_no_trace(family, method, generator):
         return hooks, [name for name, _ in model.named_modules()], list(model.state_dict())
 
     model, inputs = family.build(), family.question(generator)
-    logits_of(model, inputs)  # transformers installs hooks of its own at the first call
     before = traces(model), set(vars(model))
     edited = editor_of(family, method, model)
     store(edited, inputs, generator)
@@ -116,7 +115,9 @@ def test_a_hit_writes_to_its_positions_only(family, generator):
     store(model, row_of(inputs, 1), generator)
     seen = {}
     for layer in edit_layers(model):
-        layer.base_layer.register_forward_hook(lambda m, a, out, name=layer.layer_name: seen.update({(name, 0): out}))
+        layer.base_layer.register_forward_hook(
+            lambda m, a, out, name=layer.layer_name: seen.update({(name, 0): out})
+        )
         layer.register_forward_hook(lambda m, a, out, name=layer.layer_name: seen.update({(name, 1): out}))
     logits_of(model, inputs)
     image = inputs["input_ids"] == family.image_tokens[0]

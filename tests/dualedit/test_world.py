@@ -9,7 +9,7 @@ from dualedit.demo.samples import edit_samples
 from dualedit.demo.vlm import AGAIN, NOTE, build_processor, format_prompt
 from dualedit.demo.world import ATTRIBUTES, QUESTIONS, World, answer_vocabulary
 from dualedit.demo.world_logos import STROKES, differences, has_contrast, look_alike
-from dualedit.demo.world_scenes import HELD_OUT_PAIRS, digit_images, draw_digit, draw_scene
+from dualedit.demo.world_scenes import HELD_OUT, digit_images, draw_digit, draw_scene
 
 
 @pytest.fixture(scope="module")
@@ -151,8 +151,8 @@ def test_held_out_digits_and_scenes_are_held_out():
     assert not seen & held and {int(digit_images()[1][i]) for i in held} == set(range(10))
     for held_out in (False, True):
         for _ in range(200):
-            pairs = {(thing.shape, thing.colour) for thing in draw_scene(rng, held_out)}
-            assert bool(pairs & HELD_OUT_PAIRS) == held_out
+            looks = {(thing.shape, thing.colour, thing.size) for thing in draw_scene(rng, held_out)}
+            assert bool(looks & HELD_OUT) == held_out
 
 
 @pytest.mark.parametrize("split", ["train", "test"])

@@ -1,8 +1,9 @@
 """Runs tests of Triton kernels: on the GPU where there is one, else in Triton's interpreter on the CPU.
 
-Triton decides when a kernel is defined whether it is interpreted, so one process cannot hold both kinds. A test
-decorated with `on_triton` is sent to a worker process that was started with TRITON_INTERPRET=1, imports the same
-test module and runs the same function there; a failure comes back with its traceback. Nothing is skipped.
+Triton decides when a kernel is defined whether it is interpreted, so one process cannot hold both kinds. A
+test decorated with `on_triton` is sent to a worker process that was started with TRITON_INTERPRET=1, imports
+the same test module and runs the same function there; a failure comes back with its traceback. Nothing is
+skipped.
 
 The interpreter keeps bf16 as the integers of its bits. Three of its operations are then silently wrong, and
 `mend_bfloat16` replaces two of them in the worker (in tests alone):
@@ -22,6 +23,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 
 import numpy
+import pytest
 import torch
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -31,7 +33,7 @@ _workers: list[ProcessPoolExecutor] = []
 
 
 def on_triton(test: Callable) -> Callable:
-    """Run a test function where Triton kernels can run. Its arguments must be picklable (a seed, not a generator)."""
+    """Run a test function where Triton can run. Its arguments must be picklable (a seed, not a generator)."""
 
     @functools.wraps(test)
     def run(**arguments):
@@ -92,6 +94,7 @@ def _call(module: str, name: str, arguments: dict[str, object]) -> None:
 
 
 def _submit(function: Callable, *arguments: object) -> object:
+    pytest.importorskip("triton", reason="Triton is not installed here")
     before = {name: os.environ.get(name) for name in ("TRITON_INTERPRET", "OMP_NUM_THREADS")}
     os.environ.update(TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
     try:

@@ -17,7 +17,9 @@ CASES = {
     "head 80": dict(rows=2, tokens=5, dim=40, mid=80, num_heads=1, lengths=[9], route=[0, 0]),
     "head 128": dict(rows=1, tokens=6, dim=16, mid=256, num_heads=2, lengths=[70], route=[0], span=1.1),
     "two tiles": dict(rows=1, tokens=70, dim=136, mid=48, num_heads=3, lengths=[33], route=[0]),
-    "empty slot": dict(rows=3, tokens=6, dim=8, mid=16, num_heads=1, lengths=[0, 4], route=[0, 1, -1]),
+    "empty slots": dict(
+        rows=4, tokens=6, dim=8, mid=16, num_heads=1, lengths=[0, 4, 0, 3], route=[0, 1, 2, 3]
+    ),
 }
 CLOSED = {
     "all closed": dict(rows=3, tokens=6, dim=8, mid=8, num_heads=2, lengths=[4], route=[-1, -1, -1]),
@@ -102,7 +104,7 @@ def test_large_tiles(seed, dtype):
 
     case = sample(seed, CASES["two tiles"], tokens=150)
     products, attention = triton_kernel.product_tiles, triton_kernel.attention_tiles
-    assert products(dtype, 150, 136)["BT"] == 64 and attention(dtype, 16, 150)["BT"] == 128
+    assert products(dtype, 150, 136)["BT"] == 64 and attention(dtype, 16, 150, 9)["BT"] == 128
     triton_kernel.product_tiles = lambda dtype, tokens, outputs: products(dtype, 1 << 16, 1 << 12)
     try:
         assert triton_kernel.product_tiles(dtype, 1, 1)["BT"] == 128
@@ -144,7 +146,9 @@ def test_nothing_leaks(seed, dtype):
     case.k[7:8] = torch.nan  # slot 1, which only row 3 uses
     out = through_operator(there(case)).cpu()
     assert torch.equal(out[[1, 2]], clean[0][[1, 2]])
-    assert torch.isnan(out[3][case.span[3]]).all() and torch.equal(out[3][~case.span[3]], case.hidden[3][~case.span[3]])
+    assert torch.isnan(out[3][case.span[3]]).all() and torch.equal(
+        out[3][~case.span[3]], case.hidden[3][~case.span[3]]
+    )
 
 
 @on_triton
@@ -201,9 +205,22 @@ def test_only_needed_gradients(seed):
 
 @on_triton
 def test_heads_too_wide_for_a_tile(seed):
-    """Heads of 192 use a wide tile; heads of 264 go to the batched implementation, forward, in place, backward."""
-    for mid in (192, 264):
-        compare(sample(seed, CASES["head 80"], mid=mid), torch.float32, seed)
+    """Heads of 192 use a wide tile; of 264, in fp32 of 136, the batched implementation throughout."""
+    from dualedit_kernels.gated_edit_attention import triton_kernel
+
+    attend, heads = triton_kernel.attend, []
+    triton_kernel.attend = lambda q, *rest: (heads.append(q.shape[2]), attend(q, *rest))
+    try:
+        for mid, dtype in (
+            (192, torch.bfloat16),
+            (264, torch.bfloat16),
+            (128, torch.float32),
+            (136, torch.float32),
+        ):
+            compare(sample(seed, CASES["head 80"], mid=mid), dtype, seed)
+    finally:
+        triton_kernel.attend = attend
+    assert heads == [192, 128]
     case = there(sample(seed, CASES["head 80"], mid=264).to(torch.float32))
     want = through_operator(case)
     with backend.use_backend(gated_edit_attention="triton"):

@@ -2,10 +2,13 @@
 
 import pytest
 import torch
-import triton
-import triton.language as tl
-from interpreter import INTERPRETING, in_the_interpreter, mend_bfloat16
-from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
+from interpreter import DEVICE, INTERPRETING, in_the_interpreter
+
+triton = pytest.importorskip("triton", reason="Triton is not installed here")
+tl = triton.language
+pytestmark = pytest.mark.skipif(
+    DEVICE == "cuda", reason="Triton's tests run on the GPU here, not interpreted"
+)
 
 
 @triton.jit
@@ -28,7 +31,7 @@ def product(seed):
 
 @in_the_interpreter
 def test_bfloat16_is_mended(seed):
-    assert INTERPRETING and isinstance(_product, InterpretedFunction)
+    assert INTERPRETING and type(_product).__name__ == "InterpretedFunction"
     a, b, c, d = product(seed)
     error = (c.double() - a.double() @ b.double()).abs()
     assert bool(
@@ -40,6 +43,8 @@ def test_bfloat16_is_mended(seed):
 @in_the_interpreter
 def test_the_traps_exist_without_the_mending(seed):
     """If this fails, Triton has mended itself and `mend_bfloat16` can go."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
     mended = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
     cells = [dict(zip(f.__code__.co_freevars, f.__closure__, strict=True)) for f in mended]
     try:
@@ -50,7 +55,6 @@ def test_the_traps_exist_without_the_mending(seed):
         assert not torch.equal(d, a + b)
     finally:
         InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl = mended
-    assert callable(mend_bfloat16)
 
 
 @in_the_interpreter

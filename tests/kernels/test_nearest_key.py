@@ -180,3 +180,23 @@ def test_errors_name_the_argument(change, error, words):
     arguments = {"query": torch.ones(2, 8), "keys": torch.ones(3, 8), "radius": torch.ones(3)} | change
     with pytest.raises(error, match=words):
         nearest_key(**arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1500, 520), (1, 300, 4100), (7, 1203, 600), (5, 301, 4096)], ids=str)
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0], ids="{} near".format)
+def test_keys_may_be_given_up_early(generator, shape, dtype, share):
+    """Queries near a key let a scan skip most of the others; the answer stays exact, ties included."""
+    rows, count, dim = shape
+    keys = torch.randn(count, dim, generator=generator).to(dtype)
+    chosen = torch.randint(0, count, (rows,), generator=generator)
+    near = (torch.rand(rows, generator=generator) < share)[:, None]
+    noise = torch.randn(rows, dim, generator=generator)
+    query = torch.where(near, keys[chosen].float() + 0.05 * noise, noise)
+    radius = torch.full((count,), 1e6)
+    index, distance = nearest_key(query, keys, radius)
+    assert_nearest(index, distance, query, keys, radius, "l2")
+    copies = torch.cat([keys[: count // 2], keys])  # every key of the first half comes twice
+    again, same = nearest_key(query, copies, torch.full((len(copies),), 1e6))
+    assert torch.equal(same, distance)
+    assert torch.equal(again, torch.where(index < count // 2, index, index + count // 2))

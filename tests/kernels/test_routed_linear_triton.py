@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from interpreter import DEVICE, on_triton
 
 from dualedit_kernels import Full, LowRank, backend, routed_linear
@@ -67,7 +66,9 @@ def gradients(tensors, function, index, cotangent):
 @on_triton
 def test_against_float64(seed, case, kind, dtype):
     tensors, index, cotangent = inputs(seed, kind, case, dtype)
-    exact = gradients({n: t.double() for n, t in tensors.items()}, through_reference, index, cotangent.double())
+    exact = gradients(
+        {n: t.double() for n, t in tensors.items()}, through_reference, index, cotangent.double()
+    )
     plain = gradients(tensors, through_reference, index, cotangent)
     there = {n: t.to(DEVICE) for n, t in tensors.items()}
     actual = gradients(there, through_operator, index.to(DEVICE), cotangent.to(DEVICE))
@@ -96,11 +97,17 @@ def test_unrouted_rows_are_bit_identical(seed, kind):
 def test_closed_rows_do_not_reach_gradients(seed, kind):
     tensors, index, cotangent = inputs(seed, kind, "mixed", torch.float32)
     want = gradients(
-        {n: t.to(DEVICE) for n, t in tensors.items()}, through_operator, index.to(DEVICE), cotangent.to(DEVICE)
+        {n: t.to(DEVICE) for n, t in tensors.items()},
+        through_operator,
+        index.to(DEVICE),
+        cotangent.to(DEVICE),
     )
     tensors["x"][index < 0] = torch.nan
     got = gradients(
-        {n: t.to(DEVICE) for n, t in tensors.items()}, through_operator, index.to(DEVICE), cotangent.to(DEVICE)
+        {n: t.to(DEVICE) for n, t in tensors.items()},
+        through_operator,
+        index.to(DEVICE),
+        cotangent.to(DEVICE),
     )
     for name, a, b in zip(tensors, got[1], want[1], strict=True):
         assert torch.equal(a, b), name
@@ -111,7 +118,9 @@ def test_closed_rows_do_not_reach_gradients(seed, kind):
 def test_base_of_another_dtype_and_strides(seed, kind):
     tensors, index, cotangent = inputs(seed, kind, "mixed", torch.bfloat16)
     tensors["base"] = tensors["base"].float() + 1e-4
-    want = gradients({n: t.double() for n, t in tensors.items()}, through_reference, index, cotangent.double())
+    want = gradients(
+        {n: t.double() for n, t in tensors.items()}, through_reference, index, cotangent.double()
+    )
     plain = gradients(tensors, through_reference, index, cotangent.float())
     there = {n: t.to(DEVICE) for n, t in tensors.items()}
     there["x"] = there["x"].transpose(0, 1).contiguous().transpose(0, 1)

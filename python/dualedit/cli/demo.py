@@ -131,8 +131,8 @@ def _minutes(report: Path, keys: list[str], otherwise: int) -> int:
         return otherwise
     value = json.loads(report.read_text(encoding="utf-8"))
     for key in keys:
-        value = value[key]
-    return max(1, round(value / 60))
+        value = value.get(key, {})
+    return max(1, round(value / 60)) if value else otherwise
 
 
 def _write(file: Path, text: str) -> None:
@@ -171,7 +171,7 @@ def story_table(story: Story, method: str) -> Table:
 
     from ..demo.show import KINDS, brief, near
 
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for title in ("asked", "question", "before", "after", "right", "fires", "distance"):
         table.add_column(title, overflow="fold", no_wrap=title in ("asked", "right", "fires", "distance"))
     for moment in brief(story.moments[method]):
