@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any
 
 import peft
@@ -62,9 +63,9 @@ class EditTuner(BaseTuner):
         peft_config.target_modules = targets
         return peft_config
 
+    @abstractmethod
     def _targets(self, config: EditConfig) -> list[str]:
         """Full names of the modules that the config asks for."""
-        raise NotImplementedError
 
     def _group(self, runtime: EditRuntime, adapter_name: str) -> MemoryGroup:
         return runtime.groups.setdefault((self.prefix, adapter_name), MemoryGroup())
@@ -72,9 +73,8 @@ class EditTuner(BaseTuner):
     def _replace_module(
         self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
     ) -> None:
-        setattr(
-            parent, child_name, new_module
-        )  # a wrapper places its own parts; on unload the base layer stands
+        # A wrapper has placed its own parts already; on unload the base layer stands where it stood.
+        setattr(parent, child_name, new_module)
 
     def _check_merge_allowed(self) -> None:
         raise ValueError(

@@ -9,6 +9,7 @@ import torch
 from dualedit import add_edit, explicit_masks, remove_edit
 from dualedit import context as context_module
 from dualedit.context import ForwardPass, Sequence, describe_prompt, runtime_of
+from dualedit.editing import append_target
 from peft import LoraConfig, inject_adapter_in_model
 from tiny_models import (
     BLIP2,
@@ -295,6 +296,29 @@ def test_cache_of_another_batch(generator):
 
 
 # ---------------------------------------------------------------------- labels, embeddings
+
+
+@pytest.mark.parametrize("gate", ["prompt", "published"])
+def test_published_gate_needs_the_answer_in_the_input(gate, generator):
+    """With the answer in the input both gates open; only the honest one opens for the question alone."""
+    family = LLAVA
+    model = editor_of(family, "dualedit", gate=gate)
+    question, target = family.question(generator), torch.randint(3, WORDS, (1, 3), generator=generator)
+    store(model, question, generator, target[0])
+    full = append_target(question, target)
+    call = {name: value for name, value in full.items() if name != "labels"}
+
+    def opens(inputs, labels=None):
+        with torch.no_grad():
+            edited = model(**inputs, labels=labels).logits
+            with model.disable_adapter():
+                return not torch.equal(edited, model(**inputs).logits)
+
+    assert opens(call, full["labels"])
+    assert opens(question) == (gate == "prompt")
+    # Without labels the whole input counts as the question, and the two gates read the same token.
+    assert opens(call) == (gate == "published")
+
 
 
 def test_labels_end_the_prompt(family, method, generator):

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 DEBUG = "DUALEDIT_DEBUG"
+_OFFLINE = "HF_HUB_OFFLINE"
 USER_ERROR, INTERRUPTED = 2, 130
 
 
@@ -59,7 +60,12 @@ def user_message(error: Exception) -> str | None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep other libraries' bars, advice and warnings off the terminal; our own warnings become notes."""
+    """Keep other libraries' bars, advice and warnings off the terminal, and the libraries off the network.
+
+    Our own warnings become notes.
+    """
+    offline = os.environ.get(_OFFLINE)
+    os.environ[_OFFLINE] = "1"  # models and edits are local; PEFT would ask the hub about the embedded one
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -73,6 +79,10 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
+        if offline is None:
+            del os.environ[_OFFLINE]
+        else:
+            os.environ[_OFFLINE] = offline
     for text in dict.fromkeys(str(w.message) for w in caught if _is_ours(w)):
         print(f"Note: {' '.join(text.split())}", file=sys.stderr)
 

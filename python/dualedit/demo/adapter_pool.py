@@ -20,7 +20,7 @@ from dualedit.data import EditSample
 from dualedit.layer import DualEditLayer
 from dualedit.modules import EditKV
 from dualedit.prompting import Prompter
-from dualedit.training.dualedit import make_batch
+from dualedit.training.dualedit import Batch, make_batch
 
 # Columns of a kept question: 36 image tokens and the longest wording in front, the longest answer behind.
 PROMPT, ANSWER = 56, 4
@@ -34,7 +34,6 @@ class Rows:
         states: [R, L, D] what enters the first edited layer.
         attended, text, image: [R, L] bool.
         labels: [R, L] int64, -100 outside the answer.
-        before: [R, ANSWER, V] log-probabilities of the frozen model at the answer's columns, float16.
         edit: [R] int64, the sample a row belongs to.
         keep: [R] bool, rows whose answer must stay.
     """
@@ -44,7 +43,6 @@ class Rows:
     text: Tensor
     image: Tensor
     labels: Tensor
-    before: Tensor
     edit: Tensor
     keep: Tensor
 
@@ -68,6 +66,14 @@ def _fit(value: Tensor, prompt: int, fill: float | int | bool) -> Tensor:
         raise ValueError(f"a question of {prompt} and an answer of {value.shape[1] - prompt} columns: raise PROMPT, ANSWER.")
     tail = (0, 0) * (value.ndim - 2)
     return nn.functional.pad(value, (*tail, left, right), value=fill)
+
+
+class _Enough(Exception):
+    """Leaves a forward when everything needed has been seen."""
+
+
+def _stop(module: nn.Module, args: tuple, output: object) -> None:
+    raise _Enough
 
 
 class Pool:
@@ -100,42 +106,44 @@ class Pool:
     def __len__(self) -> int:
         return len(self.rows_of)
 
-    def _run(self, inputs: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        entered = []
+    def _run(self, inputs: dict[str, Tensor], last: int) -> tuple[dict[str, Tensor], Tensor]:
+        """What the wrapped layers see, and what enters the first of them; nothing after layer `last` is run."""
+        entered: list[Tensor] = []
         call = {k: v for k, v in inputs.items() if k != "labels"}
-        hook = self.stack.layers[self.first].register_forward_pre_hook(
+        first = self.stack.layers[self.first].register_forward_pre_hook(
             lambda module, args, kwargs: entered.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
         )
+        enough = self.stack.layers[last].register_forward_hook(_stop)
         try:
             with torch.no_grad(), recording(self.base) as states:
-                logits = self.base(**call, use_cache=False).logits
+                self.base(**call, use_cache=False)
+        except _Enough:
+            pass
         finally:
-            hook.remove()
-        return states, entered[0], logits
+            first.remove()
+            enough.remove()
+        return states, entered[0]
 
     def _edits(self, inputs: dict[str, Tensor]) -> Edits:
-        states, _, _ = self._run(inputs)
+        states, _ = self._run(inputs, max(int(name.rpartition(".")[2]) for name in self.layers))
         prompt = int((inputs["labels"] != -100).any(0).int().argmax())
         kept = {name: _fit(states[name], prompt, 0.0) for name in self.layers}
         return Edits(kept, _fit(inputs["attention_mask"] != 0, prompt, False))
 
-    def _rows(self, batch, begin: int) -> Rows:
+    def _rows(self, batch: Batch, begin: int) -> Rows:
         inputs = batch.inputs
-        _, entered, logits = self._run(inputs)
+        _, entered = self._run(inputs, self.first)
         ids, labels = inputs["input_ids"], inputs["labels"]
         prompt = int((labels != -100).any(0).int().argmax())
         masks = describe_prompt(
             ids, inputs["attention_mask"], labels, runtime_of(self.base).image_ids, tuple(ids.shape), ids.device
         )
-        ahead = logits[:, prompt - 1 : -1].log_softmax(-1)
-        ahead = nn.functional.pad(ahead, (0, 0, 0, ANSWER - ahead.shape[1]))
         return Rows(
             states=_fit(entered, prompt, 0.0),
             attended=_fit(inputs["attention_mask"] != 0, prompt, False),
             text=_fit(masks.text, prompt, False),
             image=_fit(masks.image, prompt, False),
             labels=_fit(labels, prompt, -100),
-            before=ahead.half(),
             edit=batch.route + begin,
             keep=batch.keep,
         )
@@ -151,8 +159,11 @@ class Pool:
         target = labels != -100
         change, same = target & ~rows.keep[:, None], target & rows.keep[:, None]
         rel = nn.functional.cross_entropy(logits[change], labels[change])
+        kept = rows.take(rows.keep.nonzero()[:, 0])
+        with torch.no_grad():
+            before = self._upper(kept, kept.edit, {})[target[rows.keep]]
         keep = nn.functional.kl_div(
-            logits[same].log_softmax(-1), rows.before[same].float(), log_target=True, reduction="batchmean"
+            logits[same].log_softmax(-1), before.log_softmax(-1), log_target=True, reduction="batchmean"
         )
         return rel, keep
 

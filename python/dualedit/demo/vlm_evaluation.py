@@ -30,7 +30,11 @@ class Case:
 
 
 def held_out_cases(world: World, per_family: int, seed: int = 1) -> list[Case]:
-    """New pictures and random wordings of every family; held-out digits and scene combinations."""
+    """New pictures and random wordings of every family; digits are ones that training never showed.
+
+    Scenes come twice: new pictures of known combinations of shape, colour and size (``scene_...``) and
+    combinations that training never showed (``unseen_scene_...``).
+    """
     rng = np.random.default_rng([seed, 77])
     cases: list[Case] = []
     for attribute in ATTRIBUTES:
@@ -45,13 +49,13 @@ def held_out_cases(world: World, per_family: int, seed: int = 1) -> list[Case]:
     for _ in range(per_family):
         entity = int(rng.integers(len(world.logos)))
         pictures = [
-            (world.render(entity, rng), world.look_asks(entity, rng)),
-            world.digit(rng, held_out=True),
-            world.scene(rng, held_out=True),
+            ("", world.render(entity, rng), world.look_asks(entity, rng)),
+            ("", *world.digit(rng, held_out=True)),
+            ("", *world.scene(rng)),
+            ("unseen_", *world.scene(rng, held_out=True)),
         ]
-        cases.extend(
-            Case(ask.family, image, ask.question, ask.answer) for image, asks in pictures for ask in asks
-        )
+        for prefix, image, asks in pictures:
+            cases.extend(Case(prefix + ask.family, image, ask.question, ask.answer) for ask in asks)
     for family in sorted({fact.family for fact in world.text_facts}):
         facts = [fact for fact in world.text_facts if fact.family == family]
         for _ in range(per_family):
