@@ -4,13 +4,18 @@ The library is compiled against the stable ABI of libtorch, so one file loads on
 is optional: without torch, without a compiler, or with DUALEDIT_NO_BUILD=1 the install succeeds, says what
 was left out and why, and every operator runs in plain PyTorch.
 
+CUDA kernels are added where nvcc and a torch with CUDA are found. They need nothing of torch's CUDA headers:
+nvcc compiles plain launchers, the C++ compiler a thin binding.
+
 Environment:
     DUALEDIT_NO_BUILD=1   do not compile
-    CXX                   the C++ compiler
+    FORCE_CUDA=1          add CUDA kernels although this torch has no CUDA (FORCE_CUDA=0: leave them out)
+    CUDA_HOME, CXX        the CUDA toolkit, the C++ compiler
 """
 
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -18,6 +23,7 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 STABLE_ABI = "0x020b000000000000"  # torch 2.11
+GPUS = ("arch=compute_80,code=sm_80", "arch=compute_90,code=sm_90", "arch=compute_90,code=compute_90")
 
 
 def note(message):
@@ -43,6 +49,50 @@ def why_not():
     return None
 
 
+def find_nvcc():
+    """The CUDA compiler to build with, or None if the CUDA kernels are left out; says why."""
+    import torch
+
+    wish = os.environ.get("FORCE_CUDA")
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = shutil.which("nvcc", path=str(Path(home) / "bin") if home else None)
+    if wish == "0" or sys.platform != "linux":
+        reason = "FORCE_CUDA=0" if wish == "0" else "they are built on Linux only"
+    elif nvcc is None:
+        reason = "no nvcc on the PATH or in CUDA_HOME"
+    elif torch.version.cuda is None and wish != "1":
+        reason = f"torch {torch.__version__} has no CUDA (FORCE_CUDA=1 builds them all the same)"
+    else:
+        return nvcc
+    note(f"CUDA kernels are left out: {reason}.")
+    return None
+
+
+def add_cuda(extension, nvcc, folder):
+    """Compile csrc/cuda/*.cu and add objects, binding and the static CUDA runtime to the extension."""
+    objects, include = [], ["-I", str(ROOT / "csrc")]
+    for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
+        target = Path(folder) / f"{source.stem}.cu.o"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        command = [nvcc, "-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden", *include]
+        command += [part for gpu in GPUS for part in ("-gencode", gpu)]
+        subprocess.run([*command, "-c", str(source), "-o", str(target)], check=True)
+        objects.append(str(target))
+    # nvcc may be a wrapper: it knows itself where its toolkit is.
+    plan = subprocess.run(
+        [nvcc, "--dryrun", "-c", "-x", "cu", os.devnull], capture_output=True, text=True
+    ).stderr
+    top = next(line.split("=", 1)[1] for line in plan.splitlines() if line.startswith("#$ TOP="))
+    extension.extra_objects += objects
+    extension.define_macros.append(("DUALEDIT_CUDA", None))
+    extension.include_dirs.append(str(Path(top, "include")))
+    extension.library_dirs += [
+        str(Path(top, folder)) for folder in ("lib64", "lib", "targets/x86_64-linux/lib")
+    ]
+    extension.libraries += ["cudart_static", "rt", "pthread", "dl"]
+    note("CUDA kernels are built.")
+
+
 def extension():
     """(ext_modules, cmdclass) of the C++ library; both empty if it cannot be built."""
     reason = why_not()
@@ -61,6 +111,12 @@ def extension():
                 self.leave_out(error)
 
         def build_extension(self, ext):
+            nvcc = find_nvcc()
+            try:
+                if nvcc is not None:
+                    add_cuda(ext, nvcc, self.build_temp)
+            except (OSError, StopIteration, subprocess.CalledProcessError) as error:
+                note(f"CUDA kernels are left out: {error}.")
             try:
                 super().build_extension(ext)
             except Exception as error:
@@ -72,7 +128,8 @@ def extension():
             note(f"the C++ library is NOT built: {error}. Everything works without it, in plain PyTorch.")
 
     sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cpp"))
-    headers = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h"))
+    others = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cuh", ".cu")]
+    headers = sorted(str(path.relative_to(ROOT)) for path in others)
     flags = (
         ["/O2", "/std:c++17"]
         if sys.platform == "win32"

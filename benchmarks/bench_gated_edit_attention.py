@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.common import Benchmark, Rival, arguments
+from benchmarks.common import Benchmark, Rival, arguments, product_rate
 from dualedit_kernels import Gate, backend, fold_query, gated_edit_attention
 
 HIDDEN, MID, HEADS, IMAGE, TEXT, EDIT, EPS = 4096, 1024, 8, 576, 64, 620, 1e-5
@@ -89,6 +89,7 @@ def main() -> None:
     benchmark = Benchmark("gated_edit_attention", options)
     dtypes = (torch.float32,) if options.quick else (torch.float32, torch.bfloat16)
     for dtype in dtypes:
+        rate = product_rate(dtype) if options.device == "cpu" else None
         for rows in (1,) if options.quick else (1, 8):
             for open_rows in FLAGS[rows]:
                 problem = Problem.sample(open_rows, dtype, options.device)
@@ -100,8 +101,16 @@ def main() -> None:
                     "hidden": HIDDEN,
                 }
                 with torch.no_grad():
-                    benchmark.compare(shape, rivals(problem, options.quick))
+                    benchmark.compare(shape, rivals(problem, options.quick), floors(shape, rate))
     benchmark.finish()
+
+
+def floors(shape: dict, rate: float | None) -> dict[str, float]:
+    """Milliseconds of the folded projections and the attention at the rate of a large product."""
+    if rate is None or not shape["open"]:
+        return {}
+    operations = shape["open"] * IMAGE * 2 * (2 * HIDDEN * MID + 2 * EDIT * MID)
+    return {"products at full rate": operations / rate * 1e3}
 
 
 def rivals(problem: Problem, quick: bool) -> list[Rival]:

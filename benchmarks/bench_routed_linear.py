@@ -2,8 +2,8 @@
 
     python -m benchmarks.bench_routed_linear --json benchmarks/results/<machine>.json
 
-The layer is the MLP's up-projection of LLaVA-1.5-7B (4096 to 11008), with 16 edits. Rows "delta" are given the
-layer's own output and time what an edit adds to it; rows "layer" compute the layer too, as PEFT does.
+The layer is the MLP's up-projection of LLaVA-1.5-7B (4096 to 11008), with 16 edits. Rows "delta" are given
+the layer's own output and time what an edit adds to it; rows "layer" compute the layer too, as PEFT does.
 """
 
 from __future__ import annotations

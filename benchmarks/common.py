@@ -1,7 +1,9 @@
 """What the benchmarks share: the machine, fair timing of rivals side by side, rows and files.
 
 A rival is timed only after its result has been checked in the same run; a wrong one is named and gets no
-time. Rivals take turns, so that a neighbour on the machine slows all of them alike.
+time. Rivals take turns, so that a neighbour on the machine slows all of them alike. On the CPU with one
+thread the clock is the thread's own CPU time, which stands still while a neighbour has the core; otherwise it
+is the wall's.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from pathlib import Path
 import torch
 
 from dualedit_kernels import library
+from dualedit_kernels.products import ONEDNN
 
 
 @dataclass
@@ -59,70 +62,97 @@ class Benchmark:
     def __init__(self, op: str, options: argparse.Namespace):
         self.op, self.options = op, options
         self.device = options.device
+        alone = options.device == "cpu" and options.threads == 1
+        self.clock = time.thread_time if alone else time.perf_counter
         self.rows: list[Row] = []
         self.refused: list[dict[str, object]] = []
+        self.floors: list[dict[str, object]] = []
+        self.shapes: list[dict[str, object]] = []
         torch.set_num_threads(options.threads)
         print(json.dumps(machine()))
 
-    def compare(self, shape: dict[str, object], rivals: list[Rival]) -> None:
-        """Check every rival, time the right ones in turns, and print their rows."""
+    def compare(
+        self, shape: dict[str, object], rivals: list[Rival], floors: dict[str, float] | None = None
+    ) -> None:
+        """Check every rival, time the right ones in turns, and print their rows.
+
+        floors: milliseconds that no implementation can beat, by what sets them, e.g. reading the keys once.
+        """
+        self.shapes.append(shape)
         right = [rival for rival in rivals if self._is_right(shape, rival)]
+        order = list(right)
         repeats = {rival.impl: self._repeats(rival) for rival in right}
         times: dict[str, list[float]] = {rival.impl: [] for rival in right}
         for _ in range(3 if self.options.quick else 9):
+            right.reverse()  # nobody is always the one who runs behind a certain other
             for rival in right:
                 times[rival.impl].append(self._turn(rival, repeats[rival.impl]))
         title = " ".join(f"{name}={value}" for name, value in shape.items())
         print(f"{self.op}  {title}  ({self.device}, {self.options.threads} threads)")
-        for rival in right:
-            values = times[rival.impl]
-            median, low, high = statistics.median(values), min(values), max(values)
-            self.rows.append(
-                Row(
-                    self.op,
-                    rival.impl,
-                    self.device,
-                    rival.dtype,
-                    shape,
-                    self.options.threads,
-                    median,
-                    low,
-                    high,
-                )
+        first = statistics.median(times[order[0].impl]) if order else 0.0
+        for rival in order:
+            low, middle, high = (
+                min(times[rival.impl]),
+                statistics.median(times[rival.impl]),
+                max(times[rival.impl]),
             )
-            ratio = statistics.median(times[right[0].impl]) / median
-            print(f"    {rival.impl:<34} {rival.dtype:<9} {median:10.3f} ms  {1 / ratio:8.2f} x the first")
+            key = (self.op, rival.impl, self.device, rival.dtype, shape, self.options.threads)
+            self.rows.append(Row(*key, middle, low, high))
+            ratio = f"{middle / first:8.2f} x the first"
+            print(f"    {rival.impl:<34} {rival.dtype:<9} {middle:10.3f} ms (min {low:.3f}) {ratio}")
+        for name, floor in (floors or {}).items():
+            self.floors.append({"op": self.op, "name": name, "shape": shape, "ms": floor})
+            print(f"    floor: {name:<37} {floor:10.3f} ms", flush=True)
+        self._write()
 
     def finish(self) -> None:
-        """Write the rows if --json was given."""
-        if self.options.json is None:
-            return
-        content = {"machine": machine(), "rows": [asdict(row) for row in self.rows], "refused": self.refused}
-        self.options.json.parent.mkdir(parents=True, exist_ok=True)
-        self.options.json.write_text(json.dumps(content, indent=1) + "\n")
-        print(f"wrote {self.options.json}")
+        """Draw the rows if --plot was given."""
+        if self.options.plot is not None:
+            from benchmarks.plots import draw
+
+            draw([asdict(row) for row in self.rows], self.floors, self.options.plot)
+
+    def _write(self) -> None:
+        """Write the rows if --json was given, after every shape; other rows in the file stay."""
+        if self.options.json is not None:
+            content = {
+                "machine": machine() | {"clock": self.clock.__name__},
+                "rows": [],
+                "refused": [],
+                "floors": [],
+            }
+            if self.options.json.exists():
+                content |= _others(json.loads(self.options.json.read_text()), self.op, self.shapes)
+            content["rows"] += [asdict(row) for row in self.rows]
+            content["refused"] += self.refused
+            content["floors"] += self.floors
+            self.options.json.parent.mkdir(parents=True, exist_ok=True)
+            self.options.json.write_text(json.dumps(content, indent=1) + "\n")
 
     def _is_right(self, shape: dict[str, object], rival: Rival) -> bool:
         rival.around(True)
         reason = rival.wrong(rival.run())
         rival.around(False)
         if reason is not None:
-            self.refused.append({"impl": rival.impl, "dtype": rival.dtype, "shape": shape, "reason": reason})
+            self.refused.append(
+                {"op": self.op, "impl": rival.impl, "dtype": rival.dtype, "shape": shape, "reason": reason}
+            )
             print(f"    {rival.impl:<34} {rival.dtype:<9} NOT TIMED, its result is wrong: {reason}")
         return reason is None
 
     def _repeats(self, rival: Rival) -> int:
+        self._turn(rival, 1)  # caches, allocator and page tables are cold once
         once = self._turn(rival, 1) / 1e3
         return max(1, min(1000, int((0.02 if self.options.quick else 0.1) / max(once, 1e-7))))
 
     def _turn(self, rival: Rival, repeats: int) -> float:
         rival.around(True)
         self._synchronize()
-        begin = time.perf_counter()
+        begin = self.clock()
         for _ in range(repeats):
             rival.run()
         self._synchronize()
-        elapsed = time.perf_counter() - begin
+        elapsed = self.clock() - begin
         rival.around(False)
         return elapsed / repeats * 1e3
 
@@ -159,6 +189,33 @@ def machine() -> dict[str, object]:
         except metadata.PackageNotFoundError:
             result[package] = None
     return result
+
+
+def bandwidth() -> float:
+    """Bytes per second that the CPU reads from memory on torch's threads, at best."""
+    data = torch.ones(1 << 26)  # 256 MB
+    data.sum()
+    return data.numel() * 4 / min(_timed(data.sum) for _ in range(7))
+
+
+def product_rate(dtype: torch.dtype) -> float:
+    """Floating-point operations per second of a large matrix product on the CPU, at best."""
+    size = 1536
+    x, weight = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
+    ONEDNN.linear(x, weight, None)
+    return 2 * size**3 / min(_timed(lambda: ONEDNN.linear(x, weight, None)) for _ in range(7))
+
+
+def _timed(call: Callable[[], object]) -> float:
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    begin = clock()
+    call()
+    return clock() - begin
+
+
+def _others(content: dict[str, list], op: str, shapes: list[dict]) -> dict[str, list]:
+    names = ("rows", "refused", "floors")
+    return {n: [row for row in content[n] if row["op"] != op or row["shape"] not in shapes] for n in names}
 
 
 def _processor() -> str:

@@ -1,14 +1,15 @@
-"""Compiles every GPU kernel offline, without a GPU, and fails if one spills, is too large or misses the tensor cores.
+"""Compiles every GPU kernel without a GPU; fails if one spills, is too large or misses the tensor cores.
 
-    python -m benchmarks.compile_report [--arch 80 90] [--only attend] [--quick] [--json report.json]
+    python -m benchmarks.compile_report [--arch 80 90] [--only attend] [--scenes bf16] [--json report.json]
 
 The configurations are not a list kept by hand: the shipped launch code runs on meta tensors at the shapes of
 LLaVA-1.5-7B, and every launch is recorded with its tiles and the facts that Triton specialises on (dtypes,
 divisibility by 16, sizes of 1). Each recorded launch is compiled for each architecture, and its registers and
 spilled bytes are read from the machine code. The CUDA sources are compiled with nvcc where it is installed.
 
-The exit status is 0 only if no kernel spills, all fit the shared memory of the chip, and every product of 16-bit
-operands runs on tensor cores. Products in fp32 are exact on purpose (no tf32) and use ordinary multiply-adds.
+The exit status is 0 only if no kernel spills, all fit the shared memory of the chip, and every product of
+16-bit operands runs on tensor cores. Products in fp32 are exact on purpose (no tf32) and use ordinary
+multiply-adds.
 """
 
 from __future__ import annotations
@@ -72,25 +73,32 @@ def scenes() -> Iterator[tuple[str, Callable[[], object]]]:
     for name, dtype in DTYPES.items():
         for rows in (1, 2, 8):
             for metric in ("l2", "cosine"):
-                yield f"nearest_key {name} B={rows} {metric}", lambda d=dtype, b=rows, m=metric: _nearest(d, b, m)
+                yield (
+                    f"nearest_key {name} B={rows} {metric}",
+                    lambda d=dtype, b=rows, m=metric: _nearest(d, b, m),
+                )
         for tokens in (1, 40, 640):
             for rank in (8, 64):
-                yield f"low_rank {name} L={tokens} R={rank}", lambda d=dtype, t=tokens, r=rank: _low_rank(d, t, r)
+                yield (
+                    f"low_rank {name} L={tokens} R={rank}",
+                    lambda d=dtype, t=tokens, r=rank: _low_rank(d, t, r),
+                )
             yield f"full {name} L={tokens}", lambda d=dtype, t=tokens: _full(d, t)
         for rows, tokens in ((1, 40), (8, 640)):
             for head in (128,) if tokens == 40 else (16, 64, 80, 128, 256):
-                yield (
-                    f"attention {name} B={rows} L={tokens} head={head}",
-                    lambda d=dtype, b=rows, t=tokens, h=head: _attention(d, b, t, h),
-                )
+                if head <= (128 if dtype == torch.float32 else 256):  # wider heads are not Triton's
+                    yield (
+                        f"attention {name} B={rows} L={tokens} head={head}",
+                        lambda d=dtype, b=rows, t=tokens, h=head: _attention(d, b, t, h),
+                    )
 
 
-def launches(only: str = "", wanted: Callable[[str], bool] = lambda scene: True) -> list[Launch]:
-    """The distinct launches of all scenes; ``only``: part of a kernel's name."""
+def launches(arch: int, only: str = "", wanted: Callable[[str], bool] = lambda scene: True) -> list[Launch]:
+    """The distinct launches of all scenes on an architecture; ``only``: part of a kernel's name."""
     found: dict[Launch, None] = {}
     for scene, run in scenes():
         if wanted(scene):
-            with _recording(scene) as recorded:
+            with _recording(scene, arch) as recorded:
                 run()
             found.update((launch, None) for launch in recorded if only in launch.name)
     return list(found)
@@ -112,7 +120,13 @@ def compile_launch(launch: Launch, arch: int) -> Result:
     registers, spilled = resources(compiled.asm["cubin"])
     shared = compiled.metadata.shared
     narrow_dots = re.findall(r"tt\.dot .*: tensor<\d+x\d+x(?:bf16|f16)", compiled.asm["ttir"])
-    units = "wgmma" if "wgmma.mma_async" in compiled.asm["ptx"] else "mma" if "mma.sync" in compiled.asm["ptx"] else "-"
+    units = (
+        "wgmma"
+        if "wgmma.mma_async" in compiled.asm["ptx"]
+        else "mma"
+        if "mma.sync" in compiled.asm["ptx"]
+        else "-"
+    )
     faults = []
     if spilled:
         faults.append(f"spills {spilled} bytes")
@@ -120,13 +134,15 @@ def compile_launch(launch: Launch, arch: int) -> Result:
         faults.append(f"needs {shared} bytes of shared memory, the chip has {SHARED_LIMIT[arch]}")
     if narrow_dots and units == "-":
         faults.append("a product of 16-bit operands does not use the tensor cores")
-    tiles = {n: v for n, v in launch.constexprs if n.startswith("B") and n != "BACKWARD"} | dict(launch.options)
+    tiles = {n: v for n, v in launch.constexprs if n.startswith("B") and n != "BACKWARD"} | dict(
+        launch.options
+    )
     text = " ".join(f"{name.removeprefix('num_')}={value}" for name, value in tiles.items())
     return Result(launch.name, f"sm_{arch}", text, launch.scene, registers, spilled, shared, units, faults)
 
 
 def resources(cubin: bytes) -> tuple[int, int]:
-    """(registers, bytes of stack) of the one kernel in a cubin; Triton's kernels use the stack for spills alone."""
+    """(registers, spilled bytes) of a cubin's one kernel; Triton uses the stack for spills alone."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -145,8 +161,20 @@ def compile_cuda(arch: int) -> list[Result]:
     results = []
     folder = Path(__file__).parents[1] / "csrc"
     for source in sorted(folder.glob("cuda/*.cu")) if nvcc else []:
-        command = [nvcc, "-cubin", "-O3", "-std=c++17", f"-arch=sm_{arch}", "-Xptxas", "-v", "-I", str(folder)]
-        done = subprocess.run([*command, str(source), "-o", "/dev/null"], capture_output=True, text=True, check=False)
+        command = [
+            nvcc,
+            "-cubin",
+            "-O3",
+            "-std=c++17",
+            f"-arch=sm_{arch}",
+            "-Xptxas",
+            "-v",
+            "-I",
+            str(folder),
+        ]
+        done = subprocess.run(
+            [*command, str(source), "-o", "/dev/null"], capture_output=True, text=True, check=False
+        )
         if done.returncode:
             raise RuntimeError(f"nvcc failed for {source.name}:\n{done.stderr}")
         names = {name for name, *_ in _ptxas_figures(done.stderr)}
@@ -164,17 +192,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90], choices=sorted(SHARED_LIMIT))
     parser.add_argument("--only", default="", help="kernels whose name contains this")
-    parser.add_argument("--quick", action="store_true", help="bf16 only")
+    parser.add_argument("--scenes", default="", help="scenes whose name contains this, e.g. bf16")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     options = parser.parse_args()
-    chosen = launches(options.only, lambda scene: not options.quick or " bf16 " in scene)
-    print(f"{'kernel':<22} {'arch':<6} {'regs':>4} {'spill':>5} {'shared':>7} {'units':<6} tiles | first used by")
+    header = ("kernel", "arch", "regs", "spill", "shared", "units")
+    print("{:<22} {:<6} {:>4} {:>5} {:>7} {:<6} tiles | first used by".format(*header))
     results = []
-    for launch in chosen:
-        for arch in options.arch:
+    for arch in options.arch:
+        for launch in launches(arch, options.only, lambda scene: options.scenes in scene):
             results.append(compile_launch(launch, arch))
             show(results[-1])
-    for arch in options.arch if not options.only else []:
+        if options.only or options.scenes:
+            continue
         cuda = compile_cuda(arch)
         if not cuda:
             print(f"csrc/cuda is not compiled for sm_{arch}: there is no nvcc on the PATH")
@@ -199,23 +228,35 @@ def show(result: Result) -> None:
 
 
 @contextmanager
-def _recording(scene: str) -> Iterator[list[Launch]]:
-    """Record the launches of Triton kernels in place of launching them."""
+def _recording(scene: str, arch: int) -> Iterator[list[Launch]]:
+    """Record the launches of Triton kernels, as if on an architecture, in place of launching them."""
     from triton.runtime.jit import JITFunction
 
     from dualedit_kernels import triton_support
+    from dualedit_kernels.gated_edit_attention import triton_kernel as attention
+    from dualedit_kernels.nearest_key import triton_kernel as nearest
+    from dualedit_kernels.routed_linear import triton_kernel as routed
 
     recorded: list[Launch] = []
 
     def run(kernel, *args, grid, warmup, **options):
         recorded.append(_specialise(kernel, args, options, scene))
 
-    before, JITFunction.run = JITFunction.run, run
     assert not triton_support.interpreting(), "the interpreter does not compile: unset TRITON_INTERPRET"
+    patches = (
+        (JITFunction, "run", run),
+        (attention, "generation", lambda tensor: arch // 10),
+        (nearest, "processors", lambda tensor: 132),
+        (routed, "processors", lambda tensor: 132),
+    )
+    before = [getattr(owner, name) for owner, name, _ in patches]
     try:
+        for owner, name, value in patches:
+            setattr(owner, name, value)
         yield recorded
     finally:
-        JITFunction.run = before
+        for (owner, name, _), value in zip(patches, before, strict=True):
+            setattr(owner, name, value)
 
 
 def _specialise(kernel, args: tuple, options: dict[str, object], scene: str) -> Launch:
@@ -308,7 +349,9 @@ def _demangle(names: list[str]) -> dict[str, str]:
     if tool is None or not names:
         return {name: name for name in names}
     text = subprocess.run([tool, *names], capture_output=True, text=True, check=True).stdout.splitlines()
-    short = [re.sub(r"\(.*", "", re.sub(r"^void |dualedit::|\(anonymous namespace\)::", "", line)) for line in text]
+    short = [
+        re.sub(r"\(.*", "", re.sub(r"^void |dualedit::|\(anonymous namespace\)::", "", line)) for line in text
+    ]
     return dict(zip(names, short, strict=True))
 
 

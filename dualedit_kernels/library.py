@@ -1,7 +1,7 @@
 """The schema of every operator, in one place, and the compiled library if it is there.
 
-Operators live in ``torch.ops.dualedit_kernels``. Names that end in ``_cpp`` are implemented by the compiled
-library alone; they are chosen by `backend` and are not meant to be called directly.
+Operators live in ``torch.ops.dualedit_kernels``. Names that end in ``_cpp`` or ``_cuda`` are implemented by
+the compiled library alone; they are chosen by `backend` and are not meant to be called directly.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ SCHEMAS = {
         " -> (Tensor base, Tensor x, Tensor weight, Tensor bias)"
     ),
     "nearest_key_cpp": "(Tensor query, Tensor keys, Tensor radius, bool cosine, int isa) -> (Tensor, Tensor)",
+    "nearest_key_cuda": "(Tensor query, Tensor keys, Tensor radius, bool cosine) -> (Tensor, Tensor)",
 }
 
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")

@@ -13,18 +13,20 @@ import torch
 from torch import Tensor
 
 
-def assert_as_exact(name: str, actual: Tensor, plain: Tensor, exact: Tensor, factor: float = 2.0) -> None:
+def assert_as_exact(
+    name: str, actual: Tensor, plain: Tensor, exact: Tensor, factor: float = 2.0, floor: float = 0.0
+) -> None:
     """Raise AssertionError unless ``actual`` is within ``factor`` times plain PyTorch's error.
 
     name: what is compared, e.g. "dq"; it opens the message.
     plain: the reference evaluated in the dtype of ``actual``. exact: the same in float64.
-    One rounding of the result itself is always allowed.
+    One rounding of the result itself is always allowed. floor: an error that is allowed in any case.
     """
     if actual.shape != exact.shape:
         raise AssertionError(f"{name}: shape {list(actual.shape)}, expected {list(exact.shape)}")
     if not exact.numel():
         return
-    error, allowed = max_error(actual, exact), factor * max_error(plain, exact)
+    error, allowed = max_error(actual, exact), floor + factor * max_error(plain, exact)
     roundings = 1e3 if actual.dtype == torch.float64 else 1.0  # float64 itself is no judge of float64
     allowed += roundings * torch.finfo(actual.dtype).eps * float(exact.abs().max())
     if not error <= allowed:

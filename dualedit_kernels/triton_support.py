@@ -58,6 +58,16 @@ def processors(tensor: Tensor) -> int:
     return _processors(tensor.device.index or 0) if tensor.is_cuda else 4
 
 
+def generation(tensor: Tensor) -> int:
+    """Major compute capability of the device of ``tensor``; 9 where there is none."""
+    return _generation(tensor.device.index or 0) if tensor.is_cuda else 9
+
+
+@functools.cache
+def _generation(index: int) -> int:
+    return torch.cuda.get_device_capability(index)[0]
+
+
 @functools.cache
 def _processors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count

@@ -131,6 +131,62 @@ Buffer pack(const float* query, int64_t batch, int64_t dim, int64_t stride, bool
   return packed;
 }
 
+// The nearest key known of each query: squared distance and index, -1 for none.
+struct Nearest {
+  explicit Nearest(int64_t batch) : squared(batch, std::numeric_limits<float>::infinity()), index(batch, -1) {}
+
+  std::vector<float> squared;
+  std::vector<int64_t> index;
+};
+
+// Lower ``nearest`` by keys 0..count, on torch's threads.
+void search(Scan scan, const Lookup& lookup, int64_t count, Nearest& nearest) {
+  // Threads pay from about 2^17 multiply-adds each.
+  const double work = static_cast<double>(count) * lookup.dim * lookup.batch / (1 << 17);
+  int64_t parts = static_cast<int64_t>(torch::stable::get_num_threads());
+  if (work < parts) parts = work < 1 ? 1 : static_cast<int64_t>(work);
+  const int64_t share = ((count + parts - 1) / parts + kMaxBlock - 1) / kMaxBlock * kMaxBlock;
+  std::vector<Nearest> found(parts, nearest);
+  Buffer scratch = aligned(parts * kMaxBlock * lookup.stride);
+  auto work_on = [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) {
+      const int64_t last = (p + 1) * share < count ? (p + 1) * share : count;
+      float* own = scratch.get() + p * kMaxBlock * lookup.stride;
+      if (p * share < last) scan(lookup, p * share, last, found[p].squared.data(), found[p].index.data(), own);
+    }
+  };
+  if (parts == 1) {
+    work_on(0, 1);
+  } else {
+    torch::stable::parallel_for(0, parts, 1, work_on);
+  }
+  for (const Nearest& part : found) {
+    for (int64_t b = 0; b < lookup.batch; ++b) {
+      const bool tie = part.squared[b] == nearest.squared[b] && part.index[b] < nearest.index[b];
+      if (part.squared[b] < nearest.squared[b] || (tie && part.index[b] >= 0)) {
+        nearest.squared[b] = part.squared[b];
+        nearest.index[b] = part.index[b];
+      }
+    }
+  }
+}
+
+// Replace the coarse distance of each query's nearest key by the distance itself.
+void refine(Scan scan, const Lookup& lookup, Nearest& nearest) {
+  Buffer scratch = aligned(kMaxBlock * lookup.stride);
+  for (int64_t b = 0; b < lookup.batch; ++b) {
+    const int64_t candidate = nearest.index[b];
+    nearest.squared[b] = std::numeric_limits<float>::infinity();
+    nearest.index[b] = -1;
+    if (candidate < 0) continue;
+    Lookup own = lookup;
+    own.query = lookup.query + b * lookup.stride;
+    own.batch = 1;
+    own.head = 0;
+    scan(own, candidate, candidate + 1, &nearest.squared[b], &nearest.index[b], scratch.get());
+  }
+}
+
 }  // namespace
 
 // query [B, D] fp32, keys [N, D] fp32, bf16 or fp16, radius [N] fp32, all contiguous on the CPU; isa as in Isa.
@@ -153,40 +209,28 @@ std::tuple<Tensor, Tensor> nearest_key(Tensor query, Tensor keys, Tensor radius,
 
   Scan scan = scan_for(isa);
   Buffer packed = pack(static_cast<const float*>(query.const_data_ptr()), batch, dim, stride, cosine);
-  Lookup lookup{packed.get(), batch, dim, stride, keys.const_data_ptr(), key_type(keys), cosine};
-
-  // Threads pay from about 2^17 multiply-adds each.
-  const double work = static_cast<double>(count) * dim * batch;
-  int64_t parts = static_cast<int64_t>(torch::stable::get_num_threads());
-  if (work / (1 << 17) < parts) parts = static_cast<int64_t>(work / (1 << 17));
-  if (parts < 1) parts = 1;
-  const int64_t share = ((count + parts - 1) / parts + kMaxBlock - 1) / kMaxBlock * kMaxBlock;
-  std::vector<float> best(parts * batch, std::numeric_limits<float>::infinity());
-  std::vector<int64_t> nearest(parts * batch, -1);
-  Buffer scratch = aligned(parts * kMaxBlock * stride);
-  auto work_on = [&](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; ++p) {
-      int64_t last = (p + 1) * share < count ? (p + 1) * share : count;
-      scan(
-          lookup, p * share, last, best.data() + p * batch, nearest.data() + p * batch,
-          scratch.get() + p * kMaxBlock * stride);
-    }
-  };
-  if (parts == 1) {
-    work_on(0, 1);
-  } else {
-    torch::stable::parallel_for(0, parts, 1, work_on);
+  // The cosine metric needs the norm of a key first, so it reads all of it anyway.
+  const bool prune = !cosine && dim >= 8 * kHead && count >= 256;
+  const int64_t head = prune ? (dim / 32 < kHead ? kHead : dim / 32 / kHead * kHead) : 0;
+  const Lookup lookup{
+      packed.get(), batch, dim, stride, keys.const_data_ptr(), dim, key_type(keys), cosine, batch == 1, head};
+  Nearest nearest(batch);
+  // A first look at the heads alone finds a near key early, so that the others are soon given up. Rows shorter
+  // than two pages are not worth it: memory delivers them almost as slowly as whole.
+  const int64_t row_bytes = dim * (lookup.type == KeyType::kFloat32 ? 4 : 2);
+  if (prune && row_bytes >= 8192) {
+    Lookup coarse = lookup;
+    coarse.dim = head;
+    coarse.head = 0;
+    search(scan, coarse, count, nearest);
+    refine(scan, lookup, nearest);
   }
+  search(scan, lookup, count, nearest);
 
   const auto* radii = static_cast<const float*>(radius.const_data_ptr());
   for (int64_t b = 0; b < batch; ++b) {
-    int64_t part = 0;  // parts hold ascending keys: the first of the smallest keeps a tie
-    for (int64_t p = 1; p < parts; ++p) {
-      if (best[p * batch + b] < best[part * batch + b]) part = p;
-    }
-    int64_t found = nearest[part * batch + b];
-    float squared = best[part * batch + b];
-    float value = cosine ? squared / 2 : std::sqrt(squared);
+    const int64_t found = nearest.index[b];
+    const float value = cosine ? nearest.squared[b] / 2 : std::sqrt(nearest.squared[b]);
     distance_out[b] = value;
     index_out[b] = found >= 0 && value <= radii[found] ? found : -1;
   }

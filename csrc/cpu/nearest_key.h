@@ -20,18 +20,22 @@ enum class KeyType { kFloat32, kBFloat16, kFloat16 };
 struct Lookup {
   const float* query;  // [batch, stride], zero beyond dim, of length 1 for the cosine metric; 64-byte aligned
   int64_t batch;
-  int64_t dim;
-  int64_t stride;  // dim rounded up to kLanes
-  const void* keys;  // [*, dim]
+  int64_t dim;  // leading dimensions that count
+  int64_t stride;
+  const void* keys;  // [*, key_stride]
+  int64_t key_stride;
   KeyType type;
   bool cosine;
+  bool stream;  // one query, keys in one stream
+  int64_t head;  // first place, in dimensions, where a key may be given up; a multiple of kHead, or 0 for nowhere
 };
 
 constexpr int64_t kLanes = 16;  // the widest register of any instruction set, in floats
+constexpr int64_t kHead = 64;
 constexpr int64_t kMaxBlock = 4;  // keys that any instruction set holds at once
 
-// Scan keys first..last in ascending order and lower best/index [batch] wherever a key is strictly closer, so
-// the lowest index keeps a tie. NaN is never closer. scratch: [kMaxBlock, stride] floats, 64-byte aligned.
+// Scan keys first..last and lower best/index [batch] wherever a key is closer, or as close with a lower index.
+// NaN is never closer. scratch: [kMaxBlock, stride] floats, 64-byte aligned.
 using Scan = void (*)(
     const Lookup& lookup, int64_t first, int64_t last, float* best, int64_t* index, float* scratch);
 

@@ -186,40 +186,29 @@ def backward(
 
     A gradient that is not needed comes back as an empty tensor.
     """
-    wide = at_least_fp32(hidden.dtype)
-    wanted = [
-        torch.zeros_like(t, dtype=wide) if need else t.new_empty(0)
-        for t, need in zip((k, v), needs[1:3], strict=True)
-    ]
     plan = Plan.of(span, route, start, length)
     d_hidden = grad.clone(memory_format=torch.contiguous_format) if needs[0] else hidden.new_empty(0)
     if plan is None:
-        weights = [
-            torch.zeros_like(t) if need else t.new_empty(0)
-            for t, need in zip((w_q, b_q, w_o, b_o), needs[3:], strict=True)
-        ]
-        return d_hidden, wanted[0].to(k.dtype), wanted[1].to(v.dtype), *weights
+        tensors = zip((k, v, w_q, b_q, w_o, b_o), needs[1:], strict=True)
+        return d_hidden, *(torch.zeros_like(t) if need else t.new_empty(0) for t, need in tensors)
+    wide = at_least_fp32(hidden.dtype)
     g = grad.reshape(-1, grad.shape[-1])[plan.tokens]  # [P, D]
-    x = hidden.reshape(-1, hidden.shape[-1])[plan.tokens]
-    normal, mean, scale = torch.native_layer_norm(x.to(wide), x.shape[-1:], None, None, eps)
-    normal = normal.to(x.dtype)
+    x = hidden.reshape(-1, hidden.shape[-1])[plan.tokens].to(wide)
+    normal, mean, scale = torch.native_layer_norm(x, x.shape[-1:], None, None, eps)
+    normal = normal.to(g.dtype)
     q = products.linear(normal, w_q, b_q)
     d_o = products.linear(g, w_o.t(), None)
-    o, d_q = torch.empty_like(q), torch.empty_like(q)
-    for chunk in plan.chunks(num_heads):
-        o[chunk.tokens], d_q[chunk.tokens] = _attention_backward(
-            chunk, q[chunk.tokens], d_o[chunk.tokens], k, v, num_heads, wanted, needs
-        )
+    o, d_q, d_k, d_v = _attention_backward(plan, q, d_o, k, v, num_heads, needs)
     if needs[0]:
         d_normal = products.linear(d_q, w_q.t(), None).to(wide)
         d_x = torch.ops.aten.native_layer_norm_backward(
-            d_normal, x.to(wide), x.shape[-1:], mean, scale, None, None, [True, False, False]
+            d_normal, x, x.shape[-1:], mean, scale, None, None, [True, False, False]
         )[0]
         d_hidden.view(-1, x.shape[-1]).index_copy_(0, plan.tokens, g + d_x.to(g.dtype))
     return (
         d_hidden,
-        wanted[0].to(k.dtype),
-        wanted[1].to(v.dtype),
+        d_k,
+        d_v,
         products.linear(d_q.t(), normal.t(), None) if needs[3] else w_q.new_empty(0),
         d_q.sum(0) if needs[4] else b_q.new_empty(0),
         products.linear(g.t(), o.t(), None) if needs[5] else w_o.new_empty(0),
@@ -228,31 +217,30 @@ def backward(
 
 
 def _attention_backward(
-    chunk: Chunk,
-    q: Tensor,
-    d_o: Tensor,
-    k: Tensor,
-    v: Tensor,
-    num_heads: int,
-    wanted: list[Tensor],
-    needs: list[bool],
-) -> tuple[Tensor, Tensor]:
-    """Output and d_q [tokens, M] of one chunk; adds d_k and d_v to ``wanted``."""
+    plan: Plan, q: Tensor, d_o: Tensor, k: Tensor, v: Tensor, num_heads: int, needs: list[bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(o [P, M], d_q [P, M], d_k [T, M], d_v [T, M]) of q, d_o [P, M]; d_k, d_v are empty if not needed."""
     wide = at_least_fp32(q.dtype)
-    q, d_o = chunk.pad(q, num_heads), chunk.pad(d_o, num_heads)
-    if chunk.query_mask is not None:
-        d_o = d_o * chunk.query_mask[:, None, :, None]
-    k, v = chunk.memory(k, num_heads), chunk.memory(v, num_heads)
-    scale = q.shape[-1] ** -0.5
-    scores = (q @ k.transpose(-1, -2)).to(wide) * scale
-    if chunk.key_mask is not None:
-        scores = scores.masked_fill(~chunk.key_mask, -torch.inf)
-    p = scores.softmax(-1)  # [R, H, queries, keys]
-    narrow = p.to(q.dtype)
-    if needs[2]:
-        chunk.add_memory(wanted[1], narrow.transpose(-1, -2) @ d_o)
-    d_p = (d_o @ v.transpose(-1, -2)).to(wide)
-    d_s = (p * (d_p - (p * d_p).sum(-1, keepdim=True)) * scale).to(q.dtype)
-    if needs[1]:
-        chunk.add_memory(wanted[0], d_s.transpose(-1, -2) @ q)
-    return chunk.unpad(narrow @ v), chunk.unpad(d_s @ k)
+    o, d_q = torch.empty_like(q), torch.empty_like(q)
+    d_k = torch.zeros_like(k, dtype=wide) if needs[1] else k.new_empty(0)
+    d_v = torch.zeros_like(v, dtype=wide) if needs[2] else v.new_empty(0)
+    q = q * (q.shape[1] // num_heads) ** -0.5
+    for chunk in plan.chunks(num_heads):
+        # Contiguous once: every batched product would copy a strided operand again. [R, H, *, M/H]
+        q_c, d_o_c = (chunk.pad(t[chunk.tokens], num_heads).contiguous() for t in (q, d_o))
+        k_c, v_c = (chunk.memory(t, num_heads).contiguous() for t in (k, v))
+        if chunk.query_mask is not None:
+            d_o_c.mul_(chunk.query_mask[:, None, :, None])
+        scores = (q_c @ k_c.transpose(-1, -2)).to(wide)
+        if chunk.key_mask is not None:
+            scores.masked_fill_(~chunk.key_mask, -torch.inf)
+        p = torch.softmax(scores, -1)  # [R, H, queries, keys]
+        narrow = p.to(q.dtype)
+        d_p = (d_o_c @ v_c.transpose(-1, -2)).to(wide)
+        d_s = torch.ops.aten._softmax_backward_data(d_p, p, -1, wide).to(q.dtype)
+        if needs[1]:
+            chunk.add_memory(d_k, d_s.transpose(-1, -2) @ q_c)
+        if needs[2]:
+            chunk.add_memory(d_v, narrow.transpose(-1, -2) @ d_o_c)
+        o[chunk.tokens], d_q[chunk.tokens] = chunk.unpad(narrow @ v_c), chunk.unpad(d_s @ k_c)
+    return o, d_q.mul_((q.shape[1] // num_heads) ** -0.5), d_k.to(k.dtype), d_v.to(v.dtype)

@@ -16,7 +16,7 @@ from . import eager, triton_backend
 from .reference import gated_edit_attention_reference
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Gate:
     """The last-token gate: row b is routed by its hidden state at position last[b].
 

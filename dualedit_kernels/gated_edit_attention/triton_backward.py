@@ -1,10 +1,10 @@
-"""Gated edit attention in Triton, backward: the attention in Triton, the matrix products around it in PyTorch.
+"""Gated edit attention in Triton, backward: the attention in Triton, the products around it in PyTorch.
 
 With s = q k.T / sqrt(M/H), p = softmax(s), o = p v, and d_o the gradient of o:
     d_v = p.T d_o,  d_p = d_o v.T,  d_s = p * (d_p - rowsum(d_o * o)),  d_q = d_s k,  d_k = d_s.T q.
 q, p and o are recomputed. Tokens that do not change are set to zero before the products, so nothing waits for
-the GPU to count them. d_k and d_v are summed key by key in the order of the rows, without atomics: equal inputs
-give equal bits.
+the GPU to count them. d_k and d_v are summed key by key in the order of the rows, without atomics: equal
+inputs give equal bits.
 
 Source: FlashAttention-2 (arXiv:2307.08691), section 3.
 """
@@ -38,7 +38,7 @@ def backward(
     eps: float,
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
-    """Gradients of (hidden, k, v, w_q, b_q, w_o, b_o); one that is not needed comes back as an empty tensor."""
+    """Gradients of (hidden, k, v, w_q, b_q, w_o, b_o); one that is not needed comes back empty."""
     changed = changed_tokens(span, route, length)[:, :, None]  # [B, L, 1]
     x = torch.where(changed, hidden, 0).to(torch.float32)
     variance, mean = torch.var_mean(x, dim=-1, keepdim=True, correction=0)
@@ -51,7 +51,7 @@ def backward(
     if needs[0]:
         d_normal, n = (d_q @ w_q).to(torch.float32), normal.to(torch.float32)
         d_x = d_normal - d_normal.mean(-1, keepdim=True) - n * (d_normal * n).mean(-1, keepdim=True)
-        d_hidden = torch.where(changed, g + (d_x / deviation).to(g.dtype), grad)
+        d_hidden = torch.where(changed, g + (d_x / deviation).to(g.dtype), grad).contiguous()
     flat = (0, 1)
     return (
         d_hidden,
@@ -89,7 +89,7 @@ def attend_backward(
     rows, tokens, size = q.shape
     head = size // num_heads
     o, d_q = torch.zeros_like(q), torch.zeros_like(q)
-    d_k, d_v = (torch.zeros_like(t) if needs[i] else t.new_empty(0) for i, t in ((1, k), (2, v)))
+    d_k, d_v = (t.new_zeros(t.shape) if needs[i] else t.new_empty(0) for i, t in ((1, k), (2, v)))
     if not q.numel() or not k.numel():
         return o, d_q, d_k, d_v
     row = rows_of(span, route, start, length)
@@ -98,15 +98,15 @@ def attend_backward(
     delta = torch.empty_like(lse)
     attend(q, row, k, v, o, num_heads, (d_o, lse, delta))
     shared = (q, *row, k, v, d_o, lse, delta)
-    sizes = tiles(q.dtype, head)
+    sizes, memory_sizes = tiles(q.dtype, head), memory_tiles(q.dtype, head)
     with on_device(q):
         query_kernel[(triton.cdiv(tokens, sizes["BT"]) * num_heads, rows)](
             *shared, d_q, tokens, num_heads, head, len(start), head**-0.5, **sizes
         )
         if needs[1] or needs[2]:
-            memory_kernel[(triton.cdiv(len(k), sizes["BN"]), num_heads)](
+            memory_kernel[(triton.cdiv(len(k), memory_sizes["BN"]), num_heads)](
                 *shared, d_k if needs[1] else d_v, d_v if needs[2] else d_k, rows, tokens, num_heads, head,
-                len(start), len(k), head**-0.5, NEEDS_K=needs[1], NEEDS_V=needs[2], **sizes,
+                len(start), len(k), head**-0.5, NEEDS_K=needs[1], NEEDS_V=needs[2], **memory_sizes,
             )  # fmt: skip
     return o, d_q, d_k, d_v
 
@@ -115,8 +115,15 @@ def tiles(dtype: torch.dtype, head: int) -> dict[str, int]:
     """Tile sizes: BT tokens by BN keys, heads padded to BH."""
     size = max(16, power_of_two(head))
     if dtype == torch.float32 or size > 128:
-        return {"BT": 32, "BN": 32, "BH": size, "num_warps": 4 if size <= 64 else 8, "num_stages": 1}
-    return {"BT": 64, "BN": 64, "BH": size, "num_warps": 4 if size <= 64 else 8, "num_stages": 2}
+        few = 16 if dtype == torch.float32 and size > 32 else 32
+        return {"BT": few, "BN": few, "BH": size, "num_warps": 4 if size <= 32 else 8, "num_stages": 1}
+    return {"BT": 64, "BN": 64, "BH": size, "num_warps": 4 if size <= 32 else 8, "num_stages": 2}
+
+
+def memory_tiles(dtype: torch.dtype, head: int) -> dict[str, int]:
+    """The same for d_k and d_v, whose two accumulators leave less room for tokens."""
+    sizes = tiles(dtype, head)
+    return sizes | {"BT": min(32, sizes["BT"])} if sizes["BH"] > 64 else sizes
 
 
 @triton.jit(do_not_specialize=["tokens", "slots", "heads"])
@@ -225,7 +232,7 @@ def memory_kernel(
     for i_b in range(0, rows):
         first, count = slot_of(i_b, route, start, length, slots)
         last = first + count
-        if (first < i_n + BN) & (last > i_n):
+        if (count > 0) & (first < i_n + BN) & (last > i_n):
             m_n = (o_n >= first) & (o_n < last)
             for i_t in range(0, tokens, BT):
                 o_t = i_t + tl.arange(0, BT)

@@ -1,4 +1,4 @@
-"""Gated edit attention in Triton, forward: four kernels, and a row without an edit leaves each of them at once.
+"""Gated edit attention in Triton, forward: four kernels that a row without an edit leaves at once.
 
     statistics   mean and 1/std of the tokens of open rows, in fp32
     project      q = ((x - mean) / std) @ w_q.T + b_q, normalised as it is loaded
@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_support import on_device, power_of_two
+from ..triton_support import generation, on_device, power_of_two
 
 
 def forward(
@@ -83,7 +83,18 @@ def _forward(
         )
         sizes = product_tiles(hidden.dtype, rows * tokens, size)
         project_kernel[(triton.cdiv(tokens, sizes["BT"]) * triton.cdiv(size, sizes["BO"]), rows)](
-            hidden, *row, mean, rstd, w_q.contiguous(), b_q.contiguous(), q, tokens, dim, size, len(start), **sizes
+            hidden,
+            *row,
+            mean,
+            rstd,
+            w_q.contiguous(),
+            b_q.contiguous(),
+            q,
+            tokens,
+            dim,
+            size,
+            len(start),
+            **sizes,
         )
         attend(q, row, k, v, q, num_heads)
         sizes = product_tiles(hidden.dtype, rows * tokens, dim)
@@ -108,11 +119,12 @@ def attend(
     exponentials) and delta [B, H, L] (rowsum(d_o * o)), both fp32.
     """
     rows, tokens, size = q.shape
-    sizes = attention_tiles(q.dtype, size // num_heads, tokens)
+    sizes = attention_tiles(q.dtype, size // num_heads, tokens, generation(q))
     with on_device(q):
         attend_kernel[(triton.cdiv(tokens, sizes["BT"]) * num_heads, rows)](
-            q, *row, k.contiguous(), v.contiguous(), o, *(for_backward or (q, q, q)), tokens, num_heads,
-            size // num_heads, len(row[2]), (size // num_heads) ** -0.5, BACKWARD=for_backward is not None, **sizes,
+            q, *row, k.contiguous(), v.contiguous(), o, *(for_backward or (q, q, q)), tokens, num_heads, size
+            // num_heads, len(row[2]), (size // num_heads) ** -0.5, BACKWARD=for_backward is not None,
+            **sizes,
         )  # fmt: skip
 
 
@@ -124,22 +136,27 @@ def rows_of(span: Tensor, route: Tensor, start: Tensor, length: Tensor) -> tuple
 def product_tiles(dtype: torch.dtype, tokens: int, outputs: int) -> dict[str, int]:
     """Tile sizes of the two matrix products: BT tokens by BO outputs, BK elements at a time."""
     if dtype == torch.float32:
-        return {"BT": 64, "BO": 64, "BK": 32, "num_warps": 4, "num_stages": 3}
+        return {"BT": 64, "BO": 64, "BK": 32, "num_warps": 8, "num_stages": 3}
     if triton.cdiv(tokens, 128) * triton.cdiv(outputs, 128) < 64:  # too few tiles to fill a GPU
         return {"BT": 64, "BO": 32, "BK": 128, "num_warps": 4, "num_stages": 4}
     return {"BT": 128, "BO": 128, "BK": 64, "num_warps": 8, "num_stages": 3}
 
 
-def attention_tiles(dtype: torch.dtype, head: int, tokens: int) -> dict[str, int]:
-    """Tile sizes of the attention: BT tokens, BN keys at a time, heads padded to BH."""
+def attention_tiles(dtype: torch.dtype, head: int, tokens: int, generation: int) -> dict[str, int]:
+    """Tile sizes of the attention: BT tokens, BN keys at a time, heads padded to BH.
+
+    generation: major compute capability. Before 9 the accumulators of a tile leave fewer registers.
+    """
     size = max(16, power_of_two(head))
     if dtype == torch.float32:
-        return {"BT": 32, "BN": 32, "BH": size, "num_warps": 4, "num_stages": 1 if size > 128 else 2}
+        few = 16 if size > 64 else 32
+        return {"BT": few, "BN": few, "BH": size, "num_warps": 4 if size <= 32 else 8, "num_stages": 1}
     if size > 128:
         return {"BT": 64, "BN": 32, "BH": size, "num_warps": 8, "num_stages": 2}
+    keys = 32 if size > 64 and generation < 9 else 64
     if tokens <= 64:
-        return {"BT": 64, "BN": 64, "BH": size, "num_warps": 4, "num_stages": 2}
-    return {"BT": 128, "BN": 64, "BH": size, "num_warps": 8, "num_stages": 3}
+        return {"BT": 64, "BN": keys, "BH": size, "num_warps": 4, "num_stages": 2}
+    return {"BT": 128, "BN": keys, "BH": size, "num_warps": 8, "num_stages": 3}
 
 
 @triton.jit

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import backend, checks
 from ..library import LIBRARY, NAMESPACE
-from . import cpp, triton_backend
+from . import cpp, cuda, triton_backend
 from .reference import nearest_key_reference
 
 METRICS = ("l2", "cosine")
@@ -61,6 +61,7 @@ backend.register(
     "nearest_key",
     *cpp.implementations(),
     *triton_backend.implementations(),
+    *cuda.implementations(),
     backend.Implementation(
         "reference", {"nearest_key": nearest_key_reference}, backend.anywhere, "plain PyTorch runs everywhere"
     ),

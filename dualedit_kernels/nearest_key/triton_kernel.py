@@ -70,7 +70,7 @@ def configuration(rows: int, dim: int) -> dict[str, int]:
 
 
 def split(count: int, block: int, wanted: int) -> tuple[int, int]:
-    """(keys of each share, a multiple of ``block``; number of shares, at most ``wanted`` and at most 1024)."""
+    """(keys of a share, a multiple of ``block``; number of shares, at most ``wanted`` and 1024)."""
     share = triton.cdiv(triton.cdiv(count, min(wanted, 1024)), block) * block
     return share, triton.cdiv(count, share)
 

@@ -12,12 +12,32 @@ from ..products import PLAIN, Products
 
 def low_rank(base: Tensor, x: Tensor, down: Tensor, up: Tensor, index: Tensor) -> Tensor:
     """See `dualedit_kernels.routed_linear` (LowRank)."""
+    if base.device.type == "cpu" and base.dtype == x.dtype:
+        return _low_rank_runs(base, x, down, up, index)
     out = base.clone(memory_format=torch.contiguous_format)
     rows, slots = _open(index, len(down))
     if len(rows):
         inner = torch.bmm(x[rows], down[slots].transpose(1, 2))  # [R, L, rank]
         delta = torch.bmm(inner, up[slots].transpose(1, 2)).to(out.dtype)  # [R, L, O]
         out.index_copy_(0, rows, base[rows] + delta)
+    return out
+
+
+def _low_rank_runs(base: Tensor, x: Tensor, down: Tensor, up: Tensor, index: Tensor) -> Tensor:
+    """On the CPU, where calls are cheap and copies are not: one product for each run of equal routes."""
+    routes = index.tolist()
+    if max(routes, default=-1) >= len(down):
+        raise IndexError(_beyond(max(routes), len(down)))
+    out = base.clone(memory_format=torch.contiguous_format)
+    first = 0
+    for last in range(1, len(routes) + 1):
+        if last < len(routes) and routes[last] == routes[first]:
+            continue
+        slot, rows = routes[first], slice(first, last)
+        if slot >= 0:
+            inner = x[rows].flatten(0, 1) @ down[slot].t()  # [rows * L, rank]
+            out[rows].flatten(0, 1).addmm_(inner, up[slot].t())
+        first = last
     return out
 
 
@@ -78,10 +98,12 @@ def _open(index: Tensor, count: int) -> tuple[Tensor, Tensor]:
     rows = (index >= 0).nonzero().squeeze(1)
     slots = index[rows]
     if len(rows) and int(slots.max()) >= count:
-        raise IndexError(
-            f"index holds {int(slots.max())}, but there are {count} values: route to a stored value or to -1."
-        )
+        raise IndexError(_beyond(int(slots.max()), count))
     return rows, slots
+
+
+def _beyond(slot: int, count: int) -> str:
+    return f"index holds {slot}, but there are {count} values: route to a stored value or to -1."
 
 
 def _groups(index: Tensor, count: int) -> Iterator[tuple[int, Tensor]]:

@@ -16,7 +16,7 @@ from . import eager, triton_backend
 from .reference import routed_full_reference, routed_low_rank_reference
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LowRank:
     """Low-rank updates of a linear layer, one per edit: down [N, R, I] and up [N, O, R]."""
 
@@ -24,7 +24,7 @@ class LowRank:
     up: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Full:
     """Full weights that replace a linear layer's own, one per edit: weight [N, O, I]."""
 

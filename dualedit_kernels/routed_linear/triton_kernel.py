@@ -1,12 +1,12 @@
-"""Routed linear in Triton, forward and backward: each row of the batch reads the weights of its slot in place.
+"""Routed linear in Triton, forward and backward: each row reads the weights of its slot in place.
 
-LowRank: ``y = base + (x @ down[i].T) @ up[i].T``, a shrink to the rank (the input split over the GPU when there are
-few tokens) and an expansion that adds the base. Full: ``y = x @ weight[i].T + bias``. Rows without a slot exit at
-once, or copy the base bit for bit where something must be written. Gradients of the values are summed slot by slot
-in the order of the rows, without atomics: equal inputs give equal bits.
+LowRank: ``y = base + (x @ down[i].T) @ up[i].T``, a shrink to the rank (the input split over the GPU when
+there are few tokens) and an expansion that adds the base. Full: ``y = x @ weight[i].T + bias``. Rows without
+a slot exit at once, or copy the base bit for bit where something must be written. Gradients of the values are
+summed slot by slot in the order of the rows, without atomics: equal inputs give equal bits.
 
-The slots are read on the device, nothing waits for the GPU, and grids depend on shapes alone: a CUDA graph can
-capture every call. A slot beyond the last value cannot raise here: its row is treated as -1.
+The slots are read on the device, nothing waits for the GPU, and grids depend on shapes alone: a CUDA graph
+can capture every call. A slot beyond the last value cannot raise here: its row is treated as -1.
 
 Source: BalancEdit (arXiv:2505.01343); products of many small weights as in Punica (arXiv:2310.18547).
 """
@@ -22,9 +22,9 @@ from ..triton_support import on_device, power_of_two, processors
 
 
 def low_rank(base: Tensor, x: Tensor, down: Tensor, up: Tensor, index: Tensor) -> Tensor:
-    """See `dualedit_kernels.routed_linear` (LowRank): x [B, L, I], down [N, R, I], up [N, O, R], base [B, L, O]."""
+    """`routed_linear` with LowRank: x [B, L, I], down [N, R, I], up [N, O, R], base [B, L, O]."""
     base = base.contiguous()
-    inner = _shrink(x.contiguous(), down, index, parts=_parts(x))
+    inner = _shrink(x.contiguous(), down, index, parts=_parts(x, down.shape[1]))
     return _expand(base, inner, up, index, torch.empty_like(base))
 
 
@@ -47,7 +47,7 @@ def low_rank_backward(
 
 
 def full(base: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor) -> Tensor:
-    """See `dualedit_kernels.routed_linear` (Full): x [B, L, I], weight [N, O, I], bias [O], base [B, L, O]."""
+    """`routed_linear` with Full: x [B, L, I], weight [N, O, I], bias [O], base [B, L, O]."""
     base = base.contiguous()
     return _project(base, x.contiguous(), weight, bias, index, torch.empty_like(base))
 
@@ -60,7 +60,7 @@ def full_backward(
     d_base, d_x, d_weight, d_bias = grad.new_empty(0), *(x.new_empty(0) for _ in range(3))
     routed = ((index >= 0) & (index < len(weight)))[:, None, None]
     if needs[0]:
-        d_base = torch.where(routed, 0, grad)
+        d_base = torch.where(routed, 0, grad).contiguous()
     if needs[1]:
         d_x = _project(None, g, weight.transpose(1, 2), None, index, torch.empty_like(x))
     if needs[2]:
@@ -73,10 +73,12 @@ def full_backward(
 def tiles(dtype: torch.dtype, tokens: int) -> dict[str, int]:
     """Tile sizes of the products: BT tokens by BO outputs, BK elements at a time."""
     if tokens <= 16:  # decoding
-        narrow = {"BT": 16, "BO": 64, "BK": 64} if dtype == torch.float32 else {"BT": 16, "BO": 128, "BK": 128}
+        narrow = (
+            {"BT": 16, "BO": 64, "BK": 32} if dtype == torch.float32 else {"BT": 16, "BO": 128, "BK": 128}
+        )
         return {**narrow, "num_warps": 4, "num_stages": 3}
     if dtype == torch.float32:
-        return {"BT": 64, "BO": 64, "BK": 32, "num_warps": 4, "num_stages": 3}
+        return {"BT": 64, "BO": 64, "BK": 32, "num_warps": 8, "num_stages": 3}
     if tokens <= 64:
         return {"BT": 64, "BO": 64, "BK": 64, "num_warps": 4, "num_stages": 4}
     return {"BT": 128, "BO": 128, "BK": 64, "num_warps": 8, "num_stages": 3}
@@ -84,32 +86,29 @@ def tiles(dtype: torch.dtype, tokens: int) -> dict[str, int]:
 
 def shrink_tiles(dtype: torch.dtype, tokens: int, rank: int) -> dict[str, int]:
     """Tile sizes of the shrink: BT tokens by BR ranks, BK elements at a time."""
-    wide = 64 if dtype == torch.float32 else 128
-    return {
-        "BT": 16 if tokens <= 16 else 64,
-        "BR": rank_tile(rank),
-        "BK": wide,
-        "num_warps": 4,
-        "num_stages": 3,
-    }
+    few = tokens <= 16
+    if dtype == torch.float32:
+        size = {"BK": 64, "num_warps": 4} if few else {"BK": 32, "num_warps": 8}
+    else:
+        size = {"BK": 128, "num_warps": 4}
+    return {"BT": 16 if few else 64, "BR": rank_tile(rank), **size, "num_stages": 3}
 
 
 def expand_tiles(dtype: torch.dtype, tokens: int, rank: int) -> dict[str, int]:
     """Tile sizes of the expansion: BT tokens by BO outputs, BR ranks at a time."""
-    return {
-        "BT": 16 if tokens <= 16 else 64,
-        "BO": 64 if dtype == torch.float32 else 128,
-        "BR": rank_tile(rank),
-        "num_warps": 4,
-        "num_stages": 1,
-    }
+    few, size = tokens <= 16, rank_tile(rank)
+    wide = 64 if dtype == torch.float32 or (few and size > 32) else 128
+    ranks = min(32, size) if dtype == torch.float32 else size
+    warps = 4 if few else 8
+    return {"BT": 16 if few else 64, "BO": wide, "BR": ranks, "num_warps": warps, "num_stages": 1}
 
 
 def outer_tiles(dtype: torch.dtype, left: int, right: int) -> dict[str, int]:
     """Tile sizes of the sums of outer products: BL by BR elements of a slot, BT tokens at a time."""
     limit = 64 if dtype == torch.float32 else 128
     size = {"BL": min(limit, max(16, power_of_two(left))), "BR": min(limit, max(16, power_of_two(right)))}
-    return {**size, "BT": 32, "num_warps": 8 if size["BL"] * size["BR"] > 64 * 64 else 4, "num_stages": 3}
+    many = size["BL"] * size["BR"] >= (32 * 64 if dtype == torch.float32 else 64 * 128)
+    return {**size, "BT": 32, "num_warps": 8 if many else 4, "num_stages": 3}
 
 
 def rank_tile(rank: int) -> int:
@@ -117,14 +116,14 @@ def rank_tile(rank: int) -> int:
     return min(64, max(16, power_of_two(rank)))
 
 
-def _parts(x: Tensor) -> int:
+def _parts(x: Tensor, rank: int) -> int:
     """Into how many parts the input of a shrink is split, so that few tokens still fill the GPU."""
     blocks = x.shape[0] * triton.cdiv(x.shape[1], 16 if x.shape[1] <= 16 else 64)
-    return max(1, min(8, processors(x) // max(1, blocks), x.shape[2] // 256))
+    return max(1, min(8 if rank <= 32 else 4, processors(x) // max(1, blocks), x.shape[2] // 256))
 
 
 def _shrink(x: Tensor, down: Tensor, index: Tensor, parts: int) -> Tensor:
-    """[parts, B, L, R] fp32: x [B, L, I] @ down[i].T by parts of I; rows without a slot are left as they are."""
+    """[parts, B, L, R] fp32: x [B, L, I] @ down[i].T by parts of I; rows without a slot stay."""
     rows, tokens, size = x.shape
     slots, rank, _ = down.shape
     inner = torch.empty(parts, rows, tokens, rank, dtype=torch.float32, device=x.device)
@@ -141,7 +140,7 @@ def _shrink(x: Tensor, down: Tensor, index: Tensor, parts: int) -> Tensor:
 
 
 def _expand(base: Tensor | None, inner: Tensor, up: Tensor, index: Tensor, out: Tensor) -> Tensor:
-    """out [B, L, O] = base + inner.sum(0) @ up[i].T; rows without a slot are the base, or zero without one."""
+    """out [B, L, O] = base + inner.sum(0) @ up[i].T; rows without a slot are the base or zero."""
     if not out.numel():
         return out
     rows, tokens, outputs = out.shape
@@ -160,7 +159,7 @@ def _expand(base: Tensor | None, inner: Tensor, up: Tensor, index: Tensor, out: 
 def _project(
     base: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, out: Tensor
 ) -> Tensor:
-    """out [B, L, O] = x @ weight[i].T + bias; rows without a slot are the base, or zero without one."""
+    """out [B, L, O] = x @ weight[i].T + bias; rows without a slot are the base or zero."""
     if not out.numel():
         return out
     rows, tokens, size = x.shape
@@ -178,7 +177,7 @@ def _project(
 
 
 def _outer(left: Tensor, right: Tensor, index: Tensor, out: Tensor) -> Tensor:
-    """out [N, I, J]: sums of left[b].T @ right[b] over the rows of each slot; left [B, L, I], right [B, L, J]."""
+    """out [N, I, J]: left[b].T @ right[b] summed by slot; left [B, L, I], right [B, L, J]."""
     if not out.numel():
         return out
     slots, height, width = out.shape
@@ -335,7 +334,9 @@ def project_kernel(
             tl.store(out + p_out, tl.zeros([BT, BO], out.dtype.element_ty), mask=m_out)
         return
     p_x = x + (i_b * tokens + o_t)[:, None] * size + o_k[None, :]
-    p_w = weight + slot * stride_n + o_o.to(tl.int64)[None, :] * stride_o + o_k.to(tl.int64)[:, None] * stride_i
+    p_w = (
+        weight + slot * stride_n + o_o.to(tl.int64)[None, :] * stride_o + o_k.to(tl.int64)[:, None] * stride_i
+    )
     b_out = tl.zeros([BT, BO], tl.float32)
     for i_k in range(0, size, BK):
         m_k = i_k + o_k < size

@@ -63,8 +63,11 @@ def compare(case, dtype, generator, factor=2.0):
     actual = gradients(rounded.to(dtype), through_operator, cotangent.to(dtype))
     assert actual[0].dtype == dtype
     assert_as_exact("out", actual[0], plain[0], exact[0], factor)
+    # Sums that cancel are as exact as what they add up, not as what is left.
+    scale = max(float(grad.abs().max()) for grad in exact[1] if grad.numel())
+    floor = 0.0 if dtype == torch.bfloat16 else 4 * torch.finfo(dtype).eps * scale
     for name, got, low, true in zip(case.DIFFERENTIABLE, actual[1], plain[1], exact[1], strict=True):
-        assert_as_exact(f"d_{name}", got, low, true, factor)
+        assert_as_exact(f"d_{name}", got, low, true, factor, floor)
     unchanged = ~(case.span & (case.route >= 0)[:, None])
     assert torch.equal(actual[0][unchanged], rounded.hidden[unchanged])
 

@@ -159,6 +159,22 @@ def test_slots_may_overlap_and_leave_gaps(seed):
 
 
 @on_triton
+def test_strided_inputs(seed):
+    """Every tensor with its two last dimensions swapped in memory."""
+    case = sample(seed, CASES["mixed"]).to(torch.float32)
+    want = gradients(there(case), through_operator, torch.ones_like(case.hidden).to(DEVICE))
+    names = ("hidden", "span", "k", "v", "w_q", "w_o")
+    swapped = {n: getattr(case, n).detach().mT.contiguous().mT for n in names}
+    case = there(replace(case.to(torch.float32), **swapped))
+    assert not case.k.is_contiguous() and not case.span.is_contiguous()
+    cotangent = torch.ones(case.hidden.mT.shape, device=DEVICE).mT
+    got = gradients(case, through_operator, cotangent)
+    assert torch.equal(got[0], want[0])
+    for name, a, b in zip(case.DIFFERENTIABLE, got[1], want[1], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5, msg=name)
+
+
+@on_triton
 def test_massive_activations(seed):
     """Statistics of tokens whose norm is one activation of 2500."""
     case = sample(seed, CASES["mixed"], dim=200)
