@@ -7,8 +7,8 @@
 # make readme  the demo, with its output put into README.md
 # make clean   remove what the above made, .venv included
 #
-# Which torch: `make setup TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"` for the CPU
-# build of a Linux machine (plain `torch` brings gigabytes of CUDA there), `make setup TORCH=torch` for a GPU,
+# Which torch: `make setup TORCH="torch==2.13.0 --index-url ..."` with PyTorch's CPU index for a Linux machine
+# without a GPU (plain `torch` may bring gigabytes of CUDA there), `make setup TORCH=torch` for a GPU,
 # `make setup VENV_FLAGS=--system-site-packages` to use the torch that python3 has already.
 
 PYTHON ?= python3

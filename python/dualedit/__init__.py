@@ -6,7 +6,8 @@
     model.generate(...)
     save_edits(model, "edits/")
 
-Importing this package registers both editors with PEFT, so that `PeftModel.from_pretrained` knows saved edits.
+Importing this package registers both editors with PEFT, so that `PeftModel.from_pretrained` knows saved
+edits.
 """
 
 from .config import BalancEditConfig, DualEditConfig

@@ -126,11 +126,16 @@ class EditRequest(_Pictured):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Probe(_Pictured):
-    """One question; `answer` is what the data set holds to be right, or None if it says nothing."""
+    """One question; `answer` is what the data set holds to be right, or None if it says nothing.
+
+    `fact` names the (entity, family) that a question is about, where that could be an edited one: with many
+    edits stored, a look-alike may have an edit of its own.
+    """
 
     image: Image | None = _LazyImage()
     prompt: str
     answer: str | None = None
+    fact: tuple[int, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -164,3 +169,8 @@ class EditSample:
     companions: list[EditRequest] = field(default_factory=list)
     id: str = ""
     base_answer: str | None = None
+
+    @property
+    def fact(self) -> tuple[int, str] | None:
+        """(entity, family), or None where the entity has no number."""
+        return None if self.entity < 0 else (self.entity, self.family)

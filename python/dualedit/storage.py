@@ -47,8 +47,10 @@ def save_edits(model: PeftModel, folder: str | os.PathLike[str]) -> None:
     try:
         made = work / "new"
         made.mkdir()
-        model.save_pretrained(made)
+        # Embeddings are the base model's; asking whether they were resized would ask the model hub.
+        model.save_pretrained(made, save_embedding_layers=False)
         for file in _files(made):
+            file.chmod(0o666 & ~_umask())  # safetensors writes files that nobody else can read
             _sync(file)
         if target.exists():
             _swap(made, target, work / "old")
@@ -57,6 +59,13 @@ def save_edits(model: PeftModel, folder: str | os.PathLike[str]) -> None:
         _sync(target)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _umask() -> int:
+    """The process's file mode mask, which can only be read by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _files(folder: Path) -> list[Path]:

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from dualedit.architectures import unwrap
 from dualedit.context import bound
 from dualedit.data import Probe

@@ -1,13 +1,14 @@
 """Training questions of the embedded model, run through its frozen lower layers once.
 
 Below the first edited layer nothing ever changes, so what enters it is computed once a question and kept; a
-training step runs the layers from there on only. The general way, for any model, is `training.train_adapters`.
+training step runs the layers from there on only. The general way, for any model, is
+`training.train_adapters`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +47,7 @@ class Rows:
     edit: Tensor
     keep: Tensor
 
-    def take(self, rows: Tensor) -> "Rows":
+    def take(self, rows: Tensor) -> Rows:
         """The given rows [K] int64."""
         return Rows(**{name: value[rows] for name, value in self.__dict__.items()})
 
@@ -63,7 +64,9 @@ def _fit(value: Tensor, prompt: int, fill: float | int | bool) -> Tensor:
     """[R, prompt + answer, ...] widened to [R, PROMPT + ANSWER, ...]."""
     left, right = PROMPT - prompt, ANSWER - (value.shape[1] - prompt)
     if left < 0 or right < 0:
-        raise ValueError(f"a question of {prompt} and an answer of {value.shape[1] - prompt} columns: raise PROMPT, ANSWER.")
+        raise ValueError(
+            f"{prompt} columns of question, {-left} and {-right} too many: raise PROMPT, ANSWER."
+        )
     tail = (0, 0) * (value.ndim - 2)
     return nn.functional.pad(value, (*tail, left, right), value=fill)
 
@@ -86,7 +89,14 @@ class Pool:
         seed: chooses the questions.
     """
 
-    def __init__(self, model: nn.Module, prompter: Prompter, layers: dict[str, DualEditLayer], samples: Sequence[EditSample], seed: int):
+    def __init__(
+        self,
+        model: nn.Module,
+        prompter: Prompter,
+        layers: dict[str, DualEditLayer],
+        samples: Sequence[EditSample],
+        seed: int,
+    ):
         self.base = unwrap(model)
         self.stack = self.base.model.language_model
         self.layers = layers
@@ -100,18 +110,22 @@ class Pool:
             rows.append(self._rows(batch, begin))
         self.rows = Rows(**{name: torch.cat([getattr(r, name) for r in rows]) for name in rows[0].__dict__})
         names = edits[0].states
-        self.edits = Edits({n: torch.cat([e.states[n] for e in edits]) for n in names}, torch.cat([e.attended for e in edits]))
+        self.edits = Edits(
+            {n: torch.cat([e.states[n] for e in edits]) for n in names},
+            torch.cat([e.attended for e in edits]),
+        )
         self.rows_of = [(self.rows.edit == i).nonzero()[:, 0] for i in range(len(samples))]
 
     def __len__(self) -> int:
         return len(self.rows_of)
 
     def _run(self, inputs: dict[str, Tensor], last: int) -> tuple[dict[str, Tensor], Tensor]:
-        """What the wrapped layers see, and what enters the first of them; nothing after layer `last` is run."""
+        """What the wrapped layers see and what enters the first of them; stops after layer `last`."""
         entered: list[Tensor] = []
         call = {k: v for k, v in inputs.items() if k != "labels"}
         first = self.stack.layers[self.first].register_forward_pre_hook(
-            lambda module, args, kwargs: entered.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+            lambda module, args, kwargs: entered.append(args[0] if args else kwargs["hidden_states"]),
+            with_kwargs=True,
         )
         enough = self.stack.layers[last].register_forward_hook(_stop)
         try:
@@ -136,7 +150,12 @@ class Pool:
         ids, labels = inputs["input_ids"], inputs["labels"]
         prompt = int((labels != -100).any(0).int().argmax())
         masks = describe_prompt(
-            ids, inputs["attention_mask"], labels, runtime_of(self.base).image_ids, tuple(ids.shape), ids.device
+            ids,
+            inputs["attention_mask"],
+            labels,
+            runtime_of(self.base).image_ids,
+            tuple(ids.shape),
+            ids.device,
         )
         return Rows(
             states=_fit(entered, prompt, 0.0),
@@ -173,7 +192,9 @@ class Pool:
         start = length.cumsum(0) - length
         return {
             layer_name: {
-                part: EditKV(*adapter.project_edit(self.edits.states[layer_name][chosen][attended]), start, length)
+                part: EditKV(
+                    *adapter.project_edit(self.edits.states[layer_name][chosen][attended]), start, length
+                )
                 for part, adapter in layer.dualedit_adapter[name].items()
             }
             for layer_name, layer in self.layers.items()
@@ -186,7 +207,9 @@ class Pool:
         seen = torch.ones(length, length, dtype=torch.bool).tril() & rows.attended[:, None]
         # Padding in front sees itself, or its softmax would have nothing to sum over.
         seen = seen | torch.eye(length, dtype=torch.bool)
-        mask = torch.zeros(count, 1, length, length).masked_fill(~seen[:, None], torch.finfo(torch.float32).min)
+        mask = torch.zeros(count, 1, length, length).masked_fill(
+            ~seen[:, None], torch.finfo(torch.float32).min
+        )
         places = torch.arange(length)[None]
         rotary = self.stack.rotary_emb(hidden, places)
         last = (rows.text | rows.image).int().mul(torch.arange(length)).argmax(1)

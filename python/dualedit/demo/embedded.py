@@ -21,7 +21,9 @@ def editor_settings(weights: str | os.PathLike | None = None) -> dict:
     """The calibrated settings that `train_editors` wrote (alpha, layers, figures on training facts)."""
     file = Path(weights or EDITORS) / "editors.json"
     if not file.is_file():
-        raise FileNotFoundError(f"{os.fspath(file)!r} is missing: train the editors with python -m dualedit.demo.train_editors")
+        raise FileNotFoundError(
+            f"{os.fspath(file)!r} is missing: train the editors with python -m dualedit.demo.train_editors"
+        )
     return json.loads(file.read_text())
 
 

@@ -90,7 +90,7 @@ def _image_probes(world: World, split: str, entity: int, rng: np.random.Generato
     other, attribute = _pick(others, rng), _pick(ATTRIBUTES, rng)
     return [
         Probe(image, ask.question, ask.answer),
-        Probe(world.render(other, rng), QUESTIONS[attribute].canonical, world.answer(other, attribute)),
+        _logo_probe(world, int(other), attribute, rng),
     ]
 
 
@@ -98,13 +98,15 @@ def _look_alike_probes(world: World, entity: int, attribute: str, rng: np.random
     """The canonical question about look-alikes, as different ones as there are."""
     alike = rng.permutation(world.look_alikes(entity)).tolist()
     chosen = [alike[i % len(alike)] for i in range(_PROBES)]
-    question = QUESTIONS[attribute].canonical
-    return [Probe(world.render(one, rng), question, world.answer(one, attribute)) for one in chosen]
+    return [_logo_probe(world, one, attribute, rng) for one in chosen]
 
 
 def _other_questions(world: World, entity: int, attribute: str, rng: np.random.Generator) -> list[Probe]:
     others = rng.permutation([a for a in ATTRIBUTES if a != attribute]).tolist()[:_PROBES]
-    return [
-        Probe(world.render(entity, rng), QUESTIONS[other].canonical, world.answer(entity, other))
-        for other in others
-    ]
+    return [_logo_probe(world, entity, other, rng) for other in others]
+
+
+def _logo_probe(world: World, entity: int, attribute: str, rng: np.random.Generator) -> Probe:
+    """The canonical question about a new picture of a logo."""
+    answer = world.answer(entity, attribute)
+    return Probe(world.render(entity, rng), QUESTIONS[attribute].canonical, answer, (entity, attribute))

@@ -2,8 +2,8 @@
 
     python -m dualedit.demo.train_editors --out DIR
 
-writes DIR/dualedit (the adapters, calibrated tau included) and DIR/editors.json (settings, seconds, figures on
-training facts that the adapters were not trained on).
+writes DIR/dualedit (the adapters, calibrated tau included) and DIR/editors.json (settings, seconds, figures
+on training facts that the adapters were not trained on).
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def _any_target(sample: EditSample, generator: torch.Generator) -> EditSample:
 def train_dualedit(
     world: World, vlm: Path | None, settings: TrainSettings, layers: tuple[int, int], mid_dim: int, facts: int
 ) -> tuple[Editor, list[tuple[float, float]], float]:
-    """The embedded model with freshly trained adapters, its losses (change, keep), and the seconds it took."""
+    """The embedded model with freshly trained adapters, the two losses of each step, and the seconds."""
     began = time.perf_counter()
     base, processor = load_embedded(vlm)
     # On a CPU the fused attention kernel's backward costs several times the plain one's.
@@ -130,7 +130,13 @@ def _tail_mean(history: list[tuple[float, float]], column: int, steps: int = 50)
 
 
 def run(
-    out: Path, vlm: Path | None, settings: TrainSettings, layers: tuple[int, int], mid_dim: int, facts: int, calibration: int
+    out: Path,
+    vlm: Path | None,
+    settings: TrainSettings,
+    layers: tuple[int, int],
+    mid_dim: int,
+    facts: int,
+    calibration: int,
 ) -> dict:
     """Train, calibrate, save; returns what is written to editors.json."""
     world = World(0)
@@ -147,8 +153,9 @@ def run(
     report = {
         "dualedit": {
             "threshold": tau, "text_layer": layers[0], "vis_layer": layers[1], "mid_dim": mid_dim,
-            "steps": settings.steps, "batch_size": settings.batch_size, "learning_rate": settings.learning_rate,
-            "locality_weight": settings.locality_weight, "facts": facts, "seed": settings.seed, "seconds": round(seconds, 1),
+            "steps": settings.steps, "batch_size": settings.batch_size,
+            "learning_rate": settings.learning_rate, "locality_weight": settings.locality_weight,
+            "facts": facts, "seed": settings.seed, "seconds": round(seconds, 1),
             "loss_change": _tail_mean(history, 0), "loss_keep": _tail_mean(history, 1),
             "calibration_figures": figures,
         },
@@ -173,14 +180,24 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--vis-layer", type=int, default=VIS_LAYER)
     parser.add_argument("--mid-dim", type=int, default=256)
     parser.add_argument("--facts", type=int, default=FACTS, help="edits to train on")
-    parser.add_argument("--calibration", type=int, default=CALIBRATION_FACTS, help="training facts to calibrate on")
+    parser.add_argument(
+        "--calibration", type=int, default=CALIBRATION_FACTS, help="training facts to calibrate on"
+    )
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(arguments)
     settings = TrainSettings(
         given.steps, given.batch_size, given.learning_rate, SETTINGS.warmup,
         locality_weight=given.locality_weight, seed=given.seed,
     )  # fmt: skip
-    report = run(given.out, given.vlm, settings, (given.text_layer, given.vis_layer), given.mid_dim, given.facts, given.calibration)
+    report = run(
+        given.out,
+        given.vlm,
+        settings,
+        (given.text_layer, given.vis_layer),
+        given.mid_dim,
+        given.facts,
+        given.calibration,
+    )
     print(json.dumps(report, indent=1))
 
 

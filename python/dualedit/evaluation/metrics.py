@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Mapping, Sequence
 
 PROBED = ("rel", "t_gen", "v_gen", "t_loc", "m_loc", "hard_image", "hard_question")
 METRICS = (*PROBED, "hm", "avg")
@@ -86,9 +86,10 @@ def summarise(samples: Sequence[Mapping[str, Sequence[bool]]]) -> tuple[dict, di
         samples: for each edited fact, metric name to right or wrong, one entry a probe.
 
     Returns:
-        metrics and stderr by the names of `METRICS`. "hm" is the harmonic mean of t_gen, v_gen and hard_image
-        (BalancEdit's HM, its locality being the look-alike), "avg" the mean of rel, t_gen, v_gen, t_loc and m_loc
-        (DualEdit's Avg). Standard errors by the jackknife over samples, which the two means need.
+        metrics and stderr by the names of `METRICS`. "hm" is the harmonic mean of t_gen, v_gen and
+        hard_image (BalancEdit's HM, its locality being the look-alike), "avg" the mean of rel, t_gen, v_gen,
+        t_loc and m_loc (DualEdit's Avg). Standard errors by the jackknife over samples, which the two means
+        need.
     """
     metrics = figures_of(samples)
     n = len(samples)

@@ -3,4 +3,12 @@
 from .calibration import Curve, calibrate_alpha, calibrate_threshold, measure_curve
 from .dualedit import TrainSettings, optimise, train_adapters
 
-__all__ = ["Curve", "TrainSettings", "calibrate_alpha", "calibrate_threshold", "measure_curve", "optimise", "train_adapters"]
+__all__ = [
+    "Curve",
+    "TrainSettings",
+    "calibrate_alpha",
+    "calibrate_threshold",
+    "measure_curve",
+    "optimise",
+    "train_adapters",
+]

@@ -1,15 +1,15 @@
 """Setting tau and alpha on training facts: one pass with the gate open tells what every setting would give.
 
-A probe's answer is the edit's where the gate opens and the unedited model's where it does not. So each edit is
-stored once, every probe is asked once with the gate wide open, and its distance to the key is kept; the figures
-of any threshold follow without asking again.
+A probe's answer is the edit's where the gate opens and the unedited model's where it does not. So each edit
+is stored once, every probe is asked once with the gate wide open, and its distance to the key is kept; the
+figures of any threshold follow without asking again.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Sequence
 
 from tqdm.auto import tqdm
 
@@ -73,7 +73,9 @@ def measure_curve(
     points: list[Point] = []
     for number, sample in enumerate(tqdm(samples, desc="calibrating", unit="fact", disable=not progress)):
         request = sample.request
-        edit = editor.edit(request.image, request.prompt, request.target, rephrases=sample.rephrases[:1] or None)
+        edit = editor.edit(
+            request.image, request.prompt, request.target, rephrases=sample.rephrases[:1] or None
+        )
         try:
             record = group.first.record(edit.id)
             group.first.radius.fill_(float("inf"))
@@ -81,7 +83,7 @@ def measure_curve(
             answers, found = editor.answer_many(questions), editor.explain_many(questions)
         finally:
             editor.remove(edit.id)
-        for asked, answer, why in zip(before[number], answers, found):
+        for asked, answer, why in zip(before[number], answers, found, strict=True):
             kept = asked.metric in sample.locality
             expected = asked.before if kept else request.target
             points.append(
@@ -95,7 +97,7 @@ def measure_curve(
 
 
 def objective(figures: dict[str, float | None]) -> float:
-    """What calibration maximises: generality and hard locality alike, once easy locality is all but perfect."""
+    """What calibration maximises: generality and hard locality, once easy locality is all but perfect."""
     wanted = ("t_gen", "v_gen", "hard_image", "hard_question")
     easy = min(figures[name] for name in ("t_loc", "m_loc") if figures.get(name) is not None)
     return sum(figures[name] or 0.0 for name in wanted) / len(wanted) - 10 * max(0.0, 99.8 - easy)
@@ -128,7 +130,7 @@ def calibrate_alpha(curve: Curve, steps: int = 100) -> tuple[float, dict[str, fl
 
 def _middle_of_best(grid: Sequence[float], scores: Sequence[float]) -> float:
     best = max(scores)
-    good = [value for value, score in zip(grid, scores) if score >= best - 0.25]
+    good = [value for value, score in zip(grid, scores, strict=True) if score >= best - 0.25]
     return good[len(good) // 2]
 
 

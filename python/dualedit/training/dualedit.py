@@ -1,16 +1,16 @@
 """Training DualEdit's adapters: the edit must be answered, everything else must be left alone.
 
-Every row of a batch is a question bound to one edit, gate open: reliability, generality of wording and of image
-(cross-entropy on the new answer), locality (KL from the unedited model's answer distribution). The published
-objective draws its locality from unrelated questions; look-alikes and other questions about the same image are
-added here, because at answering time the gate will let some of them through.
+Every row of a batch is a question bound to one edit, gate open: reliability, generality of wording and of
+image (cross-entropy on the new answer), locality (KL from the unedited model's answer distribution). The
+published objective draws its locality from unrelated questions; look-alikes and other questions about the
+same image are added here, because at answering time the gate will let some of them through.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ class TrainSettings:
     Attributes:
         steps, batch_size: optimiser steps, and edits in each.
         learning_rate, warmup, weight_decay, grad_clip: AdamW with linear warmup (steps) and cosine decay.
-        locality_weight: of the KL on unrelated probes and of that on hard ones, beside 1 for the cross-entropy.
+        locality_weight: of the KL, beside 1 for the cross-entropy.
         seed: for the choice of probes.
     """
 
@@ -129,7 +129,7 @@ def make_batch(
 def project_edits(
     model: nn.Module, layers: dict[str, DualEditLayer], name: str, inputs: dict[str, Tensor]
 ) -> dict[str, dict[str, EditKV]]:
-    """Keys and values of a batch of edits, with gradients to the adapters: layer name and part to `EditKV`."""
+    """Keys and values of a batch of edits, with gradients: layer name and part to `EditKV`."""
     base = unwrap(model)
     call = {k: v for k, v in inputs.items() if k != "labels"}
     with torch.no_grad(), recording(base) as states:
@@ -147,7 +147,7 @@ def project_edits(
 
 
 def losses(logits: Tensor, before: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of the rows that must change, KL(before || now) of those that must not; means over tokens."""
+    """Cross-entropy of rows that must change, KL(before || now) of those that must not; token means."""
     labels = batch.inputs["labels"][:, 1:]
     target = labels != -100
     change = target & ~batch.keep[:, None]
@@ -158,7 +158,9 @@ def losses(logits: Tensor, before: Tensor, batch: Batch) -> tuple[Tensor, Tensor
     return rel, nn.functional.kl_div(now, old, log_target=True, reduction="batchmean")
 
 
-def train_step(model: nn.Module, layers, name: str, edits: dict[str, Tensor], batch: Batch) -> tuple[Tensor, Tensor]:
+def train_step(
+    model: nn.Module, layers, name: str, edits: dict[str, Tensor], batch: Batch
+) -> tuple[Tensor, Tensor]:
     """Both losses of one batch, with gradients to the adapters."""
     base = unwrap(model)
     call = {k: v for k, v in batch.inputs.items() if k != "labels"}
@@ -175,7 +177,7 @@ def train_step(model: nn.Module, layers, name: str, edits: dict[str, Tensor], ba
 
 
 def describe_images(base: nn.Module, input_ids: Tensor) -> Tensor:
-    """[number of images] int64: the row of each image, in the order the processor stacked them (one a row)."""
+    """[number of images] int64: the row of each image, in the processor's order (one a row)."""
     ids = torch.tensor(runtime_of(base).image_ids)
     return torch.isin(input_ids, ids).any(1).nonzero()[:, 0]
 
@@ -184,7 +186,12 @@ def _with_labels(base: nn.Module, call: dict[str, Tensor], labels: Tensor) -> Te
     from ..context import framed
 
     prompt = describe_prompt(
-        call["input_ids"], call["attention_mask"], labels, runtime_of(base).image_ids, tuple(labels.shape), labels.device
+        call["input_ids"],
+        call["attention_mask"],
+        labels,
+        runtime_of(base).image_ids,
+        tuple(labels.shape),
+        labels.device,
     )
     with framed(runtime_of(base), "masks", prompt):
         return base(**call, use_cache=False).logits
@@ -251,7 +258,9 @@ def train_adapters(
         raise ValueError(f"model holds {len(group)} edits: train on an adapter without any.")
     layers = edit_layers(model, group)
     if not all(isinstance(layer, DualEditLayer) for layer in layers.values()):
-        raise ValueError(f"adapter {name!r} is a {type(config).__name__}: only DualEdit's adapters are trained.")
+        raise ValueError(
+            f"adapter {name!r} is a {type(config).__name__}: only DualEdit's adapters are trained."
+        )
     parameters = [p for layer in layers.values() for p in layer.dualedit_adapter[name].parameters()]
     for parameter in parameters:
         parameter.requires_grad_(True)
