@@ -83,7 +83,7 @@ class Benchmark:
         order = list(right)
         repeats = {rival.impl: self._repeats(rival) for rival in right}
         times: dict[str, list[float]] = {rival.impl: [] for rival in right}
-        for _ in range(3 if self.options.quick else 9):
+        for _ in range(3 if self.options.quick else 7):
             right.reverse()  # nobody is always the one who runs behind a certain other
             for rival in right:
                 times[rival.impl].append(self._turn(rival, repeats[rival.impl]))

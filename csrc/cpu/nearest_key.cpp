@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <cstdlib>
+#include <cstring>
 #include <limits>
 #include <memory>
 #include <tuple>
@@ -119,13 +120,14 @@ Buffer pack(const float* query, int64_t batch, int64_t dim, int64_t stride, bool
   for (int64_t b = 0; b < batch; ++b) {
     const float* from = query + b * dim;
     float* to = packed.get() + b * stride;
-    double norm = 1.0;
     if (cosine) {
       double squares = 0.0;
       for (int64_t d = 0; d < dim; ++d) squares += static_cast<double>(from[d]) * from[d];
-      norm = std::sqrt(squares);
+      const double norm = std::sqrt(squares);
+      for (int64_t d = 0; d < dim; ++d) to[d] = static_cast<float>(from[d] / norm);
+    } else {
+      std::memcpy(to, from, dim * sizeof(float));
     }
-    for (int64_t d = 0; d < dim; ++d) to[d] = static_cast<float>(from[d] / norm);
     for (int64_t d = dim; d < stride; ++d) to[d] = 0.0f;
   }
   return packed;

@@ -85,9 +85,9 @@ inline void tile(
   }
 #pragma GCC unroll 8
   for (int i = 0; i < Q; ++i) {
+    Vec::sums<K>(total[i], out + i * K);
 #pragma GCC unroll 8
     for (int j = 0; j < K; ++j) {
-      out[i * K + j] = total[i][j].sum();
       if (state != nullptr) total[i][j].store(state + (i * K + j) * Vec::kWidth);
     }
   }
@@ -153,12 +153,17 @@ inline bool any_within(const float* distance, int64_t height, const float* best)
 template <int K>
 inline void lower(
     const float* distance, int64_t height, int64_t first_key, Pruning* pruning, float* best, int64_t* index) {
-  for (int64_t i = 0; i < height * K; ++i) {
-    const int64_t row = i / K, n = first_key + i % K;
-    if (distance[i] < best[row] || (distance[i] == best[row] && n < index[row])) {
-      if (distance[i] * 4 < best[row]) pruning->tried = pruning->evaluated = 0;  // much nearer: ask again
-      best[row] = distance[i];
-      index[row] = n;
+  for (int64_t row = 0; row < height; ++row, distance += K) {
+    bool any = false;
+    for (int j = 0; j < K; ++j) any |= distance[j] <= best[row];
+    if (!any) continue;
+    for (int j = 0; j < K; ++j) {
+      const int64_t n = first_key + j;
+      if (distance[j] < best[row] || (distance[j] == best[row] && n < index[row])) {
+        if (distance[j] * 4 < best[row]) pruning->tried = pruning->evaluated = 0;  // much nearer: ask again
+        best[row] = distance[j];
+        index[row] = n;
+      }
     }
   }
 }

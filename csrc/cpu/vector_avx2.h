@@ -25,4 +25,9 @@ struct Vec {
     __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
   }
+
+  template <int K>
+  static void sums(const Vec* v, float* out) {
+    for (int j = 0; j < K; ++j) out[j] = v[j].sum();
+  }
 };

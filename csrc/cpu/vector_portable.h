@@ -43,4 +43,9 @@ struct Vec {
   float sum() const {
     return ((value[0] + value[4]) + (value[2] + value[6])) + ((value[1] + value[5]) + (value[3] + value[7]));
   }
+
+  template <int K>
+  static void sums(const Vec* v, float* out) {
+    for (int j = 0; j < K; ++j) out[j] = v[j].sum();
+  }
 };

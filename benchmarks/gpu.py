@@ -1,0 +1,309 @@
+"""Everything that only a GPU can tell, in one command of less than ten minutes.
+
+    python -m benchmarks.gpu [--minutes 9]
+
+Builds the library with csrc/cuda, checks every implementation on the GPU against float64 at small and at real
+sizes, runs the Triton and CUDA tests on the device and under compute-sanitizer (where it is installed),
+captures every operator in a CUDA graph and replays it with other routes, then runs the benchmarks. All of it
+goes into benchmarks/results/<gpu>.json with the versions it was measured on; the exit status is 0 only if
+nothing failed.
+
+Exit status 2: there is no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+TESTS = [
+    "tests/kernels/test_nearest_key_triton.py",
+    "tests/kernels/test_routed_linear_triton.py",
+    "tests/kernels/test_gated_edit_attention_triton.py",
+    "tests/kernels/test_nearest_key_cuda.py",
+]
+
+
+class Report:
+    """The steps that were taken, with their outcome and their seconds."""
+
+    def __init__(self, minutes: float):
+        self.deadline = time.monotonic() + minutes * 60
+        self.steps: list[dict[str, object]] = []
+
+    def step(self, name: str, work: Callable[[], str]) -> None:
+        """Do ``work``, which returns what there is to say or raises; later steps run all the same."""
+        begin = time.monotonic()
+        try:
+            if self.left() <= 0:
+                raise TimeoutError("no time was left for it")
+            outcome, text = "passed", work()
+        except Exception as error:
+            outcome = "failed"
+            text = f"{type(error).__name__}: {error}"
+            print(traceback.format_exc(), flush=True)
+        seconds = round(time.monotonic() - begin, 1)
+        self.steps.append({"step": name, "outcome": outcome, "seconds": seconds, "said": text})
+        print(f"[{outcome}] {name} ({seconds} s): {text}", flush=True)
+
+    def left(self) -> float:
+        """Seconds until the deadline."""
+        return self.deadline - time.monotonic()
+
+    def passed(self) -> bool:
+        """Whether no step has failed."""
+        return all(step["outcome"] == "passed" for step in self.steps)
+
+
+def main() -> int:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--minutes", type=float, default=9.0, help="steps that would begin later are not taken"
+    )
+    parser.add_argument("--part", choices=["check", "capture"], help="only this, in this process")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("There is no GPU that torch can see, so there is nothing to check or to measure here.")
+        return 2
+    if options.part is not None:
+        print({"check": check, "capture": capture}[options.part]())
+        return 0
+    name = torch.cuda.get_device_name().lower().replace(" ", "-").removeprefix("nvidia-")
+    target = ROOT / "benchmarks/results" / f"{name}.json"
+    report = Report(options.minutes)
+    report.step("build with FORCE_CUDA=1", lambda: build(report))
+    # In processes of their own, so that they load the library that was just built.
+    report.step("against float64", lambda: call(report, "-m", "benchmarks.gpu", "--part", "check"))
+    report.step("CUDA graphs", lambda: call(report, "-m", "benchmarks.gpu", "--part", "capture"))
+    report.step("tests on the device", lambda: call(report, "-m", "pytest", "-q", "-x", *TESTS))
+    report.step("compute-sanitizer", lambda: sanitize(report))
+    for path in sorted((ROOT / "benchmarks").glob("bench_*.py")):
+        arguments = ("-m", f"benchmarks.{path.stem}", "--device", "cuda", "--quick", "--json", str(target))
+        report.step(path.stem, lambda arguments=arguments: call(report, *arguments))
+    content = json.loads(target.read_text()) if target.exists() else {}
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps(content | {"gpu": versions(), "steps": report.steps}, indent=1) + "\n")
+    print(f"wrote {target}")
+    return 0 if report.passed() else 1
+
+
+def build(report: Report) -> str:
+    """Compile the library in place, with csrc/cuda."""
+    done = run(report, [sys.executable, "setup.py", "build_ext", "--inplace"], FORCE_CUDA="1")
+    said = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("dualedit-kernels:")]
+    code = "from dualedit_kernels import library; print(library.COMPILED_REASON)"
+    loaded = call(report, "-c", code)
+    if "loaded" not in loaded:
+        raise RuntimeError(f"{loaded}; setup.py said: {' '.join(said)}")
+    return loaded
+
+
+def sanitize(report: Report) -> str:
+    """The small checks under memcheck."""
+    tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    if not Path(tool).exists():
+        return "not installed here: left out"
+    select = "empty or mixed or overlap or decode or strided or (against_float64 and l2)"
+    command = [
+        tool,
+        "--tool",
+        "memcheck",
+        "--error-exitcode",
+        "9",
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+    ]
+    done = run(report, [*command, *TESTS[:3], "-k", f"({select}) and bfloat16"], limit=150)
+    if done.returncode:
+        raise RuntimeError(done.stdout[-2000:])
+    return done.stdout.strip().splitlines()[-1]
+
+
+def call(report: Report, *arguments: str) -> str:
+    """Run Python; the last line it printed, or RuntimeError with the end of its output."""
+    done = run(report, [sys.executable, *arguments])
+    if done.returncode:
+        raise RuntimeError(f"exit status {done.returncode}:\n{(done.stdout + done.stderr)[-4000:]}")
+    return done.stdout.strip().splitlines()[-1] if done.stdout.strip() else ""
+
+
+def run(
+    report: Report, command: list[str], limit: float = 240, **environment: str
+) -> subprocess.CompletedProcess:
+    """Run a command from the root of the repository, within the time that is left."""
+    return subprocess.run(
+        command,
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=max(1.0, min(limit, report.left())),
+    )
+
+
+def check() -> str:
+    """Every implementation that runs on this GPU, against float64 on the GPU."""
+    from dualedit_kernels import backend
+
+    done: list[str] = []
+    for family, compare in (
+        ("nearest_key", _check_nearest),
+        ("routed_linear", _check_routed),
+        ("gated_edit_attention", _check_attention),
+    ):
+        for entry in backend.families()[family]:
+            dtypes = (torch.float32, torch.bfloat16, torch.float16)
+            fit = [dtype for dtype in dtypes if entry.refuses("cuda", dtype) is None]
+            for dtype in fit:
+                with backend.use_backend(**{family: entry.name}):
+                    compare(dtype)
+            if fit:
+                done.append(f"{family}={entry.name}")
+    return f"{len(done)} implementations agree with float64: {', '.join(done)}"
+
+
+def _check_nearest(dtype: torch.dtype) -> None:
+    from dualedit_kernels import nearest_key
+    from dualedit_kernels.testing import assert_nearest
+
+    generator = torch.Generator().manual_seed(1)
+    for rows, count, dim in ((1, 1, 1), (3, 7, 33), (1, 3000, 1024), (9, 3001, 1000), (33, 500, 4096)):
+        keys = torch.randn(count, dim, generator=generator).to(dtype)
+        query = torch.randn(rows, dim, generator=generator)
+        radius = torch.full((count,), dim**0.5 * 1.35)
+        for metric in ("l2", "cosine"):
+            answer = nearest_key(query.cuda(), keys.cuda(), radius.cuda(), metric)
+            assert_nearest(*(t.cpu() for t in answer), query, keys, radius, metric)
+
+
+def _check_routed(dtype: torch.dtype) -> None:
+    from dualedit_kernels import Full, LowRank, routed_linear
+    from dualedit_kernels.routed_linear.reference import routed_full_reference, routed_low_rank_reference
+    from dualedit_kernels.testing import assert_as_exact
+
+    generator = torch.Generator().manual_seed(2)
+
+    def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
+        return (torch.randn(*shape, generator=generator) * scale).to(dtype).cuda()
+
+    index = torch.tensor([2, -1, 0, 2]).cuda()
+    for tokens, size, out, rank in ((1, 1024, 768, 8), (7, 33, 65, 3), (130, 1024, 1000, 64)):
+        base, x, bias = normal(4, tokens, out), normal(4, tokens, size), normal(out)
+        down, up, full = normal(3, rank, size, scale=size**-0.5), normal(3, out, rank), normal(3, out, size)
+        low = (base, x, down, up, index)
+        whole = (base, x, full * size**-0.5, bias, index)
+        for values, reference, args in (
+            (LowRank(down, up), routed_low_rank_reference, low),
+            (Full(whole[2]), routed_full_reference, whole),
+        ):
+            got = routed_linear(x, None, bias, values, index, base=base)
+            exact = reference(*(t.double() if t.is_floating_point() else t for t in args))
+            assert_as_exact(f"{type(values).__name__} L={tokens}", got, reference(*args), exact, 3.0)
+            assert torch.equal(got[1], base[1])
+
+
+def _check_attention(dtype: torch.dtype) -> None:
+    from dualedit_kernels import gated_edit_attention
+    from dualedit_kernels.gated_edit_attention.reference import gated_edit_attention_reference as reference
+    from dualedit_kernels.testing import assert_as_exact
+
+    sizes = (
+        dict(rows=5, tokens=19, dim=24, mid=32, num_heads=2, lengths=[7, 1, 40], route=[2, -1, 0, 1, 2]),
+        dict(rows=3, tokens=600, dim=1024, mid=1024, num_heads=8, lengths=[620, 3], route=[0, -1, 1]),
+    )
+    for size in sizes:
+        case = _case(size).to(dtype)
+        plain = reference(*case.args())
+        exact = reference(*case.to(torch.float64).args())
+        with torch.no_grad():
+            got = gated_edit_attention(**case.public())[0]
+            inplace = gated_edit_attention(**case.public() | {"hidden": case.hidden.clone()}, inplace=True)[0]
+        assert_as_exact("out", got, plain, exact, 3.0)
+        assert torch.equal(inplace, got)
+        closed = ~(case.span & (case.route >= 0)[:, None])
+        assert torch.equal(got[closed], case.hidden[closed])
+
+
+def _case(size: dict[str, object]):
+    from dataclasses import replace
+
+    from dualedit_kernels.testing import attention_case
+
+    case = attention_case(torch.Generator().manual_seed(3), **size)
+    tensors = {name: getattr(case, name) for name in case.__dataclass_fields__}
+    return replace(case, **{name: t.cuda() for name, t in tensors.items() if isinstance(t, torch.Tensor)})
+
+
+def capture() -> str:
+    """Capture the operators in one CUDA graph; replays with other rows and routes give the bits of calls."""
+    from dualedit_kernels import Gate, LowRank, gated_edit_attention, routed_linear
+
+    size = dict(rows=4, tokens=64, dim=256, mid=256, num_heads=2, lengths=[70, 3], route=[0, -1, 1, -1])
+    case = _case(size).to(torch.bfloat16)
+    keys = case.hidden[:2, 5].clone()
+    last = torch.full((4,), 5, device="cuda")
+    gate = Gate(last, keys, torch.full((2,), 0.05, device="cuda"))
+    down, up = (torch.randn(2, *shape, device="cuda").to(torch.bfloat16) for shape in ((8, 256), (256, 8)))
+    fixed = case.public() | {"route": None, "gate": gate}
+
+    @torch.no_grad()
+    def work(hidden: torch.Tensor) -> torch.Tensor:
+        out, route = gated_edit_attention(**fixed | {"hidden": hidden})
+        return routed_linear(out, None, None, LowRank(down, up), route, base=hidden)
+
+    static = case.hidden.clone()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        work(static)  # compiles
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = work(static)
+    open_rows = 0
+    for order in ([0, 1, 2, 3], [2, 3, 0, 1], [3, 3, 2, 2], [1, 0, 1, 0]):
+        static.copy_(case.hidden[order])
+        graph.replay()
+        want = work(case.hidden[order].clone())
+        assert torch.equal(result, want), f"a replay with the rows {order} differs from a call"
+        open_rows += int((result != static).flatten(1).any(1).sum())
+    assert open_rows == 8, f"{open_rows} rows were open over the replays, expected 8"
+    return "nearest_key, gated_edit_attention and routed_linear replay bit for bit with other routes"
+
+
+def versions() -> dict[str, object]:
+    """The GPU and the software that the figures depend on."""
+    import triton
+
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip().splitlines()
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "name": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory,
+        "driver": driver[0] if driver else None,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "triton": triton.__version__,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
