@@ -39,5 +39,12 @@ def choice(name: str, value: object, allowed: Sequence[object]) -> None:
         raise ValueError(f"{name}={value!r} is unknown: use one of {', '.join(repr(a) for a in allowed)}.")
 
 
+def nothing_routed(route: Tensor) -> bool:
+    """Whether every route is -1, where that can be asked without waiting: eagerly, on the CPU."""
+    if route.device.type != "cpu" or type(route) is not Tensor or torch.compiler.is_compiling():
+        return False
+    return not bool((route >= 0).any())
+
+
 def _show(shape: Sequence[int | str]) -> str:
     return "[" + ", ".join(str(size) for size in shape) + "]"

@@ -202,6 +202,7 @@ std::tuple<Tensor, Tensor> nearest_key(Tensor query, Tensor keys, Tensor radius,
       query.dim() == 2 && keys.dim() == 2 && radius.dim() == 1 && query.size(1) == keys.size(1) &&
           keys.size(0) == radius.size(0),
       "nearest_key: expected query [B, D], keys [N, D] and radius [N]");
+  STD_TORCH_CHECK(query.size(1) > 0, "nearest_key: expected D of at least 1");
   const int64_t batch = query.size(0), dim = query.size(1), count = keys.size(0);
   const int64_t stride = (dim + kLanes - 1) / kLanes * kLanes;
   Tensor index = torch::stable::new_empty(query, {batch}, ScalarType::Long);

@@ -113,7 +113,8 @@ def gated_edit_attention(
         inplace: change ``hidden`` itself and return it; refused where a gradient is recorded.
 
     Returns:
-        hidden: [B, L, D] and route: [B] int64.
+        hidden: [B, L, D] and route: [B] int64. Where no gradient is recorded and, on the CPU, no row is
+        routed, the tensor that was passed comes back itself, not a copy.
 
     The compute dtype is that of ``hidden`` (k, v and weights of another dtype are converted, so keep
     them in it for speed), with LayerNorm and softmax in fp32 or better. Differentiable once with respect
@@ -134,11 +135,14 @@ def gated_edit_attention(
     if gate is not None:
         route = _route(hidden, gate, start)
     checks.tensor("route", route, (hidden.shape[0],), (torch.int64,), hidden)
+    recording = torch.is_grad_enabled() and any(t.requires_grad for t in (hidden, k, v, w_q, b_q, w_o, b_o))
+    if not recording and checks.nothing_routed(route):
+        return hidden, route
     k, v, w_q, b_q, w_o, b_o = (t.to(hidden.dtype) for t in (k, v, w_q, b_q, w_o, b_o))
     args = (span, route, k, v, start, length, w_q, b_q, w_o, b_o, num_heads, float(eps))
     if not inplace:
         return torch.ops.dualedit_kernels.gated_edit_attention(hidden, *args), route
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (hidden, k, v, w_q, b_q, w_o, b_o)):
+    if recording:
         raise ValueError("inplace=True cannot record a gradient: use torch.no_grad() or inplace=False.")
     torch.ops.dualedit_kernels.gated_edit_attention_(hidden, *args)
     return hidden, route

@@ -39,6 +39,8 @@ def nearest_key(query: Tensor, keys: Tensor, radius: Tensor, metric: str = "l2")
     (arXiv:2505.01343); DualEdit's last-token cosine gate (arXiv:2506.13638) is metric="cosine".
     """
     checks.tensor("query", query, ("B", "D"), checks.FLOATS, query)
+    if query.shape[1] == 0:
+        raise ValueError("query has D=0 dimensions: there is nothing to compare, pass D of at least 1.")
     checks.tensor("keys", keys, ("N", query.shape[1]), checks.FLOATS, query)
     checks.tensor("radius", radius, (keys.shape[0],), (torch.float32,), query)
     checks.choice("metric", metric, METRICS)

@@ -54,7 +54,8 @@ def routed_linear(
             ``linear(x, weight, bias)`` otherwise.
 
     Returns:
-        y: [B, L, O] in the dtype of base. Products are computed in the dtype of x, values converted to it.
+        y: [B, L, O] in the dtype of base; base itself where no gradient is recorded and, on the CPU, no row
+        is routed. Products are computed in the dtype of x, values converted to it.
 
     Differentiable once with respect to x, weight, bias, values and base, not through the index.
 
@@ -72,29 +73,38 @@ def routed_linear(
     out = weight.shape[0] if weight is not None else base.shape[-1]
     if bias is not None:
         checks.tensor("bias", bias, (out,), checks.FLOATS, x)
+    checks.tensor("index", index, (x.shape[0],), (torch.int64,), x)
+    edits = _check_values(values, x, out)
     if base is None:
         base = _base(x, weight, bias, values, index)
     checks.tensor("base", base, (*x.shape[:2], out), checks.FLOATS, x)
-    checks.tensor("index", index, (x.shape[0],), (torch.int64,), x)
+    recording = torch.is_grad_enabled() and any(t.requires_grad for t in (x, base, *edits))
+    if not recording and checks.nothing_routed(index):
+        return base
+    edits = [t.to(x.dtype) for t in edits]
     if isinstance(values, LowRank):
-        checks.tensor("values.down", values.down, ("N", "R", x.shape[2]), checks.FLOATS, x)
-        checks.tensor(
-            "values.up", values.up, (values.down.shape[0], out, values.down.shape[1]), checks.FLOATS, x
-        )
-        down, up = values.down.to(x.dtype), values.up.to(x.dtype)
-        return torch.ops.dualedit_kernels.routed_low_rank(base, x, down, up, index)
+        return torch.ops.dualedit_kernels.routed_low_rank(base, x, *edits, index)
+    bias = None if bias is None else bias.to(x.dtype)
+    return torch.ops.dualedit_kernels.routed_full(base, x, *edits, bias, index)
+
+
+def _check_values(values: LowRank | Full, x: Tensor, out: int) -> list[Tensor]:
+    """The tensors of the values, once their shapes are right."""
+    if isinstance(values, LowRank):
+        down, up = values.down, values.up
+        checks.tensor("values.down", down, ("N", "R", x.shape[2]), checks.FLOATS, x)
+        checks.tensor("values.up", up, (down.shape[0], out, down.shape[1]), checks.FLOATS, x)
+        return [down, up]
     if isinstance(values, Full):
         checks.tensor("values.weight", values.weight, ("N", out, x.shape[2]), checks.FLOATS, x)
-        bias = None if bias is None else bias.to(x.dtype)
-        return torch.ops.dualedit_kernels.routed_full(base, x, values.weight.to(x.dtype), bias, index)
+        return [values.weight]
     raise TypeError(f"values is {type(values).__name__}: pass LowRank(down, up) or Full(weight).")
 
 
 def _base(x: Tensor, weight: Tensor, bias: Tensor | None, values: LowRank | Full, index: Tensor) -> Tensor:
     """The layer's own output, left unwritten where Full values are seen to replace all of it."""
-    if isinstance(values, Full) and x.device.type == "cpu" and not torch.compiler.is_compiling():
-        if index.numel() and bool((index >= 0).all()):
-            return x.new_empty(*x.shape[:2], weight.shape[0])
+    if isinstance(values, Full) and index.numel() and checks.nothing_routed(-1 - index):
+        return x.new_empty(*x.shape[:2], weight.shape[0])  # every index is at least 0
     return F.linear(x, weight, bias)
 
 

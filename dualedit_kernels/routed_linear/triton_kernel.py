@@ -97,7 +97,7 @@ def shrink_tiles(dtype: torch.dtype, tokens: int, rank: int) -> dict[str, int]:
 def expand_tiles(dtype: torch.dtype, tokens: int, rank: int) -> dict[str, int]:
     """Tile sizes of the expansion: BT tokens by BO outputs, BR ranks at a time."""
     few, size = tokens <= 16, rank_tile(rank)
-    wide = 64 if dtype == torch.float32 or (few and size > 32) else 128
+    wide = 64 if dtype == torch.float32 or size > 32 else 128
     ranks = min(32, size) if dtype == torch.float32 else size
     warps = 4 if few else 8
     return {"BT": 16 if few else 64, "BO": wide, "BR": ranks, "num_warps": warps, "num_stages": 1}
@@ -117,9 +117,14 @@ def rank_tile(rank: int) -> int:
 
 
 def _parts(x: Tensor, rank: int) -> int:
-    """Into how many parts the input of a shrink is split, so that few tokens still fill the GPU."""
-    blocks = x.shape[0] * triton.cdiv(x.shape[1], 16 if x.shape[1] <= 16 else 64)
-    return max(1, min(8 if rank <= 32 else 4, processors(x) // max(1, blocks), x.shape[2] // 256))
+    """Into how many parts the input of a shrink is split, so that few tokens still fill the GPU.
+
+    The expansion adds the parts up in registers, so large tiles and ranks allow fewer.
+    """
+    rows, tokens, size = x.shape
+    few = tokens <= 16
+    blocks = rows * triton.cdiv(tokens, 16 if few else 64)
+    return max(1, min(8 if few and rank <= 32 else 4, processors(x) // max(1, blocks), size // 256))
 
 
 def _shrink(x: Tensor, down: Tensor, index: Tensor, parts: int) -> Tensor:

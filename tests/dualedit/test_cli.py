@@ -149,6 +149,9 @@ def test_a_model_of_ones_own_with_balancedit(other_model, pictures, tmp_path, ca
         (["edit", "-", "who?", "me", "-m", "{tmp}", "-e", "{tmp}/none"], "balancedit --layer NAME"),
         (["sample", "{tmp}/text.png"], "{tmp}/text.png is a file"),
         (["demo", "--edits", "0"], "--edits 0: pass at least 1"),
+        (["eval", "--protocol", "batc"], "--protocol batc: choose one of single, batch"),
+        (["eval", "--methods", "dualedit,grace"], "choose from dualedit, balancedit"),
+        (["eval", "--edits", "1,x"], "--edits 1,x: pass whole numbers"),
         (["demo", "--json", "{tmp}"], "--json {tmp} is a folder"),
     ],
 )
@@ -295,6 +298,18 @@ def test_demo_json(demo_files):
         assert (row["scoring"], row["protocol"], row["edits"], row["n"]) == ("free", "single", 1, 3)
         assert set(row["metrics"]) == set(row["stderr"]) == set(TITLES)
         assert all(0 <= value <= 100 for value in row["metrics"].values())
+
+
+@pytest.mark.parametrize("protocol", ["single", "batch"])
+def test_eval_json(protocol, tmp_path, capsys):
+    file = tmp_path / "figures.json"
+    options = ["--protocol", protocol, "--edits", "2,3", "--asked", "2", "--json", str(file)]
+    assert main(["eval", "--methods", "balancedit", *options]) == 0
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["protocol"] for row in rows] == [protocol] * 2
+    assert [row["edits"] for row in rows] == ([1, 1] if protocol == "single" else [2, 3])
+    assert [row["n"] for row in rows] == ([2, 3] if protocol == "single" else [2, 2])
+    assert all(row["metrics"]["rel"] == 100 for row in rows)
 
 
 def test_demo_page_is_one_file(demo_files):

@@ -167,6 +167,7 @@ def test_compiles(generator):
     ("change", "error", "words"),
     [
         ({"query": torch.ones(8)}, ValueError, "query has shape"),
+        ({"query": torch.ones(2, 0), "keys": torch.ones(3, 0)}, ValueError, "query has D=0"),
         ({"keys": torch.ones(3, 9)}, ValueError, "keys has shape"),
         ({"radius": torch.ones(4)}, ValueError, "radius has shape"),
         ({"radius": torch.ones(3, dtype=torch.float64)}, TypeError, "radius has dtype"),

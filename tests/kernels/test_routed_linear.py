@@ -184,3 +184,15 @@ def test_errors_name_the_argument(generator, change, error, words):
     )
     with pytest.raises(error, match=words):
         routed_linear(**arguments | change)
+
+
+@pytest.mark.parametrize("kind", ["low_rank", "full"])
+def test_nothing_routed_copies_nothing(implementation, generator, kind):
+    index = torch.full((3,), -1)
+    tensors = inputs(generator, kind, 3)
+    base = torch.randn(3, 7, 13, generator=generator, dtype=torch.float64)
+    assert routed_linear(tensors["x"], None, None, values_of(tensors), index, base=base) is base
+    x = tensors["x"].requires_grad_(True)
+    y = routed_linear(x, None, None, values_of(tensors), index, base=base)
+    assert y is not base and torch.equal(y, base)
+    assert not torch.autograd.grad(y.sum(), x)[0].any()

@@ -88,6 +88,36 @@ def demo(
         work.run(options)
 
 
+@app.command(name="eval")
+def eval_(
+    benchmark: Annotated[str, typer.Option(metavar="NAME", help="Questions: embedded.")] = "embedded",
+    methods: Annotated[str, typer.Option(metavar="A,B", help="Editors to measure.")] = "dualedit,balancedit",
+    protocol: Annotated[
+        str, typer.Option(metavar="NAME", help="single: one edit at a time; batch: all at once.")
+    ] = "single",
+    edits: Annotated[str, typer.Option(metavar="N,M", help="Numbers of edits, a row each.")] = "100",
+    asked: Annotated[
+        int, typer.Option(metavar="N", help="Ask the questions of at most so many facts of a batch.")
+    ] = 100,
+    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the figures as JSON.")] = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="Which test facts are edited.")] = 0,
+    world_seed: Annotated[
+        int, typer.Option(metavar="N", help="Another world, of brands that the model has never seen.")
+    ] = 0,
+    weights: Annotated[Path | None, typer.Option(metavar="DIR", help="What demo --retrain wrote.")] = None,
+) -> None:
+    """Measure the editors on the embedded benchmark, one edit at a time or many at once."""
+    from . import evaluate as work
+
+    chosen = tuple(name.strip() for name in methods.split(","))
+    options = work.Options(
+        chosen, protocol, work.numbers(edits, "--edits"), asked, json, seed, world_seed, weights
+    )
+    options.check(benchmark)
+    with quiet():
+        work.run(options)
+
+
 @app.command()
 def ask(image: Picture, question: Question, edits: Edits = FOLDER, model: Model = None) -> None:
     """Ask about a picture, and see whether an edit answers."""

@@ -84,14 +84,14 @@ def run(options: Options) -> None:
     stories = show.stories_of(world, samples, results)
     if options.json is not None:
         rows = [result.row.to_dict() for result in results.values()]
-        _write(options.json, json.dumps({"rows": rows}, indent=1) + "\n")
+        write_whole(options.json, json.dumps({"rows": rows}, indent=1) + "\n")
     if options.page is not None:
         from ..demo.page import render_page
 
         opening = next(story for story in stories if story.request is first.request)
-        _write(options.page, render_page(opening, stories, results))
+        write_whole(options.page, render_page(opening, stories, results))
     if options.readme is not None:
-        _write(options.readme, fill_readme(options.readme, stories[samples.index(first)], results))
+        write_whole(options.readme, fill_readme(options.readme, stories[samples.index(first)], results))
     for name, file in (("figures", options.json), ("page", options.page)):
         if file is not None:
             console.print(f"{name}: {file}", soft_wrap=True)
@@ -135,7 +135,7 @@ def _minutes(report: Path, keys: list[str], otherwise: int) -> int:
     return max(1, round(value / 60)) if value else otherwise
 
 
-def _write(file: Path, text: str) -> None:
+def write_whole(file: Path, text: str) -> None:
     """Write a file whole or not at all."""
     handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
     try:

@@ -47,7 +47,6 @@ def load_editor(
         raise ValueError(f"method={method!r} is unknown: choose one of {METHODS}.")
     settings = editor_settings(weights)
     base, processor = load_embedded(vlm)
-    base.config.name_or_path = base.name_or_path = "dualedit-embedded" if vlm is None else os.fspath(vlm)
     if method == "balancedit":
         return Editor(inject_balancedit(base, **settings["balancedit"]["config"]), processor)
     return Editor(load_edits(base, Path(weights or EDITORS) / "dualedit"), processor)

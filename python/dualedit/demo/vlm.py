@@ -201,6 +201,8 @@ def load_embedded(path: str | Path | None = None) -> tuple[LlavaForConditionalGe
             "train one: python -m dualedit.demo.train_vlm --out DIR"
         )
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    # Adapters note their base model's name; the folder is this machine's business.
+    model.config.name_or_path = model.name_or_path = "dualedit-embedded"
     processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
     return model.eval(), processor
 
