@@ -3,6 +3,8 @@
 # make test    all tests
 # make fast    tests that take seconds, stopping at the first failure: the inner loop
 # make lint    ruff
+# make gpu     on a machine with a GPU: build, check and time everything there (under 10 minutes)
+# make compile-report   registers, spills and shared memory of every GPU kernel, without a GPU
 # make bench   benchmarks of the operators, results in benchmarks/results/local
 # make readme  the demo, with its output put into README.md
 # make clean   remove what the above made, .venv included
@@ -25,7 +27,7 @@ STAMP := $(VENV)/.setup-stamp
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 OPERATORS := $(patsubst benchmarks/bench_%.py,%,$(sort $(wildcard benchmarks/bench_*.py)))
 
-.PHONY: setup demo test fast lint bench readme clean
+.PHONY: setup demo test fast lint bench gpu compile-report readme clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -53,6 +55,12 @@ lint: $(STAMP)
 bench: $(STAMP)
 	set -e; for op in $(OPERATORS); do \
 	  $(PY) -m benchmarks.bench_$$op --json benchmarks/results/local/$$op.json; done
+
+gpu: $(STAMP)
+	$(PY) -m benchmarks.gpu
+
+compile-report: $(STAMP)
+	$(PY) -m benchmarks.compile_report
 
 readme: $(STAMP)
 	$(PY) -m dualedit.cli demo --json demo_output/demo.json --page demo_output/demo.html --readme README.md

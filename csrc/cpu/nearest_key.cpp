@@ -218,10 +218,12 @@ std::tuple<Tensor, Tensor> nearest_key(Tensor query, Tensor keys, Tensor radius,
   const Lookup lookup{
       packed.get(), batch, dim, stride, keys.const_data_ptr(), dim, key_type(keys), cosine, batch == 1, head};
   Nearest nearest(batch);
-  // A first look at the heads alone finds a near key early, so that the others are soon given up. Rows shorter
-  // than two pages are not worth it: memory delivers them almost as slowly as whole.
+  // A first look at the heads alone finds a near key early, so that the others are soon given up. It is not worth
+  // it for rows shorter than two pages, which memory delivers almost as slowly as whole, nor where reading all
+  // keys is the whole cost: few queries and more keys than a cache holds.
   const int64_t row_bytes = dim * (lookup.type == KeyType::kFloat32 ? 4 : 2);
-  if (prune && row_bytes >= 8192) {
+  const bool cached = count <= (int64_t{32} << 20) / row_bytes;
+  if (prune && row_bytes >= 8192 && (batch >= 4 || cached)) {
     Lookup coarse = lookup;
     coarse.dim = head;
     coarse.head = 0;
