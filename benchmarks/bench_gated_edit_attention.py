@@ -101,16 +101,16 @@ def main() -> None:
                     "hidden": HIDDEN,
                 }
                 with torch.no_grad():
-                    benchmark.compare(shape, rivals(problem, options.quick), floors(shape, rate))
+                    benchmark.compare(shape, rivals(problem, options.quick), floors(shape, dtype, rate))
     benchmark.finish()
 
 
-def floors(shape: dict, rate: float | None) -> dict[str, float]:
+def floors(shape: dict, dtype: torch.dtype, rate: float | None) -> dict[str, float]:
     """Milliseconds of the folded projections and the attention at the rate of a large product."""
     if rate is None or not shape["open"]:
         return {}
     operations = shape["open"] * IMAGE * 2 * (2 * HIDDEN * MID + 2 * EDIT * MID)
-    return {"products at full rate": operations / rate * 1e3}
+    return {f"{dtype} products at full rate".removeprefix("torch."): operations / rate * 1e3}
 
 
 def rivals(problem: Problem, quick: bool) -> list[Rival]:

@@ -20,7 +20,7 @@ def draw(rows: list[dict], floors: list[dict], path: Path) -> None:
     from matplotlib import pyplot
 
     operators = list(dict.fromkeys(row["op"] for row in rows))
-    figure, panels = pyplot.subplots(len(operators), 1, figsize=(11, 5.5 * len(operators)), squeeze=False)
+    figure, panels = pyplot.subplots(len(operators), 1, figsize=(14, 6.5 * len(operators)), squeeze=False)
     for panel, op in zip(panels[:, 0], operators, strict=True):
         _panel(panel, op, [r for r in rows if r["op"] == op], [f for f in floors if f["op"] == op])
     figure.tight_layout()
@@ -33,7 +33,11 @@ def draw(rows: list[dict], floors: list[dict], path: Path) -> None:
 def _panel(panel, op: str, rows: list[dict], floors: list[dict]) -> None:
     shapes = list(dict.fromkeys(json.dumps(row["shape"]) for row in rows))
     varying = [name for name in rows[0]["shape"] if len({json.loads(s).get(name) for s in shapes}) > 1]
-    labels = ["\n".join(f"{name} {json.loads(shape).get(name)}" for name in varying) for shape in shapes]
+    many = len(shapes) > 8
+    labels = [
+        (", " if many else "\n").join(f"{name} {json.loads(shape).get(name)}" for name in varying)
+        for shape in shapes
+    ]
     series = list(dict.fromkeys((row["impl"], row["dtype"]) for row in rows))
     for number, (impl, dtype) in enumerate(series):
         points = [
@@ -64,7 +68,7 @@ def _panel(panel, op: str, rows: list[dict], floors: list[dict]) -> None:
             )
     panel.set_yscale("log")
     panel.set_ylabel("milliseconds (median, min to max)")
-    panel.set_xticks(range(len(shapes)), labels, fontsize=8)
+    panel.set_xticks(range(len(shapes)), labels, fontsize=7 if many else 8, rotation=90 if many else 0)
     panel.set_title(f"{op} ({rows[0]['device']}, {rows[0]['threads']} threads)")
     panel.grid(True, axis="y", which="both", alpha=0.25)
     panel.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))

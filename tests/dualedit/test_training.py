@@ -6,15 +6,18 @@ from dualedit.architectures import unwrap
 from dualedit.context import bound
 from dualedit.data import Probe
 from dualedit.demo.adapter_pool import Pool
+from dualedit.demo.embedded import load_editor
 from dualedit.demo.samples import edit_samples
 from dualedit.demo.train_editors import calibration_samples, held_out_entities, training_samples
 from dualedit.demo.vlm import load_embedded
 from dualedit.demo.world import World
 from dualedit.editing import edit_layers
 from dualedit.editor import Editor
+from dualedit.evaluation import ask_before, evaluate_batch, evaluate_single
 from dualedit.model import active_group, inject_balancedit, inject_dualedit
 from dualedit.prompting import Prompter
-from dualedit.training import TrainSettings, train_adapters
+from dualedit.training import TrainSettings, measure_curve, train_adapters
+from dualedit.training.calibration import with_threshold
 from dualedit.training.dualedit import losses, make_batch, teacher_forced, train_step, training_probes
 
 
@@ -121,3 +124,19 @@ def test_refuses_stored_edits_and_other_adapters(samples, injected):
     other = inject_balancedit(load_embedded()[0], layer="layers.5.mlp.up_proj")
     with pytest.raises(ValueError, match="BalancEditConfig"):
         train_adapters(other, Prompter(processor), lambda step: samples, TrainSettings(steps=1))
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_a_curve_foretells_what_a_threshold_gives(together, world):
+    """Figures read off one pass with the gate open are those of an evaluation with that threshold."""
+    editor = load_editor("dualedit")
+    samples = edit_samples(world, "train", 5, seed=3)
+    before = ask_before(editor, samples, progress=False)
+    curve = measure_curve(editor, samples, together=together, progress=False, before=before)
+    assert not editor.edits
+    measure = evaluate_batch if together else evaluate_single
+    # Not so near 1 that the radius is the distance of an edit's own rewording instead.
+    for threshold in (0.2, 0.6, 0.9):
+        with_threshold(editor, threshold)
+        found = measure(editor, samples, "dualedit", progress=False, before=before).row.metrics
+        assert curve.figures(lambda point, r=1 - threshold: r) == pytest.approx(found)

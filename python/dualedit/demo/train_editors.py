@@ -38,7 +38,7 @@ from .world import ATTRIBUTES, World, answer_vocabulary
 TEXT_LAYER, VIS_LAYER = 1, 1
 BALANCEDIT_LAYER = "layers.5.mlp.up_proj"
 SETTINGS = TrainSettings(steps=2500, batch_size=16, learning_rate=5e-3, warmup=50, locality_weight=0.05)
-FACTS, CALIBRATION_FACTS = 10_000, 120
+FACTS, CALIBRATION_FACTS = 10_000, 200
 
 
 def balancedit_config(layer: str = BALANCEDIT_LAYER, alpha: float = 0.2) -> dict:
@@ -143,13 +143,13 @@ def run(
     editor, history, seconds = train_dualedit(world, vlm, settings, layers, mid_dim, facts)
     samples = calibration_samples(world, held_out_entities(world), calibration, settings.seed)
     before = ask_before(editor, samples)
-    tau, figures = calibrate_threshold(measure_curve(editor, samples, before=before))
+    tau, figures = calibrate_threshold(measure_curve(editor, samples, together=True, before=before))
     with_threshold(editor, tau)
     out.mkdir(parents=True, exist_ok=True)
     save_edits(editor.model, out / "dualedit")
     base, processor = load_embedded(vlm)
     balance = Editor(inject_balancedit(base, **balancedit_config()), processor)
-    alpha, balance_figures = calibrate_alpha(measure_curve(balance, samples, before=before))
+    alpha, balance_figures = calibrate_alpha(measure_curve(balance, samples, together=True, before=before))
     report = {
         "dualedit": {
             "threshold": tau, "text_layer": layers[0], "vis_layer": layers[1], "mid_dim": mid_dim,
@@ -160,7 +160,7 @@ def run(
             "calibration_figures": figures,
         },
         "balancedit": {"config": balancedit_config(alpha=alpha), "calibration_figures": balance_figures},
-        "calibration_facts": len(samples),
+        "calibration_facts": len(samples), "calibration_protocol": "all of them stored at once",
         "torch": torch.__version__, "python": platform.python_version(), "threads": torch.get_num_threads(),
     }  # fmt: skip
     (out / "editors.json").write_text(json.dumps(report, indent=1) + "\n")

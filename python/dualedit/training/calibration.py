@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from ..data import EditSample
 from ..editor import Editor
 from ..evaluation.metrics import exact_match, figures_of
-from ..evaluation.single import Asked, ask_before
+from ..evaluation.single import Asked, ask, ask_before, check_fresh, store
 from ..model import active_group
 
 
@@ -26,9 +26,9 @@ class Point:
 
     Attributes:
         sample, metric: whose probe it is.
-        distance: from the probe to the edit's key.
+        distance: from the probe to the nearest edit's key.
         open, closed: whether its answer is right with the gate open, and with it closed.
-        positive, negative: distances of the edit's own samples (BalancEdit), or NaN.
+        positive, negative: distances of the nearest edit's own samples (BalancEdit), or NaN.
     """
 
     sample: int
@@ -58,42 +58,61 @@ class Curve:
 def measure_curve(
     editor: Editor,
     samples: Sequence[EditSample],
+    together: bool = False,
     progress: bool = True,
     before: Sequence[Sequence[Asked]] | None = None,
 ) -> Curve:
-    """Store each sample's edit with its gate wide open, ask every probe, take it back.
+    """Store edits with the gate wide open, ask every probe, take them back.
 
     Args:
         editor: with no stored edits.
         samples: training facts; thresholds fitted on test facts would flatter.
+        together: store all edits at once (each fact once), so that a probe meets its nearest edit, whosever
+            it is; else one edit at a time. A setting for one edit lets too much through with many.
         before: see `evaluation.evaluate_single`.
     """
+    check_fresh(editor, samples)
     before = ask_before(editor, samples, progress) if before is None else before
-    _, _, group = active_group(editor.model)
+    numbers = range(len(samples))
     points: list[Point] = []
-    for number, sample in enumerate(tqdm(samples, desc="calibrating", unit="fact", disable=not progress)):
-        request = sample.request
-        edit = editor.edit(
-            request.image, request.prompt, request.target, rephrases=sample.rephrases[:1] or None
-        )
-        try:
-            record = group.first.record(edit.id)
-            group.first.radius.fill_(float("inf"))
-            questions = [(a.probe.image, a.probe.prompt) for a in before[number]]
-            answers, found = editor.answer_many(questions), editor.explain_many(questions)
-        finally:
-            editor.remove(edit.id)
-        for asked, answer, why in zip(before[number], answers, found, strict=True):
-            kept = asked.metric in sample.locality
-            expected = asked.before if kept else request.target
-            points.append(
-                Point(
-                    number, asked.metric, why.distance, exact_match(answer, expected),
-                    exact_match(asked.before, expected),
-                    record.get("d_positive", float("nan")), record.get("d_negative", float("nan")),
-                )
-            )  # fmt: skip
+    with tqdm(total=len(samples), desc="calibrating", unit="fact", disable=not progress) as bar:
+        for stored in [list(numbers)] if together else [[number] for number in numbers]:
+            points += _open_gate(editor, samples, stored, before, bar)
     return Curve(tuple(points))
+
+
+def _open_gate(
+    editor: Editor,
+    samples: Sequence[EditSample],
+    stored: list[int],
+    before: Sequence[Sequence[Asked]],
+    bar: tqdm,
+) -> list[Point]:
+    _, _, group = active_group(editor.model)
+    edited = {samples[i].fact: samples[i].request.target for i in stored if samples[i].fact is not None}
+    points = []
+    try:
+        for number in stored:
+            store(editor, samples[number])
+        group.first.radius.fill_(float("inf"))
+        for number in stored:
+            sample, asked = samples[number], before[number]
+            records = ask(editor, sample, asked, explain=True, edited=edited)
+            found = editor.explain_many([(a.probe.image, a.probe.prompt) for a in asked])
+            for record, why in zip(records, found, strict=True):
+                note = group.first.record(why.edit.id)
+                points.append(
+                    Point(
+                        number, record["metric"], record["distance"], record["correct"],
+                        exact_match(record["before"], record["expected"]),
+                        note.get("d_positive", float("nan")), note.get("d_negative", float("nan")),
+                    )
+                )  # fmt: skip
+            bar.update()
+    finally:
+        for edit in editor.edits:
+            editor.remove(edit.id)
+    return points
 
 
 def objective(figures: dict[str, float | None]) -> float:
