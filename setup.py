@@ -1,7 +1,7 @@
 """Build of the packages and of the optional C++ library; the metadata is in pyproject.toml.
 
-The library is compiled against the stable ABI of libtorch, so one file is to load on every torch from 2.11 on.
-It is optional: without torch, without a compiler, or with DUALEDIT_NO_BUILD=1 the install succeeds, says what
+The library is compiled against the stable ABI of libtorch, so one file loads on every torch from 2.11 on. It
+is optional: without torch, without a compiler, or with DUALEDIT_NO_BUILD=1 the install succeeds, says what
 was left out and why, and every operator runs in plain PyTorch.
 
 CUDA kernels are added where nvcc and a torch with CUDA are found. They need nothing of torch's CUDA headers:
