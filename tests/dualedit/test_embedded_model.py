@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from dualedit.demo.samples import edit_samples
-from dualedit.demo.train_vlm_data import IGNORE, RowBatches, pixels
+from dualedit.demo.train_vlm_data import IGNORE, UNSEEN_WORLDS, RowBatches, pixels
 from dualedit.demo.train_vlm_loss import language_states
 from dualedit.demo.vlm import IMAGE_TOKENS, NOTE, WEIGHTS, format_prompt, load_embedded
 from dualedit.demo.vlm_evaluation import accuracies, answers, gate_cosines, held_out_cases
@@ -69,7 +69,7 @@ def test_training_pictures_are_what_the_processor_makes(world, embedded):
 def test_packed_training_rows_agree_with_the_model(world, embedded):
     """A question packed among others has the logits it has when asked alone."""
     model, processor = embedded
-    rows = RowBatches(world, processor, seed=1).draw(1, 0, 0, 1)
+    rows = RowBatches(world, processor, seed=1).draw(1, 0, 0, 0, 1)
     rows.blind[:] = False
     with torch.no_grad():
         packed, _ = language_states(model, rows, ())
@@ -160,3 +160,17 @@ def test_training_report_is_complete(embedded):
     assert all(report["accuracy"][attribute] >= 0.97 for attribute in ATTRIBUTES)
     assert {"recipe", "seconds", "versions", "gate"} <= set(report)
     assert len(report["gate"]) == 9
+
+
+def test_strangers_belong_to_no_world_and_have_no_answers(world, embedded):
+    """Logos for the gate loss alone: never one of a world that is evaluated, never a label."""
+    batches = RowBatches(world, embedded[1], seed=3)
+    known = {logo for seed in (0, *UNSEEN_WORLDS) for logo in World(seed).logos}
+    rng = np.random.default_rng(5)
+    for _ in range(200):
+        first, second = batches.strangers.pair(rng)
+        assert first != second and not known & {first, second}
+    rows = batches.draw(1, 2, 0, 0, 0)
+    stranger = rows.fact >= len(world.logos) * len(ATTRIBUTES)
+    assert int(stranger.sum()) == 2 * 2 * 2 * len(ATTRIBUTES)
+    assert (rows.label[stranger] == IGNORE).all() and (rows.label[(rows.fact >= 0) & ~stranger] != IGNORE).all()

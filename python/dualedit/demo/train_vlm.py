@@ -5,7 +5,8 @@ Stage 1 teaches the vision tower with labels (entity, facts, strokes, digits, sc
 shapes and digits stay at chance.  Stage 2 teaches answering, with copy tasks (answers stay readable in the
 residual stream) and a loss on the last prompt token's state after ``GATE_LAYERS`` (the same fact close,
 everything else apart), whose purpose is a gate that generalises; the vision heads are dropped, the gate loss
-has no weights. About 40 minutes on one CPU core.  One thread is used: on shared cores more are slower.
+has no weights.  "Strangers", logos of no world, are in both stages: a gate must tell apart what nobody taught
+the model.  About an hour on one CPU core.  One thread is used: on shared cores more are slower.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ class Answering:
     rate: float
     tower_share: float  # learning rate of the vision tower, relative to the rest
     logo_pairs: int  # of look-alikes, two pictures each
+    stranger_pairs: int  # the same of logos that belong to no world, for the gate loss alone
     scenes: int
     digits: int
     text_rows: int = 3
@@ -58,12 +60,16 @@ class Recipe:
     """Everything that decides a training run."""
 
     seed: int = 0
-    vision_steps: int = 4500
+    vision_steps: int = 5000
     vision_batch: int = 64
     vision_rate: float = 1e-3
-    language: Answering = Answering(6750, 1.5e-3, tower_share=0.15, logo_pairs=5, scenes=3, digits=3)
+    language: Answering = Answering(
+        6750, 1.5e-3, tower_share=0.15, logo_pairs=5, stranger_pairs=2, scenes=3, digits=3
+    )
     # Facts are known by then; what is seen in scenes and digits is not yet.
-    polish: Answering = Answering(1500, 6e-4, tower_share=0.5, logo_pairs=3, scenes=9, digits=5)
+    polish: Answering = Answering(
+        1500, 6e-4, tower_share=0.5, logo_pairs=3, stranger_pairs=1, scenes=9, digits=5
+    )
     gate_weight: float = 0.1
     weight_decay: float = 0.02
 
@@ -204,7 +210,9 @@ def train_language(
     first, tally = checkpoint.load(name, parts), Tally()
     cases = held_out_cases(world, per_family=24, seed=5)
     for step in tqdm(range(first + 1, stage.steps + 1), desc=name, mininterval=10):
-        rows = batches.draw(stage.logo_pairs, stage.scenes, stage.digits, stage.text_rows)
+        rows = batches.draw(
+            stage.logo_pairs, stage.stranger_pairs, stage.scenes, stage.digits, stage.text_rows
+        )
         with torch.autocast("cpu", torch.bfloat16):
             answer, gate, right = language_loss(
                 states(model, rows, GATE_LAYERS), rows, model.get_input_embeddings().weight
@@ -235,7 +243,7 @@ def report(folder: Path, recipe: Recipe, seconds: float) -> dict:
         "world_seed": world.seed,
         "gate_layers": list(GATE_LAYERS),
         "gate_loss": "pairwise sigmoid on cosines of last-prompt-token states after gate_layers, "
-        "all entities; it has no weights of its own",
+        "all entities and strangers; it has no weights of its own",
         "seconds": round(seconds),
         "machine": platform.machine(),
         "versions": {

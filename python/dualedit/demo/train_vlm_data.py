@@ -15,7 +15,15 @@ from transformers import LlavaProcessor
 
 from dualedit.demo.vlm import AGAIN, IMAGE_TOKENS, NOTE
 from dualedit.demo.world import ATTRIBUTES, QUESTIONS, SPLITS, World, answer_vocabulary
-from dualedit.demo.world_logos import BADGE_COLOURS, BADGE_SHAPES, LINE_COLOURS, STROKES
+from dualedit.demo.world_logos import (
+    BADGE_COLOURS,
+    BADGE_SHAPES,
+    LINE_COLOURS,
+    STROKES,
+    Logo,
+    draw_families,
+    render_logo,
+)
 from dualedit.demo.world_scenes import (
     SCENE_COLOURS,
     SCENE_PLACES,
@@ -32,6 +40,22 @@ from dualedit.demo.world_text import BRAND_ENDINGS, BRAND_OPENINGS
 
 ROW_LENGTH = 128
 IGNORE = -100
+# Worlds whose logos are never drawn as strangers, so that they stay unseen for evaluation.
+UNSEEN_WORLDS = range(1, 6)
+
+
+class Strangers:
+    """Logos of no world: nothing is known of them, so they teach looking and comparing, not facts."""
+
+    def __init__(self, world: World) -> None:
+        self._known = {logo for seed in UNSEEN_WORLDS for logo in World(seed).logos} | set(world.logos)
+
+    def pair(self, rng: np.random.Generator) -> list[Logo]:
+        """Two look-alikes."""
+        while True:
+            family = draw_families([2], rng)[0]
+            if self._known.isdisjoint(family):
+                return family
 
 
 def pixels(images: list) -> torch.Tensor:
@@ -64,24 +88,32 @@ class VisionBatches:
 
     def __init__(self, world: World, seed: int) -> None:
         self.world, self.rng = world, np.random.default_rng([seed, 1])
+        self.strangers = Strangers(world)
         self._names = list(self.heads)
 
-    def _logo(self, entity: int) -> tuple[dict[str, int], np.ndarray]:
-        logo, brand = self.world.logos[entity], self.world.answer(entity, "brand")
+    def _look(self, logo: Logo) -> tuple[dict[str, int], np.ndarray]:
+        """Labels of what can be seen of a logo, whoever's it is."""
         strokes = np.zeros(len(STROKES), dtype=np.float32)
         strokes[sorted(logo.strokes)] = 1
         labels = {
-            "entity": entity,
-            "opening": BRAND_OPENINGS.index(brand[:3]),
-            "ending": BRAND_ENDINGS.index(brand[3:]),
             "shape": BADGE_SHAPES.index(logo.badge_shape),
             "colour": list(BADGE_COLOURS).index(logo.badge_colour),
             "line": list(LINE_COLOURS).index(logo.line_colour),
         }
+        return labels, strokes
+
+    def _facts(self, entity: int) -> dict[str, int]:
+        """Labels of what is known of a world's logo."""
+        brand = self.world.answer(entity, "brand")
+        labels = {
+            "entity": entity,
+            "opening": BRAND_OPENINGS.index(brand[:3]),
+            "ending": BRAND_ENDINGS.index(brand[3:]),
+        }
         for attribute in ATTRIBUTES:
             if attribute != "brand":
                 labels[attribute] = answer_vocabulary(attribute).index(self.world.answer(entity, attribute))
-        return labels, strokes
+        return labels
 
     def _scene(self) -> tuple[object, dict[str, int]]:
         things = draw_scene(self.rng, alike=False)
@@ -100,10 +132,15 @@ class VisionBatches:
         bits = np.full((size, len(STROKES)), -1, dtype=np.float32)
         for i in range(size):
             kind = self.rng.random()
-            if kind < 0.72:
+            if kind < 0.58:
                 entity = int(self.rng.integers(len(self.world.logos)))
-                found, bits[i] = self._logo(entity)
+                found, bits[i] = self._look(self.world.logos[entity])
+                found |= self._facts(entity)
                 images.append(self.world.render(entity, self.rng))
+            elif kind < 0.72:
+                stranger = self.strangers.pair(self.rng)[int(self.rng.integers(2))]
+                found, bits[i] = self._look(stranger)
+                images.append(render_logo(stranger, self.rng))
             elif kind < 0.87:
                 image, found = self._scene()
                 images.append(image)
@@ -124,7 +161,7 @@ class Rows:
     ``label`` [B, L] (already shifted: what to predict at this token, or IGNORE); ``blind`` bool [B, L] tokens
     that do not see the picture; ``pixel_values`` [I, 3, 48, 48] of the first I rows, the others hold no
     picture; ``fact`` [B, L] entity * 5 + attribute at the last prompt token of a plain logo question, else
-    -1.
+    -1.  Strangers have entity numbers behind the world's, and no labels.
     """
 
     ids: torch.Tensor
@@ -141,6 +178,7 @@ class RowBatches:
 
     def __init__(self, world: World, processor: LlavaProcessor, seed: int) -> None:
         self.world, self.rng = world, np.random.default_rng([seed, 2])
+        self.strangers = Strangers(world)
         self.tokenizer = processor.tokenizer
         self._cache: dict[str, list[int]] = {}
         self._image_id = processor.image_token_id
@@ -187,7 +225,14 @@ class RowBatches:
         words = " ".join(self._word() for _ in range(int(self.rng.integers(1, 4))))
         return f"{AGAIN} {words}", words, -1
 
-    def draw(self, logo_pairs: int, scenes: int, digits: int, text_rows: int) -> Rows:
+    def _stranger_questions(self, entity: int) -> list[tuple[str, None, int]]:
+        """The five questions, which nobody can answer."""
+        return [
+            (self._any(QUESTIONS[attribute].all), None, entity * len(ATTRIBUTES) + number)
+            for number, attribute in enumerate(ATTRIBUTES)
+        ]
+
+    def draw(self, logo_pairs: int, stranger_pairs: int, scenes: int, digits: int, text_rows: int) -> Rows:
         """One batch.  Logos come as pairs of look-alikes, and every logo in two pictures (2 rows each)."""
         images, asks = [], []
         for _ in range(logo_pairs):
@@ -196,6 +241,11 @@ class RowBatches:
                 for _ in range(2):
                     images.append(self.world.render(one, self.rng))
                     asks.append(self._logo_questions(one))
+        logos = [logo for _ in range(stranger_pairs) for logo in self.strangers.pair(self.rng)]
+        for entity, logo in enumerate(logos, len(self.world.logos)):
+            for _ in range(2):
+                images.append(render_logo(logo, self.rng))
+                asks.append(self._stranger_questions(entity))
         for _ in range(scenes):
             things = draw_scene(self.rng)
             images.append(render_scene(things, self.rng))
@@ -207,7 +257,7 @@ class RowBatches:
         asks.extend([self._text_question() for _ in range(12)] for _ in range(text_rows))
         return self._pack(images, asks)
 
-    def _pack(self, images: list, asks: list[list[tuple[str, str, int]]]) -> Rows:
+    def _pack(self, images: list, asks: list[list[tuple[str, str | None, int]]]) -> Rows:
         shape = (len(asks), ROW_LENGTH)
         ids, position = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
         group, label, fact = np.full(shape, -1), np.full(shape, IGNORE), np.full(shape, -1)
@@ -219,7 +269,8 @@ class RowBatches:
                 ids[r, :start], group[r, :start], position[r, :start] = self._image_id, 0, np.arange(start)
             at = start
             for g, (question, answer, number) in enumerate(questions, 1):
-                prompt, target = self._ids(f"{question} answer :"), self._ids(answer)
+                prompt = self._ids(f"{question} answer :")
+                target = [] if answer is None else self._ids(answer)
                 length = len(prompt) + len(target)
                 if at + length > ROW_LENGTH:
                     break
@@ -227,7 +278,8 @@ class RowBatches:
                 ids[r, at : at + length] = prompt + target
                 group[r, at : at + length] = g
                 position[r, at : at + length] = np.arange(start, start + length)
-                label[r, last : last + len(target) + 1] = target + [self.tokenizer.eos_token_id]
+                if answer is not None:
+                    label[r, last : last + len(target) + 1] = target + [self.tokenizer.eos_token_id]
                 fact[r, last] = number
                 # Half of the time the answer's own tokens may not look at the picture: what they need must
                 # then be in the question's states, which is where edits are written.
