@@ -13,7 +13,7 @@ KERNELS = ROOT / "dualedit_kernels"
 LEVELS = [
     {"sequence"},
     {"config", "data", "context"},
-    {"architectures", "modules", "memory", "prompting"},
+    {"architectures", "modules", "memory", "prompting", "routing_key"},
     {"routing", "replay"},
     {"layer"},
     {"model", "fitting"},

@@ -21,6 +21,7 @@ class EditType(str, Enum):
 GATES = ("prompt", "published")
 METRICS = ("l2", "cosine")
 KEYS = ("mean", "last")
+ROUTING_KEYS = ("last", "learned")
 VALUES = ("low_rank", "full")
 
 
@@ -95,6 +96,10 @@ class DualEditConfig(EditConfig):
         gate: "prompt" compares the last prompt token on both sides (what is known when a question is asked);
             "published" compares the last input token, as the published evaluation does, where that token is
             part of the answer: it sees the label and is for comparison only.
+        key: by what the gate looks an input up: "last", the state of the last token (the paper's), or
+            "learned", what a `RoutingKey` makes of the prompt's states; train it with
+            `training.train_routing_key`.
+        key_dim: width of a learned key (P).
         norm_eps: epsilon of the adapters' LayerNorms.
         init_weights: True starts the adapters as the identity (output projection zero); False at random.
     """
@@ -111,6 +116,10 @@ class DualEditConfig(EditConfig):
     gate: str = field(
         default="prompt", metadata={"help": "'prompt' (honest) or 'published' (sees the answer)."}
     )
+    key: str = field(
+        default="last", metadata={"help": "Look inputs up by the 'last' token or a 'learned' key."}
+    )
+    key_dim: int = field(default=128, metadata={"help": "Width of a learned key."})
     norm_eps: float = field(default=1e-5, metadata={"help": "Epsilon of the adapters' LayerNorms."})
     init_weights: bool = field(default=True, metadata={"help": "Start as the identity (True) or at random."})
 
@@ -131,6 +140,9 @@ class DualEditConfig(EditConfig):
         )
         _require(-1.0 <= self.threshold <= 1.0, "threshold", self.threshold, "a cosine lies in [-1, 1]")
         _require(self.gate in GATES, "gate", self.gate, f"choose one of {GATES}")
+        _require(self.key in ROUTING_KEYS, "key", self.key, f"choose one of {ROUTING_KEYS}")
+        fits = self.key_dim > 0 and self.key_dim % 4 == 0
+        _require(fits, "key_dim", self.key_dim, "pass a positive multiple of 4 (its pooling has 4 heads)")
 
 
 @dataclass

@@ -21,7 +21,7 @@ from .fitting import fit_value, to_device
 from .layer import EditLayer
 from .memory import MemoryGroup, Snapshot
 from .model import active_group
-from .routing import cosine_radius, last_state, pool_key
+from .routing import cosine_radius, pool_key
 
 Inputs = Mapping[str, Tensor]
 
@@ -124,13 +124,18 @@ def record_states(model: nn.Module, inputs: Inputs) -> tuple[dict[str, Tensor], 
 
 
 def _query(
-    states: dict[str, Tensor], prompt: Prompt, layer_name: str, config: DualEditConfig | BalancEditConfig
+    model: nn.Module, name: str, config: DualEditConfig | BalancEditConfig, states: dict, prompt: Prompt
 ) -> Tensor:
-    """The vector [B, D] by which an input is looked up."""
+    """The vector [B, D] (or [B, key_dim]) by which adapter `name` looks an input up."""
+    group = active_group(model)[2]
+    layer_name = _gate_layer(group)
     hidden = states[layer_name]
     if isinstance(config, BalancEditConfig):
         return pool_key(hidden, config.key, prompt.prompt(), prompt.last)
-    return last_state(hidden, prompt.last if config.gate == "prompt" else prompt.last_input)
+    last = prompt.last if config.gate == "prompt" else prompt.last_input
+    layer = edit_layers(model, group)[layer_name]
+    with torch.no_grad():
+        return layer.route_key(name, hidden, prompt.text, prompt.image, last)
 
 
 def _gate_layer(group: MemoryGroup) -> str:
@@ -152,12 +157,11 @@ def lookup_many(model: nn.Module, inputs: Inputs) -> list[Lookup]:
     Args:
         inputs: what a processor returns for a batch of prompts, padding masked.
     """
-    _, config, group = active_group(model)
+    name, config, group = active_group(model)
     nothing = Lookup(None, float("inf"), 0.0, False)
     if not len(group):
         return [nothing] * inputs["input_ids"].shape[0]
-    states, prompt = record_states(model, inputs)
-    query = _query(states, prompt, _gate_layer(group), config)
+    query = _query(model, name, config, *record_states(model, inputs))
     stored = group.snapshot()[_gate_layer(group)]
     radius = _radii(stored, config)
     keys = stored.tables["key"].to(query.dtype)
@@ -208,8 +212,8 @@ def _distances(key: Tensor, others: Sequence[Tensor], metric: str) -> list[float
     return distances
 
 
-def _queries(model: nn.Module, samples: Sequence[Inputs], layer: str, config) -> list[Tensor]:
-    return [_query(*record_states(model, sample), layer, config) for sample in samples]
+def _queries(model: nn.Module, name: str, config, samples: Sequence[Inputs]) -> list[Tensor]:
+    return [_query(model, name, config, *record_states(model, sample)) for sample in samples]
 
 
 def _balancedit_radius(config: BalancEditConfig, positive: list[float], negative: list[float]) -> float:
@@ -275,9 +279,9 @@ def _add_dualedit(model, name, config, group, inputs, full, positives, negatives
         mask = full.get("attention_mask")
         attended = torch.ones_like(prompt.text[0]) if mask is None else mask[0].to(prompt.text.device) != 0
         rows = _dualedit_rows(layers, name, states, attended)
-        key = _query(states, prompt, gate, config)
+        key = _query(model, name, config, states, prompt)
         distances = [
-            _distances(key, _queries(model, samples, gate, config), "cosine")
+            _distances(key, _queries(model, name, config, samples), "cosine")
             for samples in (positives, negatives)
         ]
     rows[gate] |= {"key": key[0], "radius": torch.tensor(_dualedit_radius(config, *distances))}
@@ -287,9 +291,9 @@ def _add_dualedit(model, name, config, group, inputs, full, positives, negatives
 def _add_balancedit(model, name, config, group, inputs, full, positives, negatives):
     layer_name = _gate_layer(group)
     layer = edit_layers(model, group)[layer_name]
-    key = _query(*record_states(model, inputs), layer_name, config)
+    key = _query(model, name, config, *record_states(model, inputs))
     positive, negative = (
-        _distances(key, _queries(model, samples, layer_name, config), config.metric)
+        _distances(key, _queries(model, name, config, samples), config.metric)
         for samples in (positives, negatives)
     )
     radius = _balancedit_radius(config, positive, negative)

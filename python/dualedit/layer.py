@@ -16,6 +16,7 @@ from .context import Bound, EditRuntime, ForwardPass, Record
 from .memory import EditMemory, MemoryGroup, Snapshot
 from .modules import EditCrossAttention, EditKV
 from .routing import Decision, cosine_radius, last_state, route_codebook
+from .routing_key import RoutingKey
 
 
 def _first(output: Any) -> Tensor:
@@ -109,12 +110,14 @@ class DualEditLayer(EditLayer):
     edit twice and, with two forwards before one backward, with the wrong state.
     """
 
-    adapter_layer_names = ("dualedit_adapter",)
+    adapter_layer_names = ("dualedit_adapter", "dualedit_router")
     other_param_names = ("dualedit_memory",)
 
     def __init__(self, base_layer: nn.Module, layer_name: str, runtime: EditRuntime):
         super().__init__(base_layer, layer_name, runtime)
         self.dualedit_adapter = nn.ModuleDict()
+        # Learned routing keys, for the adapters that have one, at the layer that holds their gate.
+        self.dualedit_router = nn.ModuleDict()
         self.dualedit_memory = nn.ModuleDict()
         self.roles: dict[str, Role] = {}
         self.configs: dict[str, DualEditConfig] = {}
@@ -134,11 +137,17 @@ class DualEditLayer(EditLayer):
                 for part in parts
             }
         )
+        learned = config.key == "learned"
+        router = RoutingKey(hidden_size, config.key_dim, eps=config.norm_eps) if learned else None
         if next(adapters.parameters()).device.type != "meta":
-            adapters.to(device=device, dtype=dtype)
+            for made in (adapters, router):
+                if made is not None:
+                    made.to(device=device, dtype=dtype)
         self.dualedit_adapter[adapter_name] = adapters
+        if role.gate and router is not None:
+            self.dualedit_router[adapter_name] = router
         tokens = {f"{kind}_{part}": config.mid_dim for part in parts for kind in ("k", "v")}
-        keys = {"key": (hidden_size,), "radius": ()} if role.gate else {}
+        keys = {"key": (config.key_dim if learned else hidden_size,), "radius": ()} if role.gate else {}
         memory = EditMemory(keys, tokens, device=device, dtype=dtype)
         self.dualedit_memory[adapter_name] = memory
         group.memories[self.layer_name] = memory
@@ -199,9 +208,23 @@ class DualEditLayer(EditLayer):
         config = self.configs[name]
         prompt = forward.sequence.prompt
         last = forward.position(prompt.last if config.gate == "prompt" else prompt.last_input)
-        query = last_state(hidden.detach(), last.clamp(min=0))
+        image = None if prompt.image is None else forward.columns(prompt.image)
+        query = self.route_key(name, hidden.detach(), forward.columns(prompt.text), image, last.clamp(min=0))
         radius = cosine_radius(snapshot.tables["radius"], config.threshold)
-        return nearest_key(query, snapshot.tables["key"].to(hidden.dtype), radius, "cosine")[0]
+        return nearest_key(query, snapshot.tables["key"].to(query.dtype), radius, "cosine")[0]
+
+    def route_key(
+        self, name: str, hidden: Tensor, text: Tensor, image: Tensor | None, last: Tensor
+    ) -> Tensor:
+        """The vectors [B, D] or [B, key_dim] by which an adapter looks up states [B, L, D].
+
+        Args:
+            text, image: [B, L] bool, the prompt's tokens; image None where they are not known.
+            last: [B] int64, column of the token that the gate reads.
+        """
+        if name not in self.dualedit_router:
+            return last_state(hidden, last)
+        return self.dualedit_router[name](hidden, text, image, last)
 
     def _apply_all(
         self, hidden: Tensor, name: str, forward: ForwardPass, route: Tensor, edits: dict[str, EditKV]

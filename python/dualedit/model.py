@@ -116,7 +116,7 @@ class DualEditModel(EditTuner):
 
     prefix = "dualedit_"
     tuner_layer_cls = DualEditLayer
-    containers = ("dualedit_adapter", "dualedit_memory")
+    containers = ("dualedit_adapter", "dualedit_router", "dualedit_memory")
 
     def _targets(self, config: DualEditConfig) -> list[str]:
         model = self.model
@@ -221,6 +221,8 @@ def inject_dualedit(
     num_heads: int = 8,
     threshold: float = 0.8,
     gate: str = "prompt",
+    key: str = "last",
+    key_dim: int = 128,
     norm_eps: float = 1e-5,
     init_weights: bool = True,
     image_token_ids: list[int] | None = None,
@@ -244,7 +246,8 @@ def inject_dualedit(
     """
     config = DualEditConfig(
         text_layer=text_layer, vis_layer=vis_layer, mid_dim=mid_dim, num_heads=num_heads, threshold=threshold,
-        gate=gate, norm_eps=norm_eps, init_weights=init_weights, image_token_ids=image_token_ids,
+        gate=gate, key=key, key_dim=key_dim, norm_eps=norm_eps, init_weights=init_weights,
+        image_token_ids=image_token_ids,
     )  # fmt: skip
     return _inject(model, config, adapter_name)
 

@@ -45,7 +45,7 @@ def balancedit_config(layer: str = BALANCEDIT_LAYER, alpha: float = 0.2) -> dict
     """Arguments of `inject_balancedit` for the embedded model."""
     return {
         "layer": layer, "alpha": alpha, "metric": "l2", "key": "last", "value": "low_rank", "rank": 8,
-        "learning_rate": 1e-2, "max_steps": 60, "stop_probability": 0.95,
+        "learning_rate": 1e-2, "max_steps": 100, "stop_probability": 0.999,
     }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from .calibration import Curve, calibrate_alpha, calibrate_threshold, measure_curve
 from .dualedit import TrainSettings, optimise, train_adapters
+from .routing_key import train_routing_key
 
 __all__ = [
     "Curve",
@@ -11,4 +12,5 @@ __all__ = [
     "measure_curve",
     "optimise",
     "train_adapters",
+    "train_routing_key",
 ]

@@ -1,0 +1,221 @@
+"""Training a learned routing key: the same fact close, everything else apart, on frozen states."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..architectures import unwrap
+from ..context import describe_prompt, recording, runtime_of
+from ..data import EditSample, Probe
+from ..editing import edit_layers
+from ..fitting import to_device
+from ..layer import DualEditLayer
+from ..model import active_group
+from ..prompting import Prompter
+from .dualedit import TrainSettings, optimise
+
+SCALE, CENTRE = 16.0, 0.5  # a cosine above CENTRE is called the same fact
+
+
+@dataclass
+class Questions:
+    """R questions as the gate's layer sees them.
+
+    Attributes:
+        states: [R, L, D] half precision, what the layer puts out; prompts end in the last column.
+        text, image: [R, L] bool.
+        fact: [R] int64, which fact a question is about; negative: about none that is edited.
+        anchor: [R] bool, the edits themselves.
+    """
+
+    states: Tensor
+    text: Tensor
+    image: Tensor
+    fact: Tensor
+    anchor: Tensor
+
+    def last(self) -> Tensor:
+        """[R] int64: prompts are padded on the left."""
+        return torch.full((len(self.fact),), self.states.shape[1] - 1)
+
+
+def routing_probes(sample: EditSample) -> tuple[list[Probe], list[Probe]]:
+    """Questions about a sample's fact, the edit first, and questions about others.
+
+    Wordings come from the request and its rephrases, never from "t_gen" (the test's); of "v_gen" only the
+    images are used.
+    """
+    request = sample.request
+    wordings = [request.prompt, *sample.rephrases]
+    same = [Probe(request.image, wording) for wording in wordings]
+    for number, probe in enumerate(sample.generality.get("v_gen", ())):
+        same.append(Probe(probe.image, wordings[number % len(wordings)]))
+    return same, [probe for probes in sample.locality.values() for probe in probes]
+
+
+class _Seen(Exception):
+    """Leaves a forward once the gate's layer has run."""
+
+
+def _states(base: nn.Module, layer: DualEditLayer, inputs: dict[str, Tensor]) -> Tensor:
+    """[R, L, D] what the layer puts out, without running the layers above it."""
+
+    def leave(module: nn.Module, args: tuple, output: object) -> None:
+        raise _Seen
+
+    handle = layer.register_forward_hook(leave)
+    with torch.no_grad(), recording(base) as states:
+        try:
+            base(**to_device(inputs, base), use_cache=False)
+        except _Seen:
+            pass
+        finally:
+            handle.remove()
+    return states[layer.layer_name]
+
+
+class _Numbers:
+    """Facts as numbers; a probe that names no fact gets a negative one of its own."""
+
+    def __init__(self) -> None:
+        self._known: dict[object, int] = {}
+        self._alone = 0
+
+    def of(self, fact: object) -> int:
+        if fact is None:
+            self._alone -= 1
+            return self._alone
+        return self._known.setdefault(fact, len(self._known))
+
+
+def read_questions(
+    model: nn.Module, prompter: Prompter, samples: Sequence[EditSample], progress: bool = True
+) -> list[Questions]:
+    """The questions of each sample, run through the frozen layers below the gate once."""
+    _, _, group = active_group(model)
+    layer = _gated_layer(model)
+    base, numbers, read = unwrap(model), _Numbers(), []
+    for place, sample in enumerate(
+        tqdm(samples, desc="reading questions", unit="fact", disable=not progress, mininterval=5)
+    ):
+        same, others = routing_probes(sample)
+        inputs = prompter.inputs([(probe.image, probe.prompt) for probe in (*same, *others)])
+        ids, attended = inputs["input_ids"], inputs.get("attention_mask")
+        prompt = describe_prompt(
+            ids, attended, None, runtime_of(base).image_ids, tuple(ids.shape), ids.device
+        )
+        own = numbers.of(sample.fact or ("sample", place))
+        read.append(
+            Questions(
+                states=_states(base, layer, inputs).to(torch.float16),
+                text=prompt.text,
+                image=prompt.image,
+                fact=torch.tensor([own] * len(same) + [numbers.of(probe.fact) for probe in others]),
+                anchor=torch.arange(len(same) + len(others)) == 0,
+            )
+        )
+    return read
+
+
+def _gated_layer(model: nn.Module) -> DualEditLayer:
+    name, config, group = active_group(model)
+    for layer in edit_layers(model, group).values():
+        if isinstance(layer, DualEditLayer) and name in layer.dualedit_router:
+            return layer
+    raise ValueError(
+        f"adapter {name!r} ({type(config).__name__}) has no learned routing key: inject it with "
+        f"inject_dualedit(model, ..., key='learned')."
+    )
+
+
+def join(questions: Sequence[Questions]) -> Questions:
+    """One batch of several samples' questions, padded on the left."""
+    width = max(q.states.shape[1] for q in questions)
+
+    def wide(value: Tensor) -> Tensor:
+        return nn.functional.pad(value, (*(0, 0) * (value.ndim - 2), width - value.shape[1], 0))
+
+    return Questions(
+        *(torch.cat([wide(getattr(q, name)) for q in questions]) for name in ("states", "text", "image")),
+        *(torch.cat([getattr(q, name) for q in questions]) for name in ("fact", "anchor")),
+    )
+
+
+def routing_loss(keys: Tensor, fact: Tensor, anchor: Tensor) -> Tensor:
+    """Pairwise sigmoid loss between edits and questions.
+
+    Args:
+        keys: [R, P] of length 1.
+        fact: [R] int64; equal numbers are the same fact.
+        anchor: [R] bool, the edits.
+
+    Returns:
+        the mean over pairs of the same fact, plus the mean over the hardest twentieth of the other pairs:
+        look-alikes are few among the unrelated, and a gate fails by its worst neighbours.
+    """
+    logits = SCALE * (keys[anchor] @ keys.T - CENTRE)
+    same = fact[anchor][:, None] == fact[None]
+    itself = torch.zeros_like(same)
+    itself[torch.arange(int(anchor.sum())), anchor.nonzero()[:, 0]] = True
+    attract = nn.functional.softplus(-logits[same & ~itself])
+    repel = nn.functional.softplus(logits[~same])
+    hardest = repel.topk(max(1, len(repel) // 20)).values
+    return attract.mean() + hardest.mean()
+
+
+def train_routing_key(
+    model: nn.Module,
+    prompter: Prompter,
+    samples: Sequence[EditSample],
+    settings: TrainSettings | None = None,
+    on_step: Callable[[int, float, float], None] | None = None,
+    progress: bool = True,
+) -> list[float]:
+    """Train the learned routing key of the active DualEdit adapter in place; nothing else changes.
+
+    Every sample's questions are run through the frozen lower layers once and kept in half precision (R x L x
+    D x 2 bytes a sample); a step then runs the head only. Positives are the edit's own rephrases and other
+    images, negatives its locality probes (look-alikes, other questions about the image, unrelated ones) and
+    everything of the other samples in the batch.
+
+    Args:
+        model: from `inject_dualedit(..., key="learned")`, with no stored edits (their keys would go stale).
+        samples: training facts; entities that the test uses must not be among them. Facts are told apart by
+            (entity, family): facts of several worlds need distinct entity numbers.
+        settings: `batch_size` samples a step; `locality_weight` is not used. None: 1,500 steps of 48 samples
+            at a learning rate of 1e-3.
+        on_step: called with the step, its loss and 0.
+
+    Returns:
+        the loss of every step.
+
+    Raises:
+        ValueError: no samples, a model that holds edits, or an adapter without a learned key.
+    """
+    settings = settings or TrainSettings(steps=1500, batch_size=48, learning_rate=1e-3)
+    name, _, group = active_group(model)
+    layer = _gated_layer(model)
+    if len(group):
+        raise ValueError(f"model holds {len(group)} edits: train on an adapter without any.")
+    if not samples:
+        raise ValueError("samples is empty: pass at least one fact.")
+    router = layer.dualedit_router[name]
+    questions = read_questions(model, prompter, samples, progress)
+    generator = torch.Generator().manual_seed(settings.seed)
+    parameters = list(router.parameters())
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+
+    def losses_of(step: int) -> tuple[Tensor, Tensor]:
+        chosen = torch.randint(len(questions), (settings.batch_size,), generator=generator)
+        batch = join([questions[int(i)] for i in chosen.unique()])
+        keys = router(batch.states.to(parameters[0].device), batch.text, batch.image, batch.last())
+        loss = routing_loss(keys, batch.fact.to(keys.device), batch.anchor.to(keys.device))
+        return loss, torch.zeros_like(loss)
+
+    return [change for change, _ in optimise(parameters, losses_of, settings, on_step)]

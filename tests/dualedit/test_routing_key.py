@@ -1,0 +1,173 @@
+"""The learned routing key: what it reads, that it travels with the adapter, that training moves it alone."""
+
+import pytest
+import torch
+from dualedit import lookup
+from dualedit.config import DualEditConfig
+from dualedit.data import Probe
+from dualedit.demo.samples import edit_samples
+from dualedit.demo.vlm import load_embedded
+from dualedit.demo.world import World
+from dualedit.model import inject_dualedit
+from dualedit.prompting import Prompter
+from dualedit.routing_key import RoutingKey
+from dualedit.training import TrainSettings, train_routing_key
+from dualedit.training.routing_key import join, read_questions, routing_loss, routing_probes
+from peft import PeftModel
+from tiny_models import FAMILIES, LLAVA, edit_layers, editor_of, store
+
+D, P = 24, 16
+
+
+def trained_like(key: RoutingKey, generator: torch.Generator) -> RoutingKey:
+    """A head whose every weight matters."""
+    with torch.no_grad():
+        for parameter in key.parameters():
+            parameter.normal_(std=0.4, generator=generator)
+    return key
+
+
+def prompts(generator: torch.Generator, rows: int = 3, length: int = 9) -> tuple:
+    hidden = torch.randn(rows, length, D, generator=generator)
+    image = torch.zeros(rows, length, dtype=torch.bool)
+    image[:, 1:5] = True
+    return hidden, ~image, image, torch.full((rows,), length - 1)
+
+
+def test_one_head_is_the_formula_in_float64(generator):
+    head = trained_like(RoutingKey(D, P, num_heads=1), generator).double()
+    hidden, text, image, last = prompts(generator)
+    x = head.norm(hidden.double())
+    end = x[:, -1]
+    look, read = head.query(end)[:, :P], head.query(end)[:, P:]
+    pools = []
+    for query, mask in ((look, image), (read, text)):
+        score = torch.einsum("bp,blp->bl", query, head.key(x)) / P**0.5
+        weight = score.masked_fill(~mask, -torch.inf).softmax(1)
+        pools.append(torch.einsum("bl,blp->bp", weight, head.value(x)))
+    mixed = head.out(torch.nn.functional.gelu(head.mix(torch.cat([end, *pools], 1))))
+    wanted = torch.nn.functional.normalize(head.skip(end) + mixed, dim=1)
+    torch.testing.assert_close(head(hidden, text, image, last).double(), wanted, atol=1e-6, rtol=1e-6)
+
+
+def test_padding_does_not_matter_whatever_it_holds(generator):
+    head = trained_like(RoutingKey(D, P), generator)
+    hidden, text, image, last = prompts(generator)
+    pad = (2, 3)
+
+    def padded(mask):
+        return torch.nn.functional.pad(mask, pad)
+
+    wide = torch.full((len(hidden), hidden.shape[1] + sum(pad), D), torch.nan)
+    wide[:, pad[0] : -pad[1]] = hidden
+    found = head(wide, padded(text), padded(image), last + pad[0])
+    torch.testing.assert_close(found, head(hidden, text, image, last))
+
+
+def test_image_and_question_tokens_both_count_and_may_be_missing(generator):
+    head = trained_like(RoutingKey(D, P), generator)
+    hidden, text, image, last = prompts(generator)
+    before = head(hidden, text, image, last)
+    for mask in (image, text & (torch.arange(9) < 8)):
+        moved = hidden + mask[:, :, None] * torch.randn(hidden.shape, generator=generator)
+        assert (head(moved, text, image, last) - before).abs().max() > 1e-2
+    for nothing in (None, torch.zeros_like(image)):
+        alone = head(hidden, text, nothing, last)
+        assert torch.isfinite(alone).all()
+    torch.testing.assert_close(alone.norm(dim=1), torch.ones(3))
+
+
+def test_untrained_it_is_nearly_the_plain_key(generator):
+    hidden, text, image, last = prompts(generator, rows=40)
+    torch.manual_seed(int(torch.randint(1000, (1,), generator=generator)))
+    head = RoutingKey(D, 512)
+    plain = torch.nn.functional.normalize(head.norm(hidden[:, -1]), dim=1)
+    key = head(hidden, text, image, last)
+    # Johnson-Lindenstrauss: an error of about 1 / sqrt(512) = 0.044; five of those.
+    assert (key @ key.T - plain @ plain.T).abs().max() < 0.22
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_fires_travels_and_leaves_others_bit_for_bit(family, generator, tmp_path):
+    base = family.build()
+    other = family.question(generator, words=8)
+    with torch.no_grad():
+        before = base(**other).logits
+    model = editor_of(family, "dualedit", base, key="learned", key_dim=P)
+    gate = edit_layers(model)[0]
+    trained_like(gate.dualedit_router["default"], generator)
+    asked = family.question(generator)
+    with torch.no_grad():
+        unedited = model(**asked).logits
+    edit = store(model, asked, generator)
+    assert gate.dualedit_memory["default"].key[:1].shape == (1, P)
+    found = lookup(model, asked)
+    assert found.fired and found.edit_id == edit.id and found.distance < 1e-5
+    assert not lookup(model, other).fired
+    with torch.no_grad():
+        edited = model(**asked).logits
+        assert not torch.equal(edited, unedited)
+        assert torch.equal(model(**other).logits, before)
+        with model.disable_adapter():
+            assert torch.equal(model(**asked).logits, unedited)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(family.build(), str(tmp_path))
+    with torch.no_grad():
+        assert torch.equal(again(**asked).logits, edited)
+        assert torch.equal(again.unload()(**other).logits, before)
+
+
+def test_loss_by_hand():
+    """Two edits and two questions; cosines 1, 0 and 0.6 with scale 16 and centre 0.5."""
+    keys = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.6, 0.8]])
+    fact, anchor = torch.tensor([7, 8, 7, -1]), torch.tensor([True, True, False, False])
+    softplus = torch.nn.functional.softplus
+    attract = softplus(torch.tensor(-8.0))  # the question of fact 7 at cosine 1
+    repel = softplus(16 * torch.tensor([0.8 - 0.5]))[0]  # the hardest of six other pairs: 0.8
+    torch.testing.assert_close(routing_loss(keys, fact, anchor), attract + repel)
+
+
+def test_training_moves_the_head_alone_and_tells_facts_better_apart(seed):
+    base, processor = load_embedded()
+    torch.manual_seed(seed)
+    model = inject_dualedit(base, 1, 1, mid_dim=32, num_heads=4, key="learned", key_dim=32)
+    samples = edit_samples(World(0), "train", 40, seed=seed % 1000)
+    prompter = Prompter(processor)
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    settings = TrainSettings(steps=40, batch_size=12, learning_rate=2e-3, warmup=5, seed=seed)
+    history = train_routing_key(model, prompter, samples, settings, progress=False)
+    moved = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
+    assert moved and all(".dualedit_router." in name for name in moved)
+    assert sum(history[-10:]) < sum(history[:10])
+
+
+def test_questions_are_told_apart_by_their_facts(generator):
+    samples = edit_samples(World(0), "train", 3, seed=4)
+    base, processor = load_embedded()
+    model = inject_dualedit(base, 1, 1, mid_dim=32, num_heads=4, key="learned", key_dim=32)
+    read = read_questions(model, Prompter(processor), samples, progress=False)
+    batch = join(read)
+    assert int(batch.anchor.sum()) == 3 and batch.states.shape[:2] == batch.text.shape
+    for sample, questions in zip(samples, read, strict=True):
+        same, others = routing_probes(sample)
+        assert same[0] == Probe(sample.request.image, sample.request.prompt)
+        assert not {p.prompt for p in same} & {p.prompt for p in sample.generality["t_gen"]}
+        own = questions.fact[0]
+        assert (questions.fact[: len(same)] == own).all() and (questions.fact[len(same) :] != own).all()
+        assert len(questions.fact) == len(same) + len(others)
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match="key='first'.*'last', 'learned'"):
+        DualEditConfig(key="first")
+    with pytest.raises(ValueError, match="key_dim=6"):
+        DualEditConfig(key="learned", key_dim=6)
+    model = editor_of(LLAVA, "dualedit")
+    with pytest.raises(ValueError, match="no learned routing key.*key='learned'"):
+        train_routing_key(model, None, [], None)
+    learned = editor_of(LLAVA, "dualedit", key="learned", key_dim=P)
+    with pytest.raises(ValueError, match="samples is empty"):
+        train_routing_key(learned, None, [], None)
+    store(learned, LLAVA.question(torch.Generator()), torch.Generator())
+    with pytest.raises(ValueError, match="holds 1 edits"):
+        train_routing_key(learned, None, [], None)
