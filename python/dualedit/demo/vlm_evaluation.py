@@ -21,12 +21,13 @@ OTHERS = ("hard_image", "hard_question", "same_question", "m_loc", "t_loc")
 
 @dataclass(frozen=True)
 class Case:
-    """One question of the held-out check; ``family`` says what kind."""
+    """One question of the held-out check; ``family`` says what kind, ``fact`` which (entity, attribute)."""
 
     family: str
     image: Image.Image | None
     question: str
     answer: str
+    fact: tuple[int, str] | None = None
 
 
 def held_out_cases(world: World, per_family: int, seed: int = 1) -> list[Case]:
@@ -41,11 +42,8 @@ def held_out_cases(world: World, per_family: int, seed: int = 1) -> list[Case]:
         for entity in rng.choice(len(world.logos), size=per_family, replace=per_family > len(world.logos)):
             wordings = QUESTIONS[attribute].all
             question = wordings[int(rng.integers(len(wordings)))]
-            cases.append(
-                Case(
-                    attribute, world.render(int(entity), rng), question, world.answer(int(entity), attribute)
-                )
-            )
+            fact = (int(entity), attribute)
+            cases.append(Case(attribute, world.render(fact[0], rng), question, world.answer(*fact), fact))
     for _ in range(per_family):
         entity = int(rng.integers(len(world.logos)))
         pictures = [
