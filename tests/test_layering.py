@@ -15,7 +15,7 @@ LEVELS = [
     {"config", "data", "context"},
     {"architectures", "modules", "memory", "prompting"},
     {"routing", "replay"},
-    {"layer"},
+    {"layer", "adapters"},
     {"model", "fitting"},
     {"editing"},
     {"storage", "editor"},
@@ -24,7 +24,7 @@ LEVELS = [
 ]
 WITHIN_A_LEVEL = {("evaluation", "baselines"), ("training", "evaluation"), ("evaluation", "datasets"),
                   ("training", "datasets"), ("analysis", "evaluation"), ("baselines", "datasets"),
-                  ("analysis", "datasets"), ("cli", "demo")}  # fmt: skip
+                  ("analysis", "datasets"), ("cli", "demo"), ("adapters", "layer")}  # fmt: skip
 KERNELS_MAY_IMPORT = {"torch", "triton", "dualedit_kernels"}
 
 

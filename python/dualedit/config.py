@@ -60,6 +60,8 @@ class EditConfig(PeftConfig):
             model's config.
         base_fingerprint: what the base model looked like when the edits were made; injection into a model
             that looks different is refused. None skips the check.
+        memory_sizes: rows of each layer's tables in the saved file, written by saving; loaders that allocate
+            before they read need it.
     """
 
     target_modules: list[str] | None = field(
@@ -70,6 +72,9 @@ class EditConfig(PeftConfig):
     )
     base_fingerprint: dict[str, object] | None = field(
         default=None, metadata={"help": "What the base model looked like when the edits were made."}
+    )
+    memory_sizes: dict[str, dict[str, int]] | None = field(
+        default=None, metadata={"help": "Rows of each layer's tables in the saved file; set by saving."}
     )
 
     @classmethod
