@@ -10,7 +10,7 @@ Importing this package registers both editors with PEFT, so that `PeftModel.from
 edits.
 """
 
-from .adapters import disabled, remove_adapter
+from .adapters import disabled, lifted, remove_adapter
 from .config import BalancEditConfig, DualEditConfig
 from .context import explicit_masks
 from .data import EditRequest, EditSample, Probe
@@ -36,6 +36,7 @@ __all__ = [
     "explicit_masks",
     "inject_balancedit",
     "inject_dualedit",
+    "lifted",
     "list_edits",
     "load_edits",
     "lookup",

@@ -11,7 +11,7 @@ from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from .architectures import unwrap
+from .architectures import plain_name, unwrap
 from .config import EditConfig
 from .context import framed, runtime_of
 from .layer import EditLayer
@@ -32,6 +32,64 @@ def unwrap_layers(model: nn.Module, only_empty: bool = False) -> None:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, module.base_layer)
     _drop_runtime(model)
+
+
+@contextmanager
+def lifted_layers(base: nn.Module, but: type[EditLayer] | None = None) -> Iterator[None]:
+    """Take the edit layers (except those of class `but`) off inside a block, and put them back around what
+    stands in their place then.
+
+    PEFT looks at no module inside a wrapped one: what is injected meanwhile finds the base model's own names.
+    """
+    lifted = []
+    for name, module in reversed(list(base.named_modules())):  # from the inside out
+        if isinstance(module, EditLayer) and not (but is not None and isinstance(module, but)):
+            parent, _, child = name.rpartition(".")
+            setattr(base.get_submodule(parent), child, module.base_layer)
+            lifted.append((plain_name(name), module))
+    try:
+        yield
+    finally:
+        for name, module in lifted:
+            parent, _, child = name.rpartition(".")
+            place = base.get_submodule(parent)
+            module.base_layer = getattr(place, child)
+            setattr(place, child, module)
+
+
+@contextmanager
+def lifted(model: nn.Module) -> Iterator[None]:
+    """Take all edits off a model inside a `with` block, for what PEFT does with adapters of other methods.
+
+    PEFT does not look inside layers that another adapter wraps, as DualEdit wraps whole decoder layers: a
+    LoRA that is added would pass those layers over, one that is saved would name the wrapped layers, and
+    merging stops at them. Inside the block it finds the model as it is without edits, and the edits come back
+    behind it: `with lifted(model): model.save_pretrained("style")`. Not for use while other threads run the
+    model.
+
+    Args:
+        model: a `PeftModel` whose own adapters are not edits, or a transformers model with adapters of its
+            own.
+
+    Raises:
+        ValueError: a `PeftModel` of an editor: its edits are all that makes it one.
+    """
+    base = unwrap(model)
+    if isinstance(model, PeftModel) and isinstance(model.active_peft_config, EditConfig):
+        raise ValueError(
+            f"model is a PeftModel of {model.peft_type.value} edits: pass its base model, "
+            f"model.get_base_model(), and use PEFT's functions on that."
+        )
+    configs = getattr(base, "peft_config", {})
+    kept = {name: config for name, config in configs.items() if isinstance(config, EditConfig)}
+    for name in kept:
+        del configs[name]
+    try:
+        with lifted_layers(base):
+            yield
+    finally:
+        base.peft_config = getattr(base, "peft_config", {})
+        base.peft_config.update(kept)
 
 
 def remove_editors(model: nn.Module) -> None:

@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from . import architectures
-from .adapters import put_beside, unwrap_layers
+from .adapters import lifted_layers, put_beside, unwrap_layers
 from .config import BalancEditConfig, DualEditConfig, EditConfig, EditType
 from .context import EditRuntime, runtime_of
 from .layer import BalancEditLayer, DualEditLayer, EditLayer, Role
@@ -44,6 +44,14 @@ class EditTuner(BaseTuner):
         peft_config.base_fingerprint = peft_config.base_fingerprint or architectures.fingerprint(model)
         peft_config.target_modules = targets
         return peft_config
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
+        """Place the adapter's layers, in whatever order editors come on a model.
+
+        The other editor's layers are lifted meanwhile: PEFT passes over modules inside wrapped ones.
+        """
+        with lifted_layers(model, but=self.tuner_layer_cls):
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     @abstractmethod
     def _targets(self, config: EditConfig) -> list[str]:

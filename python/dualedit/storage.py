@@ -125,9 +125,6 @@ def load_edits(
 
     Args:
         base: the base model; or a `PeftModel` of it (LoRA, other edits), beside whose adapters these are put.
-            Edits of an adapter inside a decoder layer find their place in any order; a LoRA that was saved
-            while edits were on the model must be loaded after them, because PEFT saves it under the names
-            of the wrapped layers.
         folder: from `save_edits` or `save_pretrained`.
         is_trainable: whether the adapter's parameters are to be trained.
         adapter_name: PEFT's name of the adapter on this model.
