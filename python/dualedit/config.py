@@ -10,6 +10,8 @@ from pathlib import Path
 from peft.config import PeftConfig
 from safetensors import SafetensorError, safe_open
 
+from .card import how_to_load, write_card
+
 
 class EditType(str, Enum):
     """The editors' own PEFT types: strings to JSON, with the `.value` that PEFT and transformers ask for."""
@@ -76,6 +78,19 @@ class EditConfig(PeftConfig):
     memory_sizes: dict[str, dict[str, int]] | None = field(
         default=None, metadata={"help": "Rows of each layer's tables in the saved file; set by saving."}
     )
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """Write the config, and into the README.md beside it how to load the adapter."""
+        mapping = kwargs.get("auto_mapping_dict") or self.auto_mapping or {}
+        super().save_pretrained(save_directory, **kwargs)
+        section = how_to_load(
+            self.peft_type.value,
+            self.base_model_name_or_path,
+            mapping.get("base_model_class"),
+            self.base_fingerprint,
+            max((sizes["edits"] for sizes in (self.memory_sizes or {}).values()), default=0),
+        )
+        write_card(save_directory, section, self.base_model_name_or_path)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, subfolder=None, **kwargs):

@@ -6,7 +6,7 @@ from abc import abstractmethod
 from typing import Any
 
 import peft
-from peft import PeftModel, get_peft_model
+from peft import PeftMixedModel, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
@@ -210,6 +210,11 @@ _register()
 
 
 def _inject(model: nn.Module, config: EditConfig, adapter_name: str) -> PeftModel:
+    if isinstance(model, PeftMixedModel):
+        raise ValueError(
+            "model is a PeftMixedModel: edits cannot be mixed into it, PEFT lets it hold only methods that it "
+            "knows. Pass the base model, or a PeftModel: edits stand beside its adapters."
+        )
     if isinstance(model, PeftModel):
         put_beside(model, config, adapter_name)
         return model
