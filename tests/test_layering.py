@@ -11,11 +11,11 @@ KERNELS = ROOT / "dualedit_kernels"
 
 # From the bottom up. Modules of one level do not import each other, except inside one package and as listed.
 LEVELS = [
-    {"sequence"},
+    {"sequence", "card"},
     {"config", "data", "context"},
     {"architectures", "modules", "memory", "prompting", "routing_key"},
     {"routing", "replay"},
-    {"layer"},
+    {"layer", "adapters"},
     {"model", "fitting"},
     {"editing"},
     {"storage", "editor"},
@@ -24,7 +24,7 @@ LEVELS = [
 ]
 WITHIN_A_LEVEL = {("evaluation", "baselines"), ("training", "evaluation"), ("evaluation", "datasets"),
                   ("training", "datasets"), ("analysis", "evaluation"), ("baselines", "datasets"),
-                  ("analysis", "datasets"), ("cli", "demo")}  # fmt: skip
+                  ("analysis", "datasets"), ("cli", "demo"), ("adapters", "layer")}  # fmt: skip
 KERNELS_MAY_IMPORT = {"torch", "triton", "dualedit_kernels"}
 
 

@@ -10,6 +10,7 @@ Importing this package registers both editors with PEFT, so that `PeftModel.from
 edits.
 """
 
+from .adapters import disabled, lifted, remove_adapter
 from .config import BalancEditConfig, DualEditConfig
 from .context import explicit_masks
 from .data import EditRequest, EditSample, Probe
@@ -31,12 +32,15 @@ __all__ = [
     "Lookup",
     "Probe",
     "add_edit",
+    "disabled",
     "explicit_masks",
     "inject_balancedit",
     "inject_dualedit",
+    "lifted",
     "list_edits",
     "load_edits",
     "lookup",
+    "remove_adapter",
     "remove_edit",
     "save_edits",
 ]

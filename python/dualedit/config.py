@@ -10,6 +10,8 @@ from pathlib import Path
 from peft.config import PeftConfig
 from safetensors import SafetensorError, safe_open
 
+from .card import how_to_load, write_card
+
 
 class EditType(str, Enum):
     """The editors' own PEFT types: strings to JSON, with the `.value` that PEFT and transformers ask for."""
@@ -61,6 +63,8 @@ class EditConfig(PeftConfig):
             model's config.
         base_fingerprint: what the base model looked like when the edits were made; injection into a model
             that looks different is refused. None skips the check.
+        memory_sizes: rows of each layer's tables in the saved file, written by saving; loaders that allocate
+            before they read need it.
     """
 
     target_modules: list[str] | None = field(
@@ -72,6 +76,22 @@ class EditConfig(PeftConfig):
     base_fingerprint: dict[str, object] | None = field(
         default=None, metadata={"help": "What the base model looked like when the edits were made."}
     )
+    memory_sizes: dict[str, dict[str, int]] | None = field(
+        default=None, metadata={"help": "Rows of each layer's tables in the saved file; set by saving."}
+    )
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """Write the config, and into the README.md beside it how to load the adapter."""
+        mapping = kwargs.get("auto_mapping_dict") or self.auto_mapping or {}
+        super().save_pretrained(save_directory, **kwargs)
+        section = how_to_load(
+            self.peft_type.value,
+            self.base_model_name_or_path,
+            mapping.get("base_model_class"),
+            self.base_fingerprint,
+            max((sizes["edits"] for sizes in (self.memory_sizes or {}).values()), default=0),
+        )
+        write_card(save_directory, section, self.base_model_name_or_path)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, subfolder=None, **kwargs):

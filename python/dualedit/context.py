@@ -57,7 +57,10 @@ class Bound:
 
 @dataclass
 class Frame:
-    """One level of what the running call knows. `kind`: "generate", "call", "pass", "mode" or "masks"."""
+    """One level of what the running call knows.
+
+    `kind` is "generate", "call", "pass", "mode", "masks" or "off" (names of adapters).
+    """
 
     runtime: EditRuntime
     kind: str
@@ -213,6 +216,11 @@ class EditRuntime:
         """How adapters are to behave in this block of code; None is the ordinary way."""
         frame = _find(self, "mode")
         return frame.content if frame else None
+
+    def switched_off(self) -> frozenset[str]:
+        """Names of the edit adapters that are off in this block of code."""
+        frame = _find(self, "off")
+        return frame.content if frame else frozenset()
 
     # ------------------------------------------------------------------ what hooks do
 

@@ -81,7 +81,19 @@ class EditLayer(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _running(self, adapters: nn.ModuleDict) -> list[str]:
-        return [name for name in self.active_adapters if name in adapters]
+        off = self.runtime.switched_off()
+        return [name for name in self.active_adapters if name in adapters and name not in off]
+
+    def _leave_group(self, adapter_name: str) -> None:
+        """A deleted adapter's memory is nobody's any more, whichever library deletes it."""
+        group = self.groups.pop(adapter_name, None)
+        if group is None:
+            return
+        group.memories.pop(self.layer_name, None)
+        if not group.memories:
+            groups = self.runtime.groups
+            for key in [key for key, known in groups.items() if known is group]:
+                del groups[key]
 
     def _current_pass(self, memory: EditMemory) -> ForwardPass | None:
         forward = self.runtime.current_pass()
@@ -159,8 +171,9 @@ class DualEditLayer(EditLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         """Drop an adapter with its edits."""
         super().delete_adapter(adapter_name)
-        for kept in (self.roles, self.configs, self.groups):
+        for kept in (self.roles, self.configs):
             kept.pop(adapter_name, None)
+        self._leave_group(adapter_name)
 
     def forward(self, *args, **kwargs):
         output = self.base_layer(*args, **kwargs)
@@ -285,8 +298,8 @@ class BalancEditLayer(EditLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         """Drop an adapter with its edits."""
         super().delete_adapter(adapter_name)
-        for kept in (self.configs, self.groups):
-            kept.pop(adapter_name, None)
+        self.configs.pop(adapter_name, None)
+        self._leave_group(adapter_name)
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         base = self.base_layer(x, *args, **kwargs)

@@ -84,6 +84,20 @@ class EditMemory(nn.Module):
         self._highest_id = 0
         self._records: dict[int, dict] = {}
         self._snapshot: Snapshot | None = None
+        self._placed: set[str] = set()
+
+    def __setattr__(self, name: str, value: object) -> None:
+        super().__setattr__(name, value)
+        # transformers' load_adapter knows nothing of memories: it assigns the tables of a file one by one.
+        # Once all of them are there, they are the edits. Changes from inside go through `_put`.
+        if isinstance(value, Tensor) and name in self._buffers:
+            self._placed.add(name)
+            if self._placed == set(self._buffers):
+                self._adopt(dict(self._buffers))
+
+    def _put(self, name: str, table: Tensor) -> None:
+        self._buffers[name] = table
+        self._placed.clear()
 
     def __len__(self) -> int:
         return self._num_edits
@@ -175,15 +189,16 @@ class EditMemory(nn.Module):
 
     def _append(self, name: str, used: int, rows: Tensor) -> None:
         table = getattr(self, name)
-        if used == 0 and rows.is_floating_point():
-            table = table.to(rows.dtype)
+        if used == 0:  # what is there may be a placeholder without memory of its own
+            table = table.new_empty((0, *table.shape[1:]))
+            table = table.to(rows.dtype) if rows.is_floating_point() else table
         need = used + rows.shape[0]
         if need > table.shape[0]:
             grown = table.new_zeros((max(need, 2 * table.shape[0], _FIRST_CAPACITY), *table.shape[1:]))
             grown[:used] = table[:used]
             table = grown
         table[used:need] = rows.to(table)
-        setattr(self, name, table)
+        self._put(name, table)
 
     def row_of(self, edit_id: int) -> int:
         """Row of an edit in the edit tables.
@@ -211,9 +226,9 @@ class EditMemory(nn.Module):
         tokens = [*range(first), *range(after, self._num_tokens)]
         with torch.inference_mode(False):
             for name in (*self.edit_tables, "edit_ids", "edit_lengths"):
-                setattr(self, name, getattr(self, name)[keep].clone())
+                self._put(name, getattr(self, name)[keep].clone())
             for name in self.token_tables:
-                setattr(self, name, getattr(self, name)[tokens].clone())
+                self._put(name, getattr(self, name)[tokens].clone())
         del self._records[edit_id]
         self._num_edits -= 1
         self._num_tokens = len(tokens)
@@ -245,6 +260,26 @@ class EditMemory(nn.Module):
 
     # ------------------------------------------------------------------ saving and loading
 
+    def sizes(self) -> dict[str, int]:
+        """What `reserve` needs to make room for these edits: rows of the tables and bytes of the records."""
+        return {"edits": self._num_edits, "tokens": self._num_tokens, "records": len(self._record_bytes())}
+
+    def reserve(self, edits: int, tokens: int, records: int) -> None:
+        """Give an empty memory's tables the shapes that a file will fill, for loaders that compare shapes.
+
+        The tables take no memory until they are filled, and until then no edit is stored.
+        """
+        rows = dict.fromkeys((*self.edit_tables, "edit_ids", "edit_lengths"), edits)
+        rows |= dict.fromkeys(self.token_tables, tokens) | {"record_bytes": records}
+        for name, size in rows.items():
+            table = self._buffers[name]
+            self._put(name, table.new_zeros(()).expand(size, *table.shape[1:]))
+
+    def _record_bytes(self) -> bytes:
+        if not self._num_edits:
+            return b""
+        return json.dumps([self._records.get(i, {}) for i in self.ids], ensure_ascii=False).encode()
+
     def _sizes(self) -> dict[str, int]:
         sizes = dict.fromkeys((*self.edit_tables, "edit_ids", "edit_lengths"), self._num_edits)
         return sizes | dict.fromkeys(self.token_tables, self._num_tokens)
@@ -252,8 +287,7 @@ class EditMemory(nn.Module):
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         for name, size in self._sizes().items():
             destination[prefix + name] = getattr(self, name)[:size].detach().clone()
-        text = json.dumps([self._records.get(i, {}) for i in self.ids], ensure_ascii=False).encode()
-        destination[prefix + "record_bytes"] = _as_bytes_tensor(text if self._num_edits else b"")
+        destination[prefix + "record_bytes"] = _as_bytes_tensor(self._record_bytes())
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -291,7 +325,7 @@ class EditMemory(nn.Module):
         place = found["edit_ids"].device if device.type == "meta" else device
         for name in found:
             # Cloned: tensors mapped from a file can be unaligned, which changes the last bit of a product.
-            setattr(self, name, found[name].detach().to(place).clone())
+            self._put(name, found[name].detach().to(place).clone())
         self._records = dict(zip(ids, records, strict=True))
         self._num_edits, self._num_tokens, self._snapshot = len(ids), sum(lengths), None
         self._highest_id = max([self._highest_id, *ids])

@@ -6,12 +6,12 @@ from abc import abstractmethod
 from typing import Any
 
 import peft
-from peft import PeftModel, get_peft_model
-from peft.config import PeftConfig
+from peft import PeftMixedModel, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from . import architectures
+from .adapters import lifted_layers, put_beside, unwrap_layers
 from .config import BalancEditConfig, DualEditConfig, EditConfig, EditType
 from .context import EditRuntime, runtime_of
 from .layer import BalancEditLayer, DualEditLayer, EditLayer, Role
@@ -27,24 +27,6 @@ def _ensure_runtime(model: nn.Module, image_ids: list[int]) -> EditRuntime:
         model._dualedit_runtime = runtime
     runtime.image_ids = sorted({*runtime.image_ids, *image_ids})
     return runtime
-
-
-def _drop_runtime(model: nn.Module) -> None:
-    runtime = runtime_of(model)
-    if runtime is not None and not any(isinstance(module, EditLayer) for module in model.modules()):
-        runtime.uninstall()
-        del model._dualedit_runtime
-
-
-def remove_editors(model: nn.Module) -> None:
-    """Take every editor out of a base model, however far its injection had come."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, EditLayer):
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, module.base_layer)
-    _drop_runtime(model)
-    if all(isinstance(config, EditConfig) for config in getattr(model, "peft_config", {}).values()):
-        model.__dict__.pop("peft_config", None)
 
 
 class EditTuner(BaseTuner):
@@ -63,12 +45,25 @@ class EditTuner(BaseTuner):
         peft_config.target_modules = targets
         return peft_config
 
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
+        """Place the adapter's layers, in whatever order editors come on a model.
+
+        The other editor's layers are lifted meanwhile: PEFT passes over modules inside wrapped ones.
+        """
+        with lifted_layers(model, but=self.tuner_layer_cls):
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+
     @abstractmethod
     def _targets(self, config: EditConfig) -> list[str]:
         """Full names of the modules that the config asks for."""
 
     def _group(self, runtime: EditRuntime, adapter_name: str) -> MemoryGroup:
         return runtime.groups.setdefault((self.prefix, adapter_name), MemoryGroup())
+
+    def _make_room(self, config: EditConfig, group: MemoryGroup, layer_name: str) -> None:
+        sizes = (config.memory_sizes or {}).get(layer_name)
+        if sizes is not None:
+            group.memories[layer_name].reserve(**sizes)
 
     def _replace_module(
         self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
@@ -82,17 +77,23 @@ class EditTuner(BaseTuner):
             "Keep the adapter, or call unload() to drop the edits."
         )
 
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter with its edits."""
-        super().delete_adapter(adapter_name)
-        runtime = runtime_of(self.model)
-        if runtime is not None:
-            runtime.groups.pop((self.prefix, adapter_name), None)
+    def _unload_and_optionally_merge(self, merge: bool = True, *args, **kwargs) -> nn.Module:
+        if merge:
+            self._check_merge_allowed()
+        # PEFT does not look for wrapped layers inside wrapped layers, where other adapters may be.
+        unwrap_layers(self.model)
+        return super()._unload_and_optionally_merge(merge, *args, **kwargs)
 
-    def _unload_and_optionally_merge(self, *args, **kwargs) -> nn.Module:
-        model = super()._unload_and_optionally_merge(*args, **kwargs)
-        _drop_runtime(model)
-        return model
+    @classmethod
+    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
+        # The config is written after the tensors: it tells loaders that allocate first how much to allocate.
+        runtime = runtime_of(architectures.unwrap(model))
+        group = None if runtime is None else runtime.groups.get((cls.prefix, adapter_name))
+        if group is not None:
+            config.memory_sizes = {name: memory.sizes() for name, memory in group.memories.items()}
+        return super()._get_adapter_state_dict(
+            model, config, adapter_name, state_dict, unwanted_adapter_names
+        )
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
@@ -103,11 +104,12 @@ class EditTuner(BaseTuner):
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        # PEFT's own rule looks at the end of a key; here the name stands in the middle of it.
+        # PEFT's own rule looks at the end of a key; here the name stands in the middle of it. A layer inside
+        # a wrapped one is called as if it were not, so that a file fits whatever else is on the model.
         for container in cls.containers:
             marker = f".{container}.{adapter_name}."
             if marker in key:
-                return key.replace(marker, f".{container}.")
+                return architectures.plain_name(key.replace(marker, f".{container}."))
         return super()._remove_adapter_name_from_key(key, adapter_name)
 
 
@@ -145,8 +147,9 @@ class DualEditModel(EditTuner):
         layer = target
         if not isinstance(target, DualEditLayer):
             layer = DualEditLayer(target, architectures.plain_name(current_key), runtime)
-        width = architectures.hidden_size(self.model)
-        layer.update_layer(adapter_name, peft_config, role, width, self._group(runtime, adapter_name))
+        width, group = architectures.hidden_size(self.model), self._group(runtime, adapter_name)
+        layer.update_layer(adapter_name, peft_config, role, width, group)
+        self._make_room(peft_config, group, layer.layer_name)
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
 
@@ -185,7 +188,9 @@ class BalancEditModel(EditTuner):
         layer = target
         if not isinstance(target, BalancEditLayer):
             layer = BalancEditLayer(target, architectures.plain_name(current_key), runtime)
-        layer.update_layer(adapter_name, peft_config, self._group(runtime, adapter_name))
+        group = self._group(runtime, adapter_name)
+        layer.update_layer(adapter_name, peft_config, group)
+        self._make_room(peft_config, group, layer.layer_name)
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
 
@@ -204,12 +209,15 @@ def _register() -> None:
 _register()
 
 
-def _inject(model: nn.Module, config: PeftConfig, adapter_name: str) -> PeftModel:
-    if isinstance(model, PeftModel):
+def _inject(model: nn.Module, config: EditConfig, adapter_name: str) -> PeftModel:
+    if isinstance(model, PeftMixedModel):
         raise ValueError(
-            f"model is a {type(model).__name__} already: pass the base model, or add another adapter with "
-            f"model.add_adapter(name, config)."
+            "model is a PeftMixedModel: edits cannot be mixed into it, PEFT lets it hold only methods that it "
+            "knows. Pass the base model, or a PeftModel: edits stand beside its adapters."
         )
+    if isinstance(model, PeftModel):
+        put_beside(model, config, adapter_name)
+        return model
     return get_peft_model(model, config, adapter_name=adapter_name)
 
 
@@ -231,12 +239,15 @@ def inject_dualedit(
     """Put DualEdit's adapters into a vision-language model.
 
     Args:
-        model: a Hugging Face decoder-only VLM.
+        model: a Hugging Face decoder-only VLM; or a `PeftModel` of one, LoRA or another editor, beside whose
+            adapters this one is put.
         adapter_name: PEFT's name of the adapter.
         others: as in `DualEditConfig`, whose defaults they share.
 
     Returns:
-        a `PeftModel` around the same model; without stored edits it answers bit for bit as before.
+        a `PeftModel` around the same model (or the one that was passed); without stored edits it answers bit
+        for bit as before. Beside adapters of its own method it is not active until
+        `model.set_adapter(adapter_name)`, as PEFT has it; beside adapters of other methods it is.
 
     Raises:
         ValueError: a layer that does not exist, a `vis_layer` on a model without image positions, a bad
@@ -276,7 +287,9 @@ def inject_balancedit(
         others: as in `BalancEditConfig`, whose defaults they share.
 
     Returns:
-        a `PeftModel` around the same model; without stored edits it answers bit for bit as before.
+        a `PeftModel` around the same model (or the one that was passed); without stored edits it answers bit
+        for bit as before. Beside adapters of its own method it is not active until
+        `model.set_adapter(adapter_name)`, as PEFT has it; beside adapters of other methods it is.
 
     Raises:
         ValueError: no such layer, or a bad setting. The model is left as it was.
@@ -290,6 +303,13 @@ def inject_balancedit(
     return _inject(model, config, adapter_name)
 
 
+def group_of(base: nn.Module, adapter_name: str) -> MemoryGroup:
+    """The memories of one edit adapter on a base model. Raises KeyError for an unknown name."""
+    config = base.peft_config[adapter_name]
+    tuner = DualEditModel if isinstance(config, DualEditConfig) else BalancEditModel
+    return runtime_of(base).groups[(tuner.prefix, adapter_name)]
+
+
 def active_group(model: nn.Module) -> tuple[str, Any, MemoryGroup]:
     """The adapter that edits go to: its name, config, and memories.
 
@@ -300,7 +320,9 @@ def active_group(model: nn.Module) -> tuple[str, Any, MemoryGroup]:
     runtime = runtime_of(base)
     configs = getattr(base, "peft_config", {})
     layers = [module for module in base.modules() if isinstance(module, EditLayer)]
-    names = sorted({n for module in layers for n in module.active_adapters if n in module.configs})
+    off = frozenset() if runtime is None else runtime.switched_off()
+    active = {n for layer in layers for n in layer.active_adapters if n in layer.configs}
+    names = sorted(active - off)
     if runtime is None or not names:
         raise ValueError(
             f"{type(base).__name__} has no active edit adapter: call inject_dualedit(model, ...) or "
@@ -308,8 +330,8 @@ def active_group(model: nn.Module) -> tuple[str, Any, MemoryGroup]:
         )
     if len(names) > 1:
         raise ValueError(
-            f"Several edit adapters are active ({', '.join(names)}): choose one with model.set_adapter(name)."
+            f"Several edit adapters are active ({', '.join(names)}): choose one with "
+            f"model.set_adapter(name), or switch the others off meanwhile: "
+            f"with dualedit.disabled(model, {names[-1]!r}): ..."
         )
-    name = names[0]
-    tuner = DualEditModel if isinstance(configs[name], DualEditConfig) else BalancEditModel
-    return name, configs[name], runtime.groups[(tuner.prefix, name)]
+    return names[0], configs[names[0]], group_of(base, names[0])

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from dualedit_kernels import Gate, fold_query, gated_edit_attention
 
+_ALIGNED = 64  # bytes, as PyTorch allocates
+
 
 @dataclass(frozen=True)
 class EditKV:
@@ -81,6 +83,11 @@ class EditCrossAttention(nn.Module):
 
     def train(self, mode: bool = True):
         self._folded = None  # weights that were written to through `.data` do not count a version
+        for part in self.parameters():
+            # transformers' load_adapter leaves weights mapped from the file, unaligned, which changes the
+            # last bit of a product. It sets the mode when it is done.
+            if type(part) is nn.Parameter and part.device.type == "cpu" and part.data_ptr() % _ALIGNED:
+                part.data = part.data.clone()
         return super().train(mode)
 
     def __getstate__(self):

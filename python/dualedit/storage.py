@@ -11,13 +11,16 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+from peft.config import PeftConfig
 from safetensors import safe_open
 from torch import nn
 
-from .config import check_adapter_file
+from .adapters import put_beside, remove_adapter, remove_editors
+from .config import EditConfig, check_adapter_file
 from .context import runtime_of
-from .model import remove_editors
+from .memory import MemoryGroup
+from .model import group_of
 
 _CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
@@ -27,17 +30,22 @@ def save_edits(model: PeftModel, folder: str | os.PathLike[str]) -> None:
     """Save a model's edit adapters with their edits; the folder holds the old edits or the new ones, whole.
 
     Args:
-        model: from `inject_dualedit`, `inject_balancedit` or `load_edits`.
-        folder: made if it does not exist; other files in it are left alone.
+        model: from `inject_dualedit`, `inject_balancedit` or `load_edits`. Adapters of other methods on it
+            (LoRA) are not saved.
+        folder: made if it does not exist; other files in it are left alone. The adapter called "default" lies
+            in it, others in folders of their name inside it, as PEFT has it.
 
     Raises:
-        ValueError: not a PeftModel, or `folder` is a file.
+        ValueError: not a PeftModel, no edit adapter on it, or `folder` is a file.
         OSError: the disk refused; the folder is as it was.
     """
     if not isinstance(model, PeftModel):
         raise ValueError(
             f"model is a {type(model).__name__}: pass the PeftModel that inject_dualedit returned."
         )
+    names = [name for name, config in model.peft_config.items() if isinstance(config, EditConfig)]
+    if not names:
+        raise ValueError(f"model has no edit adapter, only {sorted(model.peft_config)}: nothing to save.")
     target = Path(folder)
     if target.exists() and not target.is_dir():
         raise ValueError(f"folder={str(target)!r} is a file: pass a folder.")
@@ -48,7 +56,7 @@ def save_edits(model: PeftModel, folder: str | os.PathLike[str]) -> None:
         made = work / "new"
         made.mkdir()
         # Embeddings are the base model's; asking whether they were resized would ask the model hub.
-        model.save_pretrained(made, save_embedding_layers=False)
+        model.save_pretrained(made, selected_adapters=names, save_embedding_layers=False)
         for file in _files(made):
             file.chmod(0o666 & ~_umask())  # safetensors writes files that nobody else can read
             _sync(file)
@@ -107,29 +115,52 @@ def _swap(made: Path, target: Path, kept: Path) -> None:
         raise
 
 
-def load_edits(base: nn.Module, folder: str | os.PathLike[str], is_trainable: bool = False) -> PeftModel:
-    """Put saved edits on a base model: `PeftModel.from_pretrained` with the folder checked first.
+def load_edits(
+    base: nn.Module,
+    folder: str | os.PathLike[str],
+    is_trainable: bool = False,
+    adapter_name: str = "default",
+) -> PeftModel:
+    """Put saved edits on a model: `PeftModel.from_pretrained` with the folder checked first.
+
+    Args:
+        base: the base model; or a `PeftModel` of it (LoRA, other edits), beside whose adapters these are put.
+        folder: from `save_edits` or `save_pretrained`.
+        is_trainable: whether the adapter's parameters are to be trained.
+        adapter_name: PEFT's name of the adapter on this model.
+
+    Returns:
+        a `PeftModel` around `base`, or `base` if it is one already.
 
     Raises:
-        ValueError: no such folder, no adapter in it, a file cut short, a file without some of the tensors, or
-            edits of another base model. The base model is left as it was.
+        ValueError: no such folder, no adapter in it, a file cut short, a file without some of the tensors,
+            edits of another base model, or a name that is taken. The model is left as it was.
     """
     path = Path(folder)
     _check_folder(path)
-    if runtime_of(base) is not None or isinstance(base, PeftModel):
+    taken = adapter_name in getattr(base, "peft_config", {})
+    if taken or (runtime_of(base) is not None and not isinstance(base, PeftModel)):
         raise ValueError(
             f"base is a {type(base).__name__} with an edit adapter already: pass the base model "
-            f"(model.unload() gives it back), or add the saved edits beside the others with "
-            "model.load_adapter(folder, adapter_name)."
+            f"(model.unload() gives it back), or the PeftModel and another adapter_name to put the saved "
+            f"edits beside the others."
         )
-    trainable = {name: parameter.requires_grad for name, parameter in base.named_parameters()}
+    trainable = {parameter: parameter.requires_grad for parameter in base.parameters()}
+    beside = isinstance(base, PeftModel)
     try:
-        model = PeftModel.from_pretrained(base, str(path), is_trainable=is_trainable)
-        _check_complete(model, path)
+        if beside:
+            model = base
+            _load_beside(model, path, adapter_name, is_trainable)
+        else:
+            model = PeftModel.from_pretrained(base, path, adapter_name, is_trainable=is_trainable)
+        _check_complete(model, path, adapter_name)
     except BaseException as error:
-        remove_editors(base)
-        for name, parameter in base.named_parameters():
-            parameter.requires_grad_(trainable[name])
+        if not beside:
+            remove_editors(base)
+        elif adapter_name in base.peft_config:
+            remove_adapter(base, adapter_name)
+        for parameter, flag in trainable.items():
+            parameter.requires_grad_(flag)
         if isinstance(error, RuntimeError):
             raise ValueError(
                 f"folder={str(path)!r}: {_WEIGHTS} and {_CONFIG} do not fit together or do not fit this "
@@ -137,6 +168,17 @@ def load_edits(base: nn.Module, folder: str | os.PathLike[str], is_trainable: bo
             ) from error
         raise
     return model
+
+
+def _load_beside(model: PeftModel, path: Path, adapter_name: str, is_trainable: bool) -> None:
+    config = PeftConfig.from_pretrained(str(path))
+    if not isinstance(config, EditConfig):
+        raise ValueError(
+            f"folder={str(path)!r} holds a {config.peft_type} adapter, not edits: let PEFT load it."
+        )
+    config.inference_mode = not is_trainable
+    put_beside(model, config, adapter_name)
+    set_peft_model_state_dict(model, load_peft_weights(str(path)), adapter_name)
 
 
 def _check_folder(path: Path) -> None:
@@ -150,15 +192,17 @@ def _check_folder(path: Path) -> None:
     check_adapter_file(path)
 
 
-def _check_complete(model: PeftModel, path: Path) -> None:
+def _check_complete(model: PeftModel, path: Path, adapter_name: str) -> None:
     """Refuse a file without some of the adapter's tensors, which PEFT would only warn about."""
+    # Embeddings are the base model's; asking whether they were resized would ask the model hub.
+    wanted = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     with safe_open(str(path / _WEIGHTS), framework="pt") as tensors:
-        missing = sorted(set(get_peft_model_state_dict(model)) - set(tensors.keys()))
+        missing = sorted(set(wanted) - set(tensors.keys()))
     if missing:
         raise ValueError(
             f"folder={str(path)!r}: {_WEIGHTS} lacks {len(missing)} tensors, the first of them "
             f"{missing[0]!r}. Restore the file from a copy or save the edits again."
         )
-    for group in runtime_of(model.get_base_model()).groups.values():
-        if len({tuple(memory.ids) for memory in group.memories.values()}) > 1:
-            raise ValueError(f"folder={str(path)!r}: its layers hold different edits; the file is damaged.")
+    group: MemoryGroup = group_of(model.get_base_model(), adapter_name)
+    if len({tuple(memory.ids) for memory in group.memories.values()}) > 1:
+        raise ValueError(f"folder={str(path)!r}: its layers hold different edits; the file is damaged.")

@@ -171,7 +171,7 @@ def test_merging_is_refused(method):
 
 
 def test_it_is_refused_on_a_peft_model():
-    with pytest.raises(ValueError, match="pass the base model, or add another adapter"):
+    with pytest.raises(ValueError, match="pass the base model, or another adapter_name"):
         inject_dualedit(inject_dualedit(LLAVA.build(), 1, 2, **SIZES), 1, 2, **SIZES)
 
 
