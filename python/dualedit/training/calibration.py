@@ -15,8 +15,9 @@ from tqdm.auto import tqdm
 
 from ..data import EditSample
 from ..editor import Editor
+from ..evaluation.method import EditorMethod
 from ..evaluation.metrics import exact_match, figures_of
-from ..evaluation.single import Asked, ask, ask_before, check_fresh, store
+from ..evaluation.single import Asked, ask, ask_before, check_fresh
 from ..model import active_group
 
 
@@ -89,15 +90,16 @@ def _open_gate(
     bar: tqdm,
 ) -> list[Point]:
     _, _, group = active_group(editor.model)
+    method = EditorMethod(editor, "calibrating")
     edited = {samples[i].fact: samples[i].request.target for i in stored if samples[i].fact is not None}
     points = []
     try:
         for number in stored:
-            store(editor, samples[number])
+            method.edit(samples[number])
         group.first.radius.fill_(float("inf"))
         for number in stored:
             sample, asked = samples[number], before[number]
-            records = ask(editor, sample, asked, explain=True, edited=edited)
+            records = ask(method, sample, asked, edited, explain=True)
             found = editor.explain_many([(a.probe.image, a.probe.prompt) for a in asked])
             for record, why in zip(records, found, strict=True):
                 note = group.first.record(why.edit.id)
@@ -110,8 +112,7 @@ def _open_gate(
                 )  # fmt: skip
             bar.update()
     finally:
-        for edit in editor.edits:
-            editor.remove(edit.id)
+        method.reset()
     return points
 
 
