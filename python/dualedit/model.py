@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
+import os
 from abc import abstractmethod
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import peft
 from peft import PeftMixedModel, PeftModel, get_peft_model
+from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
@@ -212,13 +217,41 @@ _register()
 def _inject(model: nn.Module, config: EditConfig, adapter_name: str) -> PeftModel:
     if isinstance(model, PeftMixedModel):
         raise ValueError(
-            "model is a PeftMixedModel: edits cannot be mixed into it, PEFT lets it hold only methods that it "
-            "knows. Pass the base model, or a PeftModel: edits stand beside its adapters."
+            "model is a PeftMixedModel: edits cannot be mixed into it, PEFT lets it hold only methods that "
+            "it knows. Pass the base model, or a PeftModel: edits stand beside its adapters."
         )
     if isinstance(model, PeftModel):
         put_beside(model, config, adapter_name)
         return model
     return get_peft_model(model, config, adapter_name=adapter_name)
+
+
+def _inject_trained(
+    model: nn.Module, folder: str | os.PathLike[str], given: dict[str, Any], adapter_name: str
+) -> PeftModel:
+    """Saved DualEdit adapters on a base model, with the threshold that is asked for."""
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            f"model is a {type(model).__name__} already: pass the base model, or add the saved adapters with "
+            f"model.load_adapter(folder, adapter_name)."
+        )
+    if not (Path(folder) / "adapter_config.json").is_file():
+        raise ValueError(
+            f"adapter={os.fspath(folder)!r} holds no adapter_config.json: pass a folder of adapters."
+        )
+    config = PeftConfig.from_pretrained(folder)
+    if not isinstance(config, DualEditConfig):
+        raise ValueError(f"adapter={os.fspath(folder)!r} holds a {config.peft_type} adapter, not DualEdit's.")
+    defaults = inspect.signature(inject_dualedit).parameters
+    for name, value in given.items():
+        kept = getattr(config, name)
+        if name != "threshold" and value != defaults[name].default and value != kept:
+            raise ValueError(
+                f"{name}={value!r}: the adapters in {os.fspath(folder)!r} have {kept!r}. Leave {name} out."
+            )
+    if given["threshold"] is not None:
+        config.threshold = replace(config, threshold=given["threshold"]).threshold  # checked and resolved
+    return PeftModel.from_pretrained(model, os.fspath(folder), adapter_name=adapter_name, config=config)
 
 
 def inject_dualedit(
@@ -227,7 +260,7 @@ def inject_dualedit(
     vis_layer: int | str | None = 19,
     mid_dim: int = 1024,
     num_heads: int = 8,
-    threshold: float = 0.8,
+    threshold: float | str | None = None,
     gate: str = "prompt",
     key: str = "last",
     key_dim: int = 128,
@@ -235,13 +268,19 @@ def inject_dualedit(
     init_weights: bool = True,
     image_token_ids: list[int] | None = None,
     adapter_name: str = "default",
+    adapter: str | os.PathLike[str] | None = None,
 ) -> PeftModel:
     """Put DualEdit's adapters into a vision-language model.
 
     Args:
         model: a Hugging Face decoder-only VLM; or a `PeftModel` of one, LoRA or another editor, beside whose
             adapters this one is put.
+        threshold: tau; "calibrated" takes the one that calibration found for trained adapters and saved with
+            them (`calibrated_threshold` in their config); None takes 0.8, and the saved one with `adapter`.
         adapter_name: PEFT's name of the adapter.
+        adapter: folder of trained adapters, as `save_pretrained` or `save_edits` wrote it, instead of new
+            ones; layers and widths are theirs and need not be passed. The same as
+            `PeftModel.from_pretrained(model, adapter)`, edits included, but for the threshold.
         others: as in `DualEditConfig`, whose defaults they share.
 
     Returns:
@@ -251,16 +290,21 @@ def inject_dualedit(
 
     Raises:
         ValueError: a layer that does not exist, a `vis_layer` on a model without image positions, a bad
-            setting. The model is left as it was.
+            setting, "calibrated" for adapters that nobody has calibrated, a setting that the saved adapters
+            do not have. The model is left as it was.
 
     Source: DualEdit (COLM 2025, arXiv:2506.13638).
     """
-    config = DualEditConfig(
+    given = dict(
         text_layer=text_layer, vis_layer=vis_layer, mid_dim=mid_dim, num_heads=num_heads, threshold=threshold,
         gate=gate, key=key, key_dim=key_dim, norm_eps=norm_eps, init_weights=init_weights,
         image_token_ids=image_token_ids,
     )  # fmt: skip
-    return _inject(model, config, adapter_name)
+    if adapter is not None:
+        return _inject_trained(model, adapter, given, adapter_name)
+    if threshold is None:
+        del given["threshold"]
+    return _inject(model, DualEditConfig(**given), adapter_name)
 
 
 def inject_balancedit(
