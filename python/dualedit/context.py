@@ -273,7 +273,7 @@ class EditRuntime:
                 given["attention_mask"] = mask[:: mask.shape[0] // rows, :length]  # beams repeat each row
         given["input_ids"] = ids
         prompt = self._describe(given, (rows, length), device)
-        # With a kept cache, generate takes the whole conversation or (with a mask over all of it) what is new.
+        # Over a kept cache, generate takes the whole conversation or, with a mask over all of it, what is new.
         only_new = start > 0 and length == shape[1]
         return Sequence(_behind_cache(prompt, start) if only_new else prompt)
 
@@ -324,7 +324,7 @@ def _cache_in(output: Any) -> Any:
 def _named(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of a module's forward by name."""
     if not args:
-        return dict(kwargs)  # as transformers calls them; reading a signature costs more than the call's hooks
+        return dict(kwargs)  # as transformers calls; reading a signature costs more than all the rest here
     names = list(inspect.signature(module.forward).parameters)
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
