@@ -139,7 +139,8 @@ class GenerateWithContext:
                 f"prefill_chunk_size={chunk}: a prompt that is read in pieces drops the image in most "
                 f"models and has no single last prompt token to decide on. Leave prefill_chunk_size out."
             )
-        with framed(self.runtime, "generate", _Generation(given)):
+        drafts = bool(getattr(config, "is_assistant", None))
+        with framed(self.runtime, "generate", _Generation(given, drafts)):
             return own(*args, **kwargs)
 
 
@@ -155,9 +156,13 @@ class GenerateBatchRefused:
 
 @dataclass
 class _Generation:
-    """A running `generate`: its arguments, and its sequence once the prefill has begun."""
+    """A running `generate`: its arguments, and its sequence once the prefill has begun.
+
+    `drafts`: it proposes tokens for another model (assisted decoding), round after round over one cache.
+    """
 
     arguments: Mapping[str, Any]
+    drafts: bool = False
     sequence: Sequence | None = None
 
 
@@ -244,18 +249,20 @@ class EditRuntime:
     def _sequence(self, inputs, cache, start: int, shape: tuple[int, int], device) -> Sequence:
         frame = _find(self, "generate", "call")
         generation = _find(self, "generate")
-        if generation is not None:
-            if generation.content.sequence is None:
-                generation.content.sequence = self._generation_prompt(
-                    generation.content, frame, inputs, start, shape, device
-                )
+        if generation is not None and generation.content.sequence is not None:
             return generation.content.sequence
+        given = frame.content if generation is None and frame is not None else inputs
         known = getattr(cache, _CACHE_ATTRIBUTE, None) if start > 0 else None
-        if isinstance(known, Sequence):
-            return known
-        given = frame.content if frame is not None else inputs
-        prompt = self._describe(given, shape, device)
-        return Sequence(_behind_cache(prompt, start))
+        drafting = generation is not None and generation.content.drafts
+        if isinstance(known, Sequence) and (drafting or _goes_on(given, shape)):
+            sequence = known
+        elif generation is not None:
+            sequence = self._generation_prompt(generation.content, frame, inputs, start, shape, device)
+        else:
+            sequence = Sequence(_behind_cache(self._describe(given, shape, device), start))
+        if generation is not None:
+            generation.content.sequence = sequence
+        return sequence
 
     def _generation_prompt(self, generation, frame, inputs, start, shape, device) -> Sequence:
         given = dict(generation.arguments)
@@ -274,7 +281,9 @@ class EditRuntime:
                 given["attention_mask"] = mask[:: mask.shape[0] // rows, :length]  # beams repeat each row
         given["input_ids"] = ids
         prompt = self._describe(given, (rows, length), device)
-        return Sequence(prompt)
+        # Over a kept cache, generate takes the whole conversation or, with a mask over all of it, what is new.
+        only_new = start > 0 and length == shape[1]
+        return Sequence(_behind_cache(prompt, start) if only_new else prompt)
 
     def _describe(self, given: Mapping[str, Any], shape: tuple[int, int], device) -> Prompt:
         masks = _find(self, "masks")
@@ -286,6 +295,16 @@ class EditRuntime:
         if mask is not None and mask.ndim == 2 and mask.shape[1] < shape[1]:
             mask = None
         return describe_prompt(ids, mask, given.get("labels"), self.image_ids, shape, device)
+
+
+def _goes_on(given: Mapping[str, Any], shape: tuple[int, int]) -> bool:
+    """Whether new columns [B, S] behind a cache belong to the answer that is being written there.
+
+    One column is the next token. More are a new turn, to be decided anew, unless labels call them all target.
+    """
+    labels = given.get("labels")
+    all_target = labels is not None and labels.shape == shape and not bool((labels == -100).any())
+    return shape[1] <= 1 or all_target
 
 
 def _behind_cache(prompt: Prompt, start: int) -> Prompt:
@@ -312,6 +331,8 @@ def _cache_in(output: Any) -> Any:
 
 def _named(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of a module's forward by name."""
+    if not args:
+        return dict(kwargs)  # as transformers calls; reading a signature costs more than all the rest here
     names = list(inspect.signature(module.forward).parameters)
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
