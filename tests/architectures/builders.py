@@ -1,0 +1,9 @@
+"""The shared table of tiny models: every architecture once, by name; `FIRST` run in every test run."""
+
+from __future__ import annotations
+
+from .parts import Architecture
+from .tier1 import TIER1
+
+FIRST = frozenset(architecture.name for architecture in TIER1)
+ARCHITECTURES: dict[str, Architecture] = {architecture.name: architecture for architecture in TIER1}
