@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from .parts import (
     BOS, EOS, IMAGE, PAD, SPECIAL, VIDEO, VISION_END, VISION_START, WIDTH,
     Architecture, mrope, opt, patches, picture, qformer, text, vit,
@@ -75,7 +77,7 @@ TIER1 = (
         "paligemma",
         dict(text_config=text("gemma"), vision_config=_SIGLIP, image_token_index=IMAGE,
              projection_dim=WIDTH, hidden_size=WIDTH, **SPECIAL),
-        types="token_type_ids", pixels=picture(),
+        more=lambda ids: {"token_type_ids": torch.zeros_like(ids)}, pixels=picture(),
     ),
     Architecture(
         "gemma3",
