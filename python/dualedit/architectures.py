@@ -232,6 +232,15 @@ def check_image_positions(model: nn.Module, ids: list[int], vis_layer: object) -
         )
 
 
+def target_token_type(model: nn.Module) -> int:
+    """What marks an answer's tokens in `token_type_ids`.
+
+    PaliGemma reads the prompt (type 0) in both directions: an answer of that type would change the states of the
+    prompt before it, and with them the key of an edit. Elsewhere 1 is for pictures or for nothing.
+    """
+    return int(model.config.model_type == "paligemma")
+
+
 def fingerprint(model: nn.Module) -> dict[str, object]:
     """What identifies a base model: its type, sizes, and a hash of the signs of its first embedding rows.
 
