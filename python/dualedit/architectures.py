@@ -20,10 +20,11 @@ _NOT_DECODER = {
     "aligner", "merger", "projector", "vqmodel", "vqvae", "cross", "dit", "abstractor",
 }  # fmt: skip
 _IMAGE_ID_NAMES = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
-# What stands in front of the decoder's layers in one version of transformers or another, and in a PeftModel: v4
-# wrote "language_model.model.layers" or "model.layers" where v5 has "model.language_model.layers".
+# What stands in front of the decoder's layers in one version of transformers or another, and in a PeftModel:
+# v4 wrote "language_model.model.layers" or "model.layers" where v5 has "model.language_model.layers".
 _IN_FRONT = {
-    "base_model", "module", "model", "language_model", "text_model", "llm", "decoder", "transformer", "thinker",
+    "base_model", "module", "model", "language_model", "text_model", "llm", "decoder", "transformer",
+    "thinker",
 }  # fmt: skip
 
 
@@ -119,7 +120,7 @@ def find_decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def _renamed(value: str, path: str) -> str | None:
-    """`value` below the decoder's list `path`, where it is that list's name in another version of the model."""
+    """`value` below the decoder's list `path`, if that is what another version of the model calls it."""
     stack = path.rpartition(".")[2]
     front, found, rest = f".{value}".partition(f".{stack}.")
     if not found or not set(front.split(".")) <= {"", *_IN_FRONT}:
@@ -235,8 +236,8 @@ def check_image_positions(model: nn.Module, ids: list[int], vis_layer: object) -
 def target_token_type(model: nn.Module) -> int:
     """What marks an answer's tokens in `token_type_ids`.
 
-    PaliGemma reads the prompt (type 0) in both directions: an answer of that type would change the states of the
-    prompt before it, and with them the key of an edit. Elsewhere 1 is for pictures or for nothing.
+    PaliGemma reads the prompt (type 0) in both directions: an answer of that type would change the states of
+    the prompt before it, and with them the key of an edit. Elsewhere 1 is for pictures or for nothing.
     """
     return int(model.config.model_type == "paligemma")
 
