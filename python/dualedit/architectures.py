@@ -20,8 +20,12 @@ _NOT_DECODER = {
     "aligner", "merger", "projector", "vqmodel", "vqvae", "cross", "dit", "abstractor",
 }  # fmt: skip
 _IMAGE_ID_NAMES = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
-# transformers v4 wrote the decoder's layers with the two middle names the other way round.
-_V4_NAMES = ((r"^language_model\.model\.layers\.", "model.language_model.layers."),)
+# What stands in front of the decoder's layers in one version of transformers or another, and in a PeftModel:
+# v4 wrote "language_model.model.layers" or "model.layers" where v5 has "model.language_model.layers".
+_IN_FRONT = {
+    "base_model", "module", "model", "language_model", "text_model", "llm", "decoder", "transformer",
+    "thinker",
+}  # fmt: skip
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -115,15 +119,23 @@ def find_decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return next(iter(candidates.items()))
 
 
-def _pick(argument: str, value: str, names: list[str]) -> str:
-    """The one name that `value` means: exact, then suffix, then regular expression over the whole name."""
+def _renamed(value: str, path: str) -> str | None:
+    """`value` below the decoder's list `path`, if that is what another version of the model calls it."""
+    stack = path.rpartition(".")[2]
+    front, found, rest = f".{value}".partition(f".{stack}.")
+    if not found or not set(front.split(".")) <= {"", *_IN_FRONT}:
+        return None
+    return f"{path}.{rest}"
+
+
+def _pick(argument: str, value: str, names: list[str], path: str) -> str:
+    """The one name that `value` means: exact, suffix, another version's name, or a regular expression."""
+    value = plain_name(value)
     if value in names:
         return value
-    for pattern, new in _V4_NAMES:
-        renamed = re.sub(pattern, new, value)
-        if renamed in names:
-            return renamed
     matches = [name for name in names if name.endswith("." + value)]
+    if not matches and _renamed(value, path) in names:
+        return _renamed(value, path)
     if not matches:
         try:
             matches = [name for name in names if re.fullmatch(value, name)]
@@ -161,7 +173,7 @@ def resolve_layer(model: nn.Module, layer: int | str, argument: str = "text_laye
         return f"{path}.{layer % len(layers)}"
     names = [f"{path}.{i}" for i in range(len(layers))]
     try:
-        return _pick(argument, layer, names)
+        return _pick(argument, layer, names, path)
     except ValueError as error:
         raise ValueError(
             f"{error} Valid layers: {names[0]} to {names[-1]}, or 0 to {len(layers) - 1}."
@@ -181,7 +193,7 @@ def resolve_linear(model: nn.Module, name: str, argument: str = "layer") -> str:
         if full.startswith(path + ".") and hasattr(module, "in_features") and hasattr(module, "out_features")
         and not full.endswith(".base_layer")
     }  # fmt: skip
-    return names[_pick(argument, name, list(names))]
+    return names[_pick(argument, name, list(names), path)]
 
 
 def image_token_ids(model: nn.Module) -> list[int]:
@@ -219,6 +231,15 @@ def check_image_positions(model: nn.Module, ids: list[int], vis_layer: object) -
             f"vis_layer={vis_layer!r}: the config of {kind} names no image token. Pass "
             f"image_token_ids=[...] (the id that its processor puts where the image goes), or vis_layer=None."
         )
+
+
+def target_token_type(model: nn.Module) -> int:
+    """What marks an answer's tokens in `token_type_ids`.
+
+    PaliGemma reads the prompt (type 0) in both directions: an answer of that type would change the states of
+    the prompt before it, and with them the key of an edit. Elsewhere 1 is for pictures or for nothing.
+    """
+    return int(model.config.model_type == "paligemma")
 
 
 def fingerprint(model: nn.Module) -> dict[str, object]:

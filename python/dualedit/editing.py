@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dualedit_kernels import nearest_key
 
-from .architectures import unwrap
+from .architectures import target_token_type, unwrap
 from .config import BalancEditConfig, DualEditConfig
 from .context import Prompt, describe_prompt, recording, runtime_of
 from .fitting import fit_value, to_device
@@ -71,12 +71,13 @@ def edit_layers(model: nn.Module, group: MemoryGroup) -> dict[str, EditLayer]:
     return {layer.layer_name: layer for layer in layers if group in layer.groups.values()}
 
 
-def append_target(inputs: Inputs, target_ids: Tensor) -> dict[str, Tensor]:
+def append_target(inputs: Inputs, target_ids: Tensor, token_type: int = 0) -> dict[str, Tensor]:
     """The inputs of a prompt with the target's tokens behind it, and labels for them.
 
     Args:
         inputs: what a processor returns for one prompt; `input_ids` [1, P] without padding.
         target_ids: [T] or [1, T] int64.
+        token_type: what marks the target's tokens in token types (`architectures.target_token_type`).
 
     Raises:
         ValueError: no input ids, more than one row, or an empty target.
@@ -91,10 +92,9 @@ def append_target(inputs: Inputs, target_ids: Tensor) -> dict[str, Tensor]:
     full = dict(inputs)
     for name, value in inputs.items():
         if isinstance(value, Tensor) and value.shape == ids.shape and name != "input_ids":
-            # Masks continue with 1, token types with 0: the target is attended text.
-            full[name] = torch.cat(
-                [value, torch.full_like(target, int("attention" in name)).to(value)], dim=1
-            )
+            # The target is attended text: attention masks continue with 1, masks of pictures with 0.
+            more = 1 if "attention" in name else token_type if name == "token_type_ids" else 0
+            full[name] = torch.cat([value, torch.full_like(target, more).to(value)], dim=1)
     full["input_ids"] = torch.cat([ids, target], dim=1)
     full["labels"] = torch.cat([torch.full_like(ids, -100), target], dim=1)
     return full
@@ -342,8 +342,8 @@ def add_edit(
     """
     began = time.perf_counter()
     name, config, group = active_group(model)
-    full = append_target(inputs, target_ids)
     base = unwrap(model)
+    full = append_target(inputs, target_ids, target_token_type(base))
     modes = [(module, module.training) for module in base.modules() if module.training]
     base.eval()  # dropout in the run that is stored would be stored with it
     try:

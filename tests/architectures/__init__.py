@@ -1,0 +1,1 @@
+"""Every image-text architecture, built tiny, through one tester."""
