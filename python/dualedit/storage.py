@@ -9,11 +9,12 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from .config import check_adapter_file
 from .context import runtime_of
@@ -23,12 +24,16 @@ _CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
 
 
-def save_edits(model: PeftModel, folder: str | os.PathLike[str]) -> None:
+def save_edits(
+    model: PeftModel, folder: str | os.PathLike[str], weights: Mapping[str, Tensor] | None = None
+) -> None:
     """Save a model's edit adapters with their edits; the folder holds the old edits or the new ones, whole.
 
     Args:
         model: from `inject_dualedit`, `inject_balancedit` or `load_edits`.
         folder: made if it does not exist; other files in it are left alone.
+        weights: parameter name to the tensor to save instead of the model's own, where that is in pieces
+            (FSDP).
 
     Raises:
         ValueError: not a PeftModel, or `folder` is a file.
@@ -48,7 +53,8 @@ def save_edits(model: PeftModel, folder: str | os.PathLike[str]) -> None:
         made = work / "new"
         made.mkdir()
         # Embeddings are the base model's; asking whether they were resized would ask the model hub.
-        model.save_pretrained(made, save_embedding_layers=False)
+        state = None if weights is None else {**model.state_dict(), **weights}
+        model.save_pretrained(made, save_embedding_layers=False, state_dict=state)
         for file in _files(made):
             file.chmod(0o666 & ~_umask())  # safetensors writes files that nobody else can read
             _sync(file)
