@@ -139,8 +139,8 @@ def _for_embedded(recipe: Recipe, named: set[str]) -> Recipe:
 def run(recipe: Recipe, options: Options) -> None:
     """Train, or measure what training will take."""
     from ..training import train
-    from ..training.loop import make_ready, open_accelerator
     from ..training.memory import dry_run, explain_out_of_memory
+    from ..training.setting import make_ready, open_accelerator
 
     accelerator = open_accelerator(recipe.precision)  # first: it gives each process its GPU
     say = print if accelerator.is_main_process else lambda text: None

@@ -2,8 +2,8 @@
 
 A checkpoint is one file: the adapters' weights, the optimizer's state, the step (from which schedule and
 order of the edits follow), the random generators, the best held-out loss, and what the run was told. The
-frozen model is not in it. Weights that FSDP has cut up are put together first, so that a run may go on with another
-number of processes.
+frozen model is not in it. Weights that FSDP has cut up are put together first, so that a run may go on with
+another number of processes.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import torch
 from .recipe import Recipe
 
 if TYPE_CHECKING:
-    from .loop import Setting
+    from .setting import Setting
 
 _GIB = 2**30
 
@@ -98,7 +98,7 @@ def dry_run(ready: Setting, steps: int = 3) -> Estimate:
     """
     from .batches import count_edits
     from .checkpoint import optimizer_state
-    from .loop import held_out_loss, take_step
+    from .setting import held_out_loss, take_step
 
     gpu = ready.accelerator.device.type == "cuda"
     if gpu:
