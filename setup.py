@@ -161,6 +161,7 @@ setup(
     package_dir={"dualedit_kernels": "dualedit_kernels", "dualedit": "python/dualedit"},
     package_data={
         "dualedit": [f"demo/weights/**/*.{end}" for end in ("safetensors", "json", "txt", "jinja")]
+        + ["training/launch/*.yaml"]
     },
     ext_modules=EXTENSIONS,
     cmdclass=COMMANDS,

@@ -281,7 +281,7 @@ class EditRuntime:
                 given["attention_mask"] = mask[:: mask.shape[0] // rows, :length]  # beams repeat each row
         given["input_ids"] = ids
         prompt = self._describe(given, (rows, length), device)
-        # Over a kept cache, generate takes the whole conversation or, with a mask over all of it, what is new.
+        # Over a kept cache, generate takes the whole conversation, or what is new with a mask over all of it.
         only_new = start > 0 and length == shape[1]
         return Sequence(_behind_cache(prompt, start) if only_new else prompt)
 

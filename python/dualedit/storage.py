@@ -9,12 +9,13 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from peft import PeftModel, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from peft.config import PeftConfig
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from .adapters import put_beside, remove_adapter, remove_editors
 from .config import EditConfig, check_adapter_file
@@ -26,7 +27,9 @@ _CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
 
 
-def save_edits(model: PeftModel, folder: str | os.PathLike[str]) -> None:
+def save_edits(
+    model: PeftModel, folder: str | os.PathLike[str], weights: Mapping[str, Tensor] | None = None
+) -> None:
     """Save a model's edit adapters with their edits; the folder holds the old edits or the new ones, whole.
 
     Args:
@@ -34,6 +37,8 @@ def save_edits(model: PeftModel, folder: str | os.PathLike[str]) -> None:
             (LoRA) are not saved.
         folder: made if it does not exist; other files in it are left alone. The adapter called "default" lies
             in it, others in folders of their name inside it, as PEFT has it.
+        weights: parameter name to the tensor to save instead of the model's own, where that is in pieces
+            (FSDP).
 
     Raises:
         ValueError: not a PeftModel, no edit adapter on it, or `folder` is a file.
@@ -56,7 +61,8 @@ def save_edits(model: PeftModel, folder: str | os.PathLike[str]) -> None:
         made = work / "new"
         made.mkdir()
         # Embeddings are the base model's; asking whether they were resized would ask the model hub.
-        model.save_pretrained(made, selected_adapters=names, save_embedding_layers=False)
+        state = None if weights is None else {**model.state_dict(), **weights}
+        model.save_pretrained(made, selected_adapters=names, save_embedding_layers=False, state_dict=state)
         for file in _files(made):
             file.chmod(0o666 & ~_umask())  # safetensors writes files that nobody else can read
             _sync(file)

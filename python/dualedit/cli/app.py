@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from . import train
 from .running import quiet, run
 
 app = typer.Typer(
@@ -237,6 +238,9 @@ def sample(
     from .edits import sample as work
 
     work(folder, seed)
+
+
+app.command(name="train")(train.command)
 
 
 @app.command()

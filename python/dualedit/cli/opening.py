@@ -36,8 +36,11 @@ class Start:
             raise ValueError(f"--method {self.method}: choose one of {', '.join(METHODS)}.")
 
 
-def load_base(model: Path | None) -> tuple[Any, Any]:
+def load_base(model: Path | None, device: str | None = None) -> tuple[Any, Any]:
     """The base model in eval mode and its processor: the embedded one, or a local Hugging Face folder.
+
+    Args:
+        device: where a folder's model goes; None takes the GPU if there is one.
 
     Raises:
         ValueError: no such folder, or nothing that transformers loads as a vision-language model.
@@ -59,7 +62,7 @@ def load_base(model: Path | None) -> tuple[Any, Any]:
         loaded = AutoModelForImageTextToText.from_pretrained(model, dtype="auto", local_files_only=True)
     except (ValueError, OSError, ImportError, KeyError, AttributeError) as error:
         raise ValueError(f"--model {model} cannot be loaded: {str(error).splitlines()[0]}") from error
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return loaded.eval().to(device), processor
 
 

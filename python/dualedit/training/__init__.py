@@ -1,4 +1,8 @@
-"""Training DualEdit's adapters and setting the editors' thresholds, on facts kept apart from the test's."""
+"""Training DualEdit's adapters and setting the editors' thresholds, on facts kept apart from the test's.
+
+`train` is the command `dualedit train`: any model, any data set, many processes, checkpoints. `optimise` and
+`train_adapters` are the small loop that the embedded model's editors come from.
+"""
 
 from .calibration import (
     Curve,
@@ -14,10 +18,14 @@ from .calibration import (
     with_threshold,
 )
 from .dualedit import TrainSettings, optimise, train_adapters
+from .loop import Outcome, train
+from .recipe import Recipe, read_recipe
 from .routing_key import train_routing_key
 
 __all__ = [
     "Curve",
+    "Outcome",
+    "Recipe",
     "Sweep",
     "TrainSettings",
     "calibrate_alpha",
@@ -29,6 +37,8 @@ __all__ = [
     "save_calibration",
     "sweep_alpha",
     "sweep_threshold",
+    "read_recipe",
+    "train",
     "train_adapters",
     "train_routing_key",
     "with_threshold",

@@ -75,7 +75,11 @@ def teacher_forced(prompter: Prompter, probes: Sequence[Probe], eos: int | None)
     for row, answer in enumerate(answers):
         tail[row, : len(answer)] = answer
         real[row, : len(answer)] = 1
-    full = dict(inputs)
+    # Token types go on with 0, text, behind the question.
+    full = {}
+    for name, value in inputs.items():
+        per_token = value.shape == ids.shape
+        full[name] = torch.cat([value, torch.zeros_like(tail).to(value)], dim=1) if per_token else value
     full["labels"] = torch.cat([torch.full_like(ids, -100), tail.masked_fill(real == 0, -100)], dim=1)
     full["input_ids"] = torch.cat([ids, tail], dim=1)
     full["attention_mask"] = torch.cat([inputs["attention_mask"], real], dim=1)

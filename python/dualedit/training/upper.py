@@ -1,0 +1,219 @@
+"""The upper part of a frozen model, run on its own with gradients, from states computed once without.
+
+Nothing below the first edited layer depends on the adapters, so its states are computed once a batch. Above
+it two runs are needed at most: one without the edits (what the model would have said, and the states that
+become keys and values) and one with them. Only the positions whose next token counts go through the last
+layer's feed-forward part, the final norm and the output head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..architectures import find_decoder_layers
+from ..context import Bound, framed, recording, runtime_of
+from ..layer import DualEditLayer
+from ..sequence import ForwardPass, Prompt, Sequence
+
+
+class _Seen(Exception):
+    """Leaves a forward when everything needed has been seen."""
+
+
+class _StandIn(nn.Module):
+    """Takes an upper layer's place while the lower ones run: notes its arguments, computes nothing."""
+
+    def __init__(self, real: nn.Module, note: Callable[[nn.Module, tuple, dict], Any]):
+        super().__init__()
+        self._real = (real,)  # in a tuple, so that it is no child
+        self._note = note
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_real"][0], name)  # model code reads attributes of its layers
+
+    def forward(self, *args, **kwargs):
+        return self._note(self._real[0], args, kwargs)
+
+
+@dataclass
+class Lower:
+    """What the lower layers make of some rows.
+
+    Attributes:
+        states: [R, L, D] behind the first edited layer, without the edit.
+        calls: the modules above it with their arguments, states left out.
+    """
+
+    states: Tensor
+    calls: list[tuple[nn.Module, tuple, dict]]
+
+
+def _split(args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, tuple, dict]:
+    """The states among a layer's arguments, and the others."""
+    if args:
+        return args[0], args[1:], dict(kwargs)
+    rest = dict(kwargs)
+    return rest.pop("hidden_states"), (), rest
+
+
+class UpperPart:
+    """Runs a frozen model's lower layers once, and its upper layers with given edits.
+
+    Args:
+        base: the Hugging Face model, with wrapped layers.
+        layers: its wrapped layers by name.
+        adapter: name of the adapter.
+        recompute: keep nothing of the upper layers for the backward pass.
+    """
+
+    def __init__(
+        self, base: nn.Module, layers: Mapping[str, DualEditLayer], adapter: str, recompute: bool = False
+    ):
+        self.base, self.layers, self.adapter, self.recompute = base, dict(layers), adapter, recompute
+        self.runtime = runtime_of(base)
+        path, self.decoder = find_decoder_layers(base)
+        self.stack = base.get_submodule(path.rpartition(".")[0])
+        numbers = sorted(int(name.rpartition(".")[2]) for name in layers)
+        self.first, self.last = numbers[0], numbers[-1]
+        self.first_name = next(name for name in layers if name.endswith(f".{self.first}"))
+
+    def lower(self, inputs: Mapping[str, Any], prompt: Prompt) -> Lower:
+        """Run the frozen layers up to the first edited one, without gradient."""
+        calls: list[tuple[nn.Module, tuple, dict]] = []
+        tuples = []
+
+        def note(module: nn.Module, args: tuple, kwargs: dict) -> Any:
+            states, args, kwargs = _split(args, kwargs)
+            calls.append((module, args, kwargs))
+            return (states,) if tuples else states
+
+        first = self.decoder[self.first]
+        children = [child for child in self.stack.children() if child is not self.decoder]
+        kept = dict(self.decoder._modules)
+
+        def behind(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            if calls or self.first == len(kept) - 1 and self.first_name in seen:
+                _, rest, named = _split(args, kwargs)
+                calls.append((module, rest, named))
+
+        handles = [child.register_forward_pre_hook(behind, with_kwargs=True) for child in children]
+        handles.append(
+            first.register_forward_hook(
+                lambda m, a, output: tuples.append(1) if isinstance(output, tuple) else None
+            )
+        )
+        handles.append(self.stack.register_forward_hook(_leave))
+        try:
+            for name in list(kept)[self.first + 1 :]:
+                self.decoder._modules[name] = _StandIn(kept[name], note)
+            with torch.no_grad(), framed(self.runtime, "masks", prompt), recording(self.base) as seen:
+                try:
+                    self.base(**inputs, use_cache=False)
+                except _Seen:
+                    pass
+        finally:
+            self.decoder._modules.update(kept)
+            for handle in handles:
+                handle.remove()
+        return Lower(seen[self.first_name], calls)
+
+    def unedited(
+        self, lower: Lower, prompt: Prompt, at: Tensor | None
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
+        """What the wrapped layers see without an edit, by layer name, and logits [K, V] at some positions.
+
+        Args:
+            at: [R, L] bool, or None: no logits, only as far as the last wrapped layer.
+        """
+        with torch.no_grad(), recording(self.base) as states:
+            states[self.first_name] = lower.states
+            if at is not None:
+                return states, self._run(lower, lower.states, prompt, at)
+            hidden = lower.states
+            with self._passing(prompt):
+                for module, args, kwargs in lower.calls[: self.last - self.first]:
+                    hidden = _first(module(hidden, *args, **kwargs))
+        return states, None
+
+    def edited(
+        self, lower: Lower, prompt: Prompt, at: Tensor, route: Tensor, edits: Mapping[str, Any]
+    ) -> Tensor:
+        """Logits [K, V] at the positions `at` with each row's edit written into it, gradients included."""
+        hidden = lower.states
+        for part, adapter in self.layers[self.first_name].dualedit_adapter[self.adapter].items():
+            span = prompt.text if part == "text" else prompt.image
+            hidden, _ = adapter(hidden, span, edits[self.first_name][part], route=route)
+        return self._run(lower, hidden, prompt, at, Bound(route, edits))
+
+    @contextmanager
+    def _passing(self, prompt: Prompt) -> Iterator[None]:
+        rows, length = prompt.text.shape
+        with framed(self.runtime, "pass", ForwardPass(Sequence(prompt), 0, rows, length)):
+            yield
+
+    def _run(self, lower: Lower, hidden: Tensor, prompt: Prompt, at: Tensor, mode: Any = None) -> Tensor:
+        layers = len(self.decoder) - 1 - self.first
+        # Where the last layer is a wrapped one, its states are noted at every position.
+        top = layers - 1 if self.last < len(self.decoder) - 1 else None
+        for number, (module, args, kwargs) in enumerate(lower.calls[:layers]):
+            narrow = at if number == top else None
+
+            def run(states, module=module, args=args, kwargs=kwargs, narrow=narrow):
+                # Frames are set here and not outside: a recomputation in backward has to find them too.
+                with self._passing(prompt), _only_at(module, narrow):
+                    if mode is None:
+                        return _first(module(states, *args, **kwargs))
+                    with framed(self.runtime, "mode", mode):
+                        return _first(module(states, *args, **kwargs))
+
+            if self.recompute and torch.is_grad_enabled():
+                hidden = checkpoint(run, hidden, use_reentrant=False)
+            else:
+                hidden = run(hidden)
+        wanted = hidden[at][None]  # [1, K, D]
+        for module, args, kwargs in lower.calls[layers:]:
+            wanted = _first(module(wanted, *args, **kwargs))
+        return self.base.get_output_embeddings()(wanted)[0]
+
+
+def _leave(module: nn.Module, args: tuple, output: Any) -> None:
+    raise _Seen
+
+
+def _first(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+@contextmanager
+def _only_at(layer: nn.Module, at: Tensor | None) -> Iterator[None]:
+    """Let a decoder layer's feed-forward part work at the given positions [R, L] only; zero elsewhere.
+
+    For the last layer, whose states at other positions nobody reads.
+    """
+    inner = getattr(layer, "mlp", None) if at is not None else None
+    if not isinstance(inner, nn.Module):
+        yield
+        return
+
+    def gather(module: nn.Module, args: tuple):
+        return (args[0][at][None],)
+
+    def scatter(module: nn.Module, args: tuple, output: Tensor):
+        return output.new_zeros((*at.shape, output.shape[-1])).index_put((at,), output[0])
+
+    handles = inner.register_forward_pre_hook(gather), inner.register_forward_hook(scatter)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
