@@ -1,0 +1,320 @@
+"""A training step of DualEdit's adapters against the published procedure.
+
+    python -m benchmarks.bench_training --json benchmarks/results/<machine>.json
+
+The model is LLaVA-1.5-7B at a quarter of its width and depth (hidden 1024, 8 layers, 32,000 words, an image of
+576 tokens), random weights, with the paper's batch of 4 edits and its adapters (width 1024, 8 heads) at the
+same relative depth as layers 16 and 19 of 32. A step is all five losses of the paper, forward, backward and
+AdamW. Rivals:
+
+- dualedit: `dualedit.training.step`, as `dualedit train` runs it
+- dualedit unpacked: the same, with an image read once for each question about it
+- published: the published procedure written plainly. The whole model runs forward for the edit, for each loss
+  and, where the loss compares with it, for the unedited model; keys and values are projected from the edit's
+  raw states in each of them, the text adapter goes through the batch sample by sample, and the output head
+  computes every position.
+
+Both read the same questions with the same adapter weights. A rival is timed if its five losses and the norm of
+each adapter weight's gradient are those of the published procedure.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from benchmarks.common import Benchmark, Rival, arguments
+from dualedit import EditRequest, EditSample, Probe, inject_dualedit
+from dualedit.architectures import unwrap
+from dualedit.demo.vlm import IMAGE, build_tokenizer
+from dualedit.fitting import to_device
+from dualedit.modules import EditCrossAttention
+from dualedit.prompting import Prompter
+from dualedit.training.batches import KEEP, Batch, make_batch, questions_of
+from dualedit.training.dualedit import teacher_forced
+from dualedit.training.recipe import TERMS, Recipe
+from dualedit.training.step import TrainingStep
+
+HIDDEN, LAYERS, HEADS, FEED_FORWARD, WORDS = 1024, 8, 16, 2752, 32_000
+TEXT_LAYER, VIS_LAYER, MID, MID_HEADS = 4, 5, 1024, 8
+PATCH, VISION, EOS = 14, 256, 2
+LOSSES = TERMS[:5]
+# Relative errors of losses and gradient norms: rounding of the two ways, not of the arithmetic's order alone.
+ALLOWED = {torch.float32: 2e-3, torch.bfloat16: 6e-2}
+
+
+def build(attention: str, side: int) -> tuple[nn.Module, LlavaProcessor]:
+    """The model and a processor for it."""
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer()
+    image = tokenizer.convert_tokens_to_ids(IMAGE)
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=VISION, intermediate_size=4 * VISION, num_hidden_layers=6, num_attention_heads=4,
+            image_size=side, patch_size=PATCH,
+        ),
+        text_config=LlamaConfig(
+            vocab_size=WORDS, hidden_size=HIDDEN, intermediate_size=FEED_FORWARD, num_hidden_layers=LAYERS,
+            num_attention_heads=HEADS, num_key_value_heads=HEADS, max_position_embeddings=2048,
+            pad_token_id=0, bos_token_id=1, eos_token_id=EOS,
+        ),
+        image_token_index=image, image_seq_length=(side // PATCH) ** 2,
+    )  # fmt: skip
+    model = LlavaForConditionalGeneration(config).eval().requires_grad_(False)
+    model.set_attn_implementation(attention)
+    size = {"height": side, "width": side}
+    images = CLIPImageProcessorPil(size=size, crop_size=size, do_center_crop=False)
+    processor = LlavaProcessor(
+        image_processor=images, tokenizer=tokenizer, patch_size=PATCH, image_token=IMAGE,
+        vision_feature_select_strategy="default", num_additional_image_tokens=1,
+    )  # fmt: skip
+    return model, processor
+
+
+def edits(count: int, side: int) -> list[EditSample]:
+    """Edits with one question for each loss, as long as those of E-VQA."""
+    generator = torch.Generator().manual_seed(0)
+
+    def picture() -> Image.Image:
+        return Image.fromarray(torch.randint(256, (side, side, 3), generator=generator).byte().numpy())
+
+    samples = []
+    for number in range(count):
+        request = EditRequest(picture(), f"what is the name of the thing in picture {number} ?", "a red sign")
+        samples.append(
+            EditSample(
+                request,
+                {
+                    "t_gen": [Probe(request.image_source, "which thing does the picture show ?", request.target)],
+                    "v_gen": [Probe(picture(), request.prompt, request.target)],
+                },
+                {
+                    "t_loc": [Probe(None, "who wrote the first book about the blue sea ?", "an old man")],
+                    "m_loc": [Probe(picture(), "how many shapes are there ?", "three")],
+                },
+            )
+        )
+    return samples
+
+
+# ---------------------------------------------------------------------- the published procedure
+
+
+@dataclass
+class Published:
+    """The published training step, written plainly.
+
+    base: a model of its own; text, vision: the adapters; terms: model inputs of each loss's questions, edit i
+    in row i, labels included.
+    """
+
+    base: nn.Module
+    text: EditCrossAttention
+    vision: EditCrossAttention
+    terms: dict[str, dict[str, Tensor]]
+    image_id: int
+
+    def step(self) -> dict[str, Tensor]:
+        """The five losses."""
+        edit = self.terms["reliability"]
+        with torch.no_grad(), self.hooked(self._record):
+            self.states: dict[int, Tensor] = {}
+            self.base(**_call(edit), use_cache=False)
+        self.real = edit["attention_mask"] != 0
+        losses = {}
+        for term, inputs in self.terms.items():
+            before = None
+            if term in KEEP:
+                with torch.no_grad():
+                    before = self.base(**_call(inputs), use_cache=False).logits
+            labels = inputs["labels"]
+            image = inputs["input_ids"] == self.image_id
+            self.spans = {
+                TEXT_LAYER: (inputs["attention_mask"] != 0) & ~image & ((labels != -100).cumsum(1) == 0),
+                VIS_LAYER: image,
+            }
+            with self.hooked(self._edit):
+                logits = self.base(**_call(inputs), use_cache=False).logits
+            losses[term] = _loss(logits, before, labels)
+        return losses
+
+    @contextmanager
+    def hooked(self, hook) -> Iterator[None]:
+        layers = self.base.model.language_model.layers
+        handles = [
+            layers[number].register_forward_hook(lambda m, a, out, number=number: hook(number, out))
+            for number in (TEXT_LAYER, VIS_LAYER)
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _record(self, number: int, hidden: Tensor) -> None:
+        self.states[number] = hidden
+
+    def _edit(self, number: int, hidden: Tensor) -> Tensor:
+        span = self.spans[number]
+        if not bool(span.any()):
+            return hidden
+        if number == TEXT_LAYER:  # sample by sample
+            rows = []
+            for row in range(len(hidden)):
+                states = self.states[number][row : row + 1, self.real[row]]
+                new = hidden[row : row + 1].clone()
+                new[:, span[row]] = attend(self.text, hidden[row : row + 1, span[row]], states, None)
+                rows.append(new)
+            return torch.cat(rows)
+        tokens = hidden[span].view(len(hidden), -1, HIDDEN)  # every row has one image
+        new = attend(self.vision, tokens, self.states[number], self.real)
+        return hidden.masked_scatter(span[..., None], new.to(hidden.dtype))
+
+
+def attend(adapter: EditCrossAttention, x: Tensor, states: Tensor, real: Tensor | None) -> Tensor:
+    """The adapter on tokens x [R, P, D] with an edit's raw states [R, T, D]; real [R, T] masks padding."""
+    q = adapter.q_proj(adapter.in_proj(adapter.query_norm(x.to(adapter.query_norm.weight.dtype))))
+    edit = adapter.edit_norm(states.to(adapter.edit_norm.weight.dtype))
+    q, k, v = (
+        t.unflatten(-1, (MID_HEADS, -1)).transpose(1, 2) for t in (q, adapter.k_proj(edit), adapter.v_proj(edit))
+    )
+    scores = q @ k.transpose(-1, -2) * (MID // MID_HEADS) ** -0.5
+    if real is not None:
+        scores = scores.masked_fill(~real[:, None, None, :], torch.finfo(scores.dtype).min)
+    out = (scores.softmax(-1).to(v.dtype) @ v).transpose(1, 2).flatten(2)
+    return (x + adapter.o_proj(out)).to(x.dtype)
+
+
+def _call(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value for name, value in inputs.items() if name != "labels"}
+
+
+def _loss(logits: Tensor, before: Tensor | None, labels: Tensor) -> Tensor:
+    """Mean over the answers of the mean over their tokens."""
+    losses = []
+    for row, label in enumerate(labels):
+        at = (label[1:] != -100).nonzero()[:, 0]
+        now = logits[row, at].float().log_softmax(-1)
+        if before is None:
+            losses.append(F.nll_loss(now, label[1:][at]))
+        else:
+            old = before[row, at].float().log_softmax(-1)
+            losses.append(F.kl_div(now, old, log_target=True, reduction="batchmean"))
+    return torch.stack(losses).mean()
+
+
+# ---------------------------------------------------------------------- side by side
+
+
+class Problem:
+    """A batch, the same adapters on two copies of the model, and both ways to train them."""
+
+    def __init__(self, dtype: torch.dtype, attention: str, side: int, count: int):
+        base, processor = build(attention, side)
+        for parameter in base.parameters():
+            parameter.data = parameter.data.to(dtype)
+        self.dtype, self.count = dtype, count
+        prompter, samples = Prompter(processor, "<image> {prompt} answer :"), edits(count, side)
+        weights = {**Recipe().weights()}
+        plain = copy.deepcopy(base)
+        model = inject_dualedit(base, TEXT_LAYER, VIS_LAYER, MID, MID_HEADS, init_weights=False).eval()
+        self.ours = TrainingStep(model)
+        for layer in self.ours.upper.layers.values():
+            layer.dualedit_adapter.float()
+        image_id = plain.config.image_token_index
+        generators = [torch.Generator().manual_seed(i) for i in range(count)]
+        self.batches: dict[bool, Batch] = {
+            pack: make_batch(prompter, samples, generators, weights, EOS, [image_id], pack) for pack in (True, False)
+        }
+        asked = [q for n, s in enumerate(samples) for q in questions_of(s, n, weights, generators[n])]
+        terms = {
+            term: to_device(teacher_forced(prompter, [q.probe for q in asked if q.term == term], EOS), plain)
+            for term in LOSSES
+        }
+        adapters = {
+            part: copy.deepcopy(adapter)
+            for layer in self.ours.upper.layers.values()
+            for part, adapter in layer.dualedit_adapter["default"].items()
+        }
+        self.published = Published(plain, adapters["text"], adapters["vision"], terms, image_id)
+        assert self.ours.choose_way(self.batches[True]), "the upper layers of LLaVA run on their own"
+        names = self.ours.trained()
+        self.own = {"ours": list(names.values())}
+        self.own["published"] = [
+            dict(adapters[name.split(".")[-3] if name.split(".")[-3] in adapters else name.split(".")[-2]]
+                 .named_parameters())[".".join(name.split(".")[-2:])]
+            for name in names
+        ]  # fmt: skip
+        # A learning rate of 0: the work of an update, and the same weights in every turn.
+        self.optimizers = {who: torch.optim.AdamW(own, lr=0.0, weight_decay=0.0) for who, own in self.own.items()}
+        assert sorted(unwrap(model).state_dict()) != []  # the model is alive as long as the problem
+
+    def _autocast(self):
+        return torch.autocast("cpu", torch.bfloat16) if self.dtype == torch.bfloat16 else nullcontext()
+
+    def _finish(self, who: str, losses: Tensor) -> tuple[Tensor, Tensor]:
+        self.optimizers[who].zero_grad(set_to_none=True)
+        losses.sum().backward()
+        self.optimizers[who].step()
+        return losses.detach().float(), torch.stack([p.grad.float().norm() for p in self.own[who]])
+
+    def run_ours(self, pack: bool) -> tuple[Tensor, Tensor]:
+        """Losses [5] and gradient norms of the adapters' weights."""
+        batch = self.batches[pack]
+        with self._autocast():
+            sums = self.ours(batch)
+        return self._finish("ours", sums[:5] / self.count)
+
+    def run_published(self) -> tuple[Tensor, Tensor]:
+        """The same, as published."""
+        with self._autocast():
+            losses = self.published.step()
+        return self._finish("published", torch.stack([losses[term] for term in LOSSES]))
+
+
+def main() -> None:
+    """Run the benchmark from the command line."""
+    parser = arguments(__doc__.splitlines()[0])
+    parser.add_argument("--attention", default="eager", choices=["eager", "sdpa"], help="of the model, for all")
+    parser.add_argument("--edits", type=int, help="in the batch; 4, or 2 with --quick")
+    parser.add_argument("--side", type=int, help="of an image, in pixels; 336, or 168 with --quick")
+    options = parser.parse_args()
+    count = options.edits or (2 if options.quick else 4)
+    side = options.side or (168 if options.quick else 336)
+    benchmark = Benchmark("training_step", options)
+    for dtype in (torch.float32, torch.bfloat16):
+        problem = Problem(dtype, options.attention, side, count)
+        name = str(dtype).removeprefix("torch.")
+        want = problem.run_published()
+
+        def wrong(found: tuple[Tensor, Tensor], want=want, dtype=dtype) -> str | None:
+            for what, got, wanted in zip(("losses", "gradients"), found, want, strict=True):
+                # Relative to the largest of the losses, and of the gradients: some are zero but for rounding.
+                error = float((got - wanted).abs().max() / wanted.abs().max())
+                if not error <= ALLOWED[dtype]:
+                    return f"{what} are off by {error:.1e}"
+            return None
+
+        rivals = [
+            Rival("dualedit", name, lambda p=problem: p.run_ours(True), wrong),
+            Rival("published", name, problem.run_published, wrong),
+        ]
+        if not options.quick:
+            rivals.insert(1, Rival("dualedit unpacked", name, lambda p=problem: p.run_ours(False), wrong))
+        shape = {"edits": count, "image_tokens": (side // PATCH) ** 2, "hidden": HIDDEN, "layers": LAYERS,
+                 "words": WORDS, "attention": options.attention, "dtype": name}  # fmt: skip
+        benchmark.compare(shape, rivals)
+    benchmark.finish()
+
+
+if __name__ == "__main__":
+    main()
