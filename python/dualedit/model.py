@@ -212,8 +212,8 @@ _register()
 def _inject(model: nn.Module, config: EditConfig, adapter_name: str) -> PeftModel:
     if isinstance(model, PeftMixedModel):
         raise ValueError(
-            "model is a PeftMixedModel: edits cannot be mixed into it, PEFT lets it hold only methods that it "
-            "knows. Pass the base model, or a PeftModel: edits stand beside its adapters."
+            "model is a PeftMixedModel: edits cannot be mixed into it, PEFT lets it hold only methods that "
+            "it knows. Pass the base model, or a PeftModel: edits stand beside its adapters."
         )
     if isinstance(model, PeftModel):
         put_beside(model, config, adapter_name)
