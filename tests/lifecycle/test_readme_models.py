@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from dualedit import Editor, inject_dualedit, save_edits
+from dualedit import Editor, inject_dualedit, load_edits, save_edits
 from dualedit.editor import generate_answers
 from dualedit.prompting import Prompter
 from tiny_hub_models import LAYERS, make_llava, make_qwen
@@ -98,7 +98,7 @@ def test_qwen(tmp_path, where, seed, monkeypatch, capsys, torchvision):
     prepare_adapters(folder, where, "qwen-adapters", seed)
     names = run(QWEN, folder, monkeypatch, where)
     printed = check_run(names, capsys, folder, where)
-    assert "True" in printed.splitlines()[0] or " True" in printed
+    assert " True\n" in printed
     assert [layer.layer_name for layer in edit_layers(names["model"])] == [
         f"model.language_model.layers.{number}" for number in (16, 19)
     ]
@@ -113,8 +113,6 @@ def test_llava_with_dualedit(tmp_path, where, seed, monkeypatch):
     processor = AutoProcessor.from_pretrained(folder)
     for trained in (False, True):
         prepare_adapters(folder, where, f"adapters-{trained}", seed, trained)
-        from dualedit import load_edits
-
         base = AutoModelForImageTextToText.from_pretrained(folder, dtype="bfloat16")
         editor = Editor(load_edits(base, where / f"adapters-{trained}"), processor)
         editor.edit(where / "computer.jpg", question, "lenovo")

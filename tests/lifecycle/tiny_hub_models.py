@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -46,8 +47,6 @@ def _learned(pre_tokenizer, alphabet: Iterable[str], special: list[str]) -> tupl
         vocab_size=400, special_tokens=special, initial_alphabet=list(alphabet), show_progress=False
     )
     core.train_from_iterator(_TEXTS * 3, trainer)
-    import json
-
     model = json.loads(core.to_str())["model"]
     return model["vocab"], [tuple(pair) for pair in model["merges"]]
 
@@ -119,7 +118,10 @@ def make_qwen(folder: Path, seed: int) -> Path:
     )  # fmt: skip
     rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1000000.0}
     config = hf.Qwen2_5_VLConfig(
-        text_config=_text(len(tokenizer), rope_parameters=rope), vision_config=vision,
+        text_config=_text(
+            len(tokenizer), rope_parameters=rope, bos_token_id=ids["endoftext"], eos_token_id=ids["im_end"]
+        ),
+        vision_config=vision, bos_token_id=ids["endoftext"], eos_token_id=ids["im_end"],
         image_token_id=ids["image_pad"], video_token_id=ids["video_pad"],
         vision_start_token_id=ids["vision_start"], vision_end_token_id=ids["vision_end"],
     )  # fmt: skip
