@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .sequence import ForwardPass, Prompt, Sequence, describe_prompt, last_true
+from .sequence import IMAGE_MASK, ForwardPass, Prompt, Sequence, describe_prompt, last_true
 
 _FRAMES: ContextVar[tuple[Frame, ...]] = ContextVar("dualedit_frames", default=())
 _CACHE_ATTRIBUTE = "_dualedit_sequence"
@@ -246,7 +246,7 @@ class EditRuntime:
         if isinstance(known, Sequence):
             return known
         given = frame.content if frame is not None else inputs
-        prompt = self._describe(given, shape, device)
+        prompt = self.describe(given, shape, device)
         return Sequence(_behind_cache(prompt, start))
 
     def _generation_prompt(self, generation, frame, inputs, start, shape, device) -> Sequence:
@@ -265,19 +265,21 @@ class EditRuntime:
             if mask is not None and mask.ndim == 2 and mask.shape[0] % rows == 0:
                 given["attention_mask"] = mask[:: mask.shape[0] // rows, :length]  # beams repeat each row
         given["input_ids"] = ids
-        prompt = self._describe(given, (rows, length), device)
+        prompt = self.describe(given, (rows, length), device)
         return Sequence(prompt)
 
-    def _describe(self, given: Mapping[str, Any], shape: tuple[int, int], device) -> Prompt:
+    def describe(self, given: Mapping[str, Any], shape: tuple[int, int], device: torch.device) -> Prompt:
+        """The prompt of a call of shape (B, P), from its arguments or from `explicit_masks` around it."""
         masks = _find(self, "masks")
         if masks is not None:
-            return masks.content
+            return _in_front(masks.content, shape[1])
         ids, mask = given.get("input_ids"), given.get("attention_mask")
         if ids is not None and ids.shape != shape:
             ids = None  # the stack works on another sequence than the caller's ids describe
         if mask is not None and mask.ndim == 2 and mask.shape[1] < shape[1]:
             mask = None
-        return describe_prompt(ids, mask, given.get("labels"), self.image_ids, shape, device)
+        image = given.get(IMAGE_MASK)
+        return describe_prompt(ids, mask, given.get("labels"), self.image_ids, shape, device, image)
 
 
 def _behind_cache(prompt: Prompt, start: int) -> Prompt:
@@ -288,6 +290,16 @@ def _behind_cache(prompt: Prompt, start: int) -> Prompt:
     return Prompt(
         nn.functional.pad(prompt.text, (start, 0)), image, prompt.last + start, prompt.last_input + start
     )
+
+
+def _in_front(prompt: Prompt, length: int) -> Prompt:
+    """The same prompt with the columns of a target behind it, up to `length`."""
+    behind = length - prompt.length
+    if behind <= 0:
+        return prompt
+    image = None if prompt.image is None else nn.functional.pad(prompt.image, (0, behind))
+    last_input = torch.full_like(prompt.last_input, length - 1)
+    return Prompt(nn.functional.pad(prompt.text, (0, behind)), image, prompt.last, last_input)
 
 
 def _remember(cache: Any, sequence: Sequence) -> None:
