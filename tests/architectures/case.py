@@ -8,6 +8,7 @@ from functools import cached_property
 
 import torch
 from dualedit import add_edit, inject_dualedit
+from dualedit.architectures import find_decoder_layers
 from dualedit.editing import Edit
 from dualedit.layer import DualEditLayer
 from peft import PeftModel
@@ -67,6 +68,11 @@ class Case:
     def base(self) -> nn.Module:
         """The unedited model."""
         return self.architecture.build(self.seed)
+
+    @cached_property
+    def layers(self) -> str:
+        """Name of the list of decoder layers."""
+        return find_decoder_layers(self.base)[0]
 
     @cached_property
     def edited(self) -> PeftModel:

@@ -79,7 +79,7 @@ GRIDS = (
              image_token_index=IMAGE, video_token_index=VIDEO, audio_token_index=AUDIO,
              vision_start_token_id=VISION_START, vision_end_token_id=VISION_END, audio_start_token_id=155,
              audio_end_token_id=156, user_token_id=3, **SPECIAL),
-        layers="model.layers", image=QWEN_IMAGE, image_ids=_BOTH, pixels=patches(96),
+        older="model.layers", image=QWEN_IMAGE, image_ids=_BOTH, pixels=patches(96),
     ),
     Architecture(
         "qwen3_omni_moe_thinker",
@@ -89,7 +89,7 @@ GRIDS = (
              image_token_id=IMAGE, video_token_id=VIDEO, audio_token_id=AUDIO,
              vision_start_token_id=VISION_START, vision_end_token_id=VISION_END, audio_start_token_id=155,
              audio_end_token_id=156, user_token_id=3, **SPECIAL),
-        layers="model.layers", linear="layers.2.self_attn.o_proj",
+        older="model.layers", linear="layers.2.self_attn.o_proj",
         image=QWEN_IMAGE, image_ids=_BOTH, pixels=patches(96),
     ),
     _glm("glm4v", None),
@@ -128,7 +128,8 @@ GRIDS = (
                                 out_hidden_size=WIDTH, text_hidden_size=WIDTH, patch_size=4, spatial_merge_size=2,
                                 max_image_size=16, min_image_size=16, img_max_token_num=16, max_vit_seq_len=16),
              image_token_id=IMAGE, im_start_id=VISION_START, im_end_id=VISION_END, im_newline_id=155),
-        image=QWEN_IMAGE, pixels=patches(48),
+        # Of a picture's ids, the first, the last and the end of each of two lines are not patches.
+        image=(VISION_START, *(IMAGE,) * 8, VISION_END), unused=4, pixels=patches(48),
     ),
     Architecture(
         "ernie4_5_vl_moe",
