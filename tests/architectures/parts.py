@@ -40,7 +40,8 @@ class Architecture:
         sees: what can be edited: "both", or "text" where images are not in the sequence.
         unused: how many ids of `image` do not depend on the picture (newlines, separators); None where that is a
             matter of luck, because pictures become codes.
-        base_fails: what the base model itself cannot do, each with the reason; the tester checks it.
+        base_fails: modes in which the base model itself fails, each with a piece of its error's text; the tester
+            runs the base model and holds this against what happens.
     """
 
     name: str

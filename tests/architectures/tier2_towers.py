@@ -191,6 +191,7 @@ TOWERS = (
                                 projector_output_dim=16, pixel_shuffle_ratio=0.5),
              image_token_index=IMAGE, boi_token_index=VISION_START, eoi_token_index=VISION_END),
         layers="language_model.model.layers", linear="layers.2.feed_forward.up_proj", pixels=picture(),
+        base_fails={"beams": "Image features and image tokens do not match"},
     ),
     Architecture(
         "instructblip+opt",
@@ -236,6 +237,7 @@ TOWERS = (
              vision_config=vit(None), latent_query_num=4),
         layers="text_model.model.layers", linear="layers.2.ffn.fc1", image_ids=(), pixels=picture(),
         more=lambda ids: {"image_embeds_position_mask": (ids == IMAGE).long()},
+        base_fails={"static cache": "must match the size of tensor"},
     ),
     Architecture(
         "kosmos-2.5",
