@@ -60,7 +60,7 @@ class EditConfig(PeftConfig):
     Attributes:
         target_modules: full names of the wrapped modules; found at injection, never set by hand.
         image_token_ids: ids that stand for image (or video) content in `input_ids`; None reads them from the
-            model's config.
+            model's config, [] leaves it to `explicit_masks` to say where images are.
         base_fingerprint: what the base model looked like when the edits were made; injection into a model
             that looks different is refused. None skips the check.
         memory_sizes: rows of each layer's tables in the saved file, written by saving; loaders that allocate

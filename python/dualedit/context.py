@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .sequence import ForwardPass, Prompt, Sequence, describe_prompt, last_true
+from .sequence import IMAGE_MASK, ForwardPass, Prompt, Sequence, describe_prompt, last_true
 
 _FRAMES: ContextVar[tuple[Frame, ...]] = ContextVar("dualedit_frames", default=())
 _CACHE_ATTRIBUTE = "_dualedit_sequence"
@@ -259,7 +259,7 @@ class EditRuntime:
         elif generation is not None:
             sequence = self._generation_prompt(generation.content, frame, inputs, start, shape, device)
         else:
-            sequence = Sequence(_behind_cache(self._describe(given, shape, device), start))
+            sequence = Sequence(_behind_cache(self.describe(given, shape, device), start))
         if generation is not None:
             generation.content.sequence = sequence
         return sequence
@@ -280,21 +280,23 @@ class EditRuntime:
             if mask is not None and mask.ndim == 2 and mask.shape[0] % rows == 0:
                 given["attention_mask"] = mask[:: mask.shape[0] // rows, :length]  # beams repeat each row
         given["input_ids"] = ids
-        prompt = self._describe(given, (rows, length), device)
+        prompt = self.describe(given, (rows, length), device)
         # Over a kept cache, generate takes the whole conversation, or what is new with a mask over all of it.
         only_new = start > 0 and length == shape[1]
         return Sequence(_behind_cache(prompt, start) if only_new else prompt)
 
-    def _describe(self, given: Mapping[str, Any], shape: tuple[int, int], device) -> Prompt:
+    def describe(self, given: Mapping[str, Any], shape: tuple[int, int], device: torch.device) -> Prompt:
+        """The prompt of a call of shape (B, P), from its arguments or from `explicit_masks` around it."""
         masks = _find(self, "masks")
         if masks is not None:
-            return masks.content
+            return _in_front(masks.content, shape[1])
         ids, mask = given.get("input_ids"), given.get("attention_mask")
         if ids is not None and ids.shape != shape:
             ids = None  # the stack works on another sequence than the caller's ids describe
         if mask is not None and mask.ndim == 2 and mask.shape[1] < shape[1]:
             mask = None
-        return describe_prompt(ids, mask, given.get("labels"), self.image_ids, shape, device)
+        image = given.get(IMAGE_MASK)
+        return describe_prompt(ids, mask, given.get("labels"), self.image_ids, shape, device, image)
 
 
 def _goes_on(given: Mapping[str, Any], shape: tuple[int, int]) -> bool:
@@ -315,6 +317,16 @@ def _behind_cache(prompt: Prompt, start: int) -> Prompt:
     return Prompt(
         nn.functional.pad(prompt.text, (start, 0)), image, prompt.last + start, prompt.last_input + start
     )
+
+
+def _in_front(prompt: Prompt, length: int) -> Prompt:
+    """The same prompt with the columns of a target behind it, up to `length`."""
+    behind = length - prompt.length
+    if behind <= 0:
+        return prompt
+    image = None if prompt.image is None else nn.functional.pad(prompt.image, (0, behind))
+    last_input = torch.full_like(prompt.last_input, length - 1)
+    return Prompt(nn.functional.pad(prompt.text, (0, behind)), image, prompt.last, last_input)
 
 
 def _remember(cache: Any, sequence: Sequence) -> None:

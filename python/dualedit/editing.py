@@ -16,7 +16,7 @@ from dualedit_kernels import nearest_key
 
 from .architectures import target_token_type, unwrap
 from .config import BalancEditConfig, DualEditConfig
-from .context import Prompt, describe_prompt, recording, runtime_of
+from .context import Prompt, recording, runtime_of
 from .fitting import fit_value, to_device
 from .layer import EditLayer
 from .memory import MemoryGroup, Snapshot
@@ -24,6 +24,8 @@ from .model import active_group
 from .routing import cosine_radius, pool_key
 
 Inputs = Mapping[str, Tensor]
+# Tensors over patches or over a Q-Former's own tokens, which may happen to be as long as the prompt.
+_OTHER_SEQUENCES = ("input_ids", "pixel_", "qformer_")
 
 
 @dataclass(frozen=True)
@@ -91,10 +93,15 @@ def append_target(inputs: Inputs, target_ids: Tensor, token_type: int = 0) -> di
         raise ValueError("target_ids is empty: an edit needs an answer of at least one token.")
     full = dict(inputs)
     for name, value in inputs.items():
-        if isinstance(value, Tensor) and value.shape == ids.shape and name != "input_ids":
+        if not isinstance(value, Tensor) or name.startswith(_OTHER_SEQUENCES):
+            continue
+        if value.shape == ids.shape:
             # The target is attended text: attention masks continue with 1, masks of pictures with 0.
             more = 1 if "attention" in name else token_type if name == "token_type_ids" else 0
             full[name] = torch.cat([value, torch.full_like(target, more).to(value)], dim=1)
+        elif value.shape[:2] == ids.shape and "attention_mask" in name:
+            # Which pictures each token sees (Mllama, Idefics): the target sees what the last token saw.
+            full[name] = torch.cat([value, value[:, -1:].repeat_interleave(target.shape[1], 1)], dim=1)
     full["input_ids"] = torch.cat([ids, target], dim=1)
     full["labels"] = torch.cat([torch.full_like(ids, -100), target], dim=1)
     return full
@@ -109,14 +116,7 @@ def record_states(model: nn.Module, inputs: Inputs) -> tuple[dict[str, Tensor], 
         raise ValueError(
             f"inputs={sorted(inputs)}: input_ids are missing, so image and text cannot be told apart."
         )
-    prompt = describe_prompt(
-        ids,
-        inputs.get("attention_mask"),
-        inputs.get("labels"),
-        runtime_of(base).image_ids,
-        tuple(ids.shape),
-        ids.device,
-    )
+    prompt = runtime_of(base).describe(inputs, tuple(ids.shape), ids.device)
     call = {name: value for name, value in inputs.items() if name != "labels"}
     with torch.no_grad(), recording(base) as states:
         base(**call, use_cache=False)
@@ -263,7 +263,13 @@ def _check_image(group: MemoryGroup, prompt: Prompt) -> None:
     wants = any(
         table.endswith("_vision") for memory in group.memories.values() for table in memory.token_tables
     )
-    if wants and (prompt.image is None or not bool(prompt.image.any())):
+    if wants and prompt.image is None:
+        raise ValueError(
+            "The image positions of inputs are unknown: the model's config names no image token. State them "
+            "with dualedit.explicit_masks(model, text, image), or pass image_token_ids=[...] to "
+            "inject_dualedit."
+        )
+    if wants and not bool(prompt.image.any()):
         raise ValueError(
             "inputs hold no image: the edit's image is missing, and this adapter edits image positions. "
             "Pass the image to the processor together with a prompt that has its image placeholder."

@@ -247,8 +247,10 @@ class DualEditLayer(EditLayer):
             mask = prompt.text if part == "text" else prompt.image
             if mask is None or (prompt.image is None and self.runtime.image_ids):
                 raise ValueError(
-                    "The image positions are unknown: this call passes embeddings instead of input_ids. Pass "
-                    "input_ids, or state the positions with dualedit.explicit_masks(model, text, image)."
+                    "The image positions are unknown: this call passes embeddings instead of input_ids, or "
+                    "the model has no image token id. Pass input_ids (and image_token_ids=[...] to "
+                    "inject_dualedit), or state the positions with dualedit.explicit_masks(model, text, "
+                    "image)."
                 )
             span = forward.columns(mask).to(hidden.device)
             hidden, _ = adapter(hidden, span, edits[part], route=route.to(hidden.device))

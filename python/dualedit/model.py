@@ -128,13 +128,11 @@ class DualEditModel(EditTuner):
     def _targets(self, config: DualEditConfig) -> list[str]:
         model = self.model
         names = []
-        for argument in ("text_layer", "vis_layer"):
+        for argument in ("vis_layer", "text_layer"):
             layer = getattr(config, argument)
             if layer is not None:
                 names.append(architectures.resolve_layer(model, layer, argument))
-        if config.vis_layer is not None:
-            ids = config.image_token_ids or architectures.image_token_ids(model)
-            architectures.check_image_positions(model, ids, config.vis_layer)
+                architectures.check_image_positions(model, config.image_token_ids, layer, argument)
         return sorted(set(names))
 
     def _create_and_replace(

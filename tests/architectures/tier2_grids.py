@@ -65,6 +65,7 @@ GRIDS = (
         dict(text_config=text(None, **_LINEAR_ATTENTION),
              vision_config=dict(_MERGING, num_position_embeddings=16), **QWEN_IDS),
         image=QWEN_IMAGE, image_ids=_BOTH, types="mm_token_type_ids", pixels=patches(96),
+        base_fails={"prompt lookup": "not supported with stateful models"},
     ),
     Architecture(
         "qwen3_5_moe",
@@ -72,6 +73,7 @@ GRIDS = (
              vision_config=dict(_MERGING, num_position_embeddings=16), **QWEN_IDS),
         linear="layers.2.mlp.shared_expert.up_proj",
         image=QWEN_IMAGE, image_ids=_BOTH, types="mm_token_type_ids", pixels=patches(96),
+        base_fails={"prompt lookup": "not supported with stateful models"},
     ),
     Architecture(
         "qwen2_5_omni_thinker",
@@ -79,7 +81,7 @@ GRIDS = (
              image_token_index=IMAGE, video_token_index=VIDEO, audio_token_index=AUDIO,
              vision_start_token_id=VISION_START, vision_end_token_id=VISION_END, audio_start_token_id=155,
              audio_end_token_id=156, user_token_id=3, **SPECIAL),
-        layers="model.layers", image=QWEN_IMAGE, image_ids=_BOTH, pixels=patches(96),
+        older="model.layers", image=QWEN_IMAGE, image_ids=_BOTH, pixels=patches(96),
     ),
     Architecture(
         "qwen3_omni_moe_thinker",
@@ -89,7 +91,7 @@ GRIDS = (
              image_token_id=IMAGE, video_token_id=VIDEO, audio_token_id=AUDIO,
              vision_start_token_id=VISION_START, vision_end_token_id=VISION_END, audio_start_token_id=155,
              audio_end_token_id=156, user_token_id=3, **SPECIAL),
-        layers="model.layers", linear="layers.2.self_attn.o_proj",
+        older="model.layers", linear="layers.2.self_attn.o_proj",
         image=QWEN_IMAGE, image_ids=_BOTH, pixels=patches(96),
     ),
     _glm("glm4v", None),
@@ -128,7 +130,8 @@ GRIDS = (
                                 out_hidden_size=WIDTH, text_hidden_size=WIDTH, patch_size=4, spatial_merge_size=2,
                                 max_image_size=16, min_image_size=16, img_max_token_num=16, max_vit_seq_len=16),
              image_token_id=IMAGE, im_start_id=VISION_START, im_end_id=VISION_END, im_newline_id=155),
-        image=QWEN_IMAGE, pixels=patches(48),
+        # Of a picture's ids, the first, the last and the end of each of two lines are not patches.
+        image=(VISION_START, *(IMAGE,) * 8, VISION_END), unused=4, types="mm_token_type_ids", pixels=patches(48),
     ),
     Architecture(
         "ernie4_5_vl_moe",
@@ -140,6 +143,7 @@ GRIDS = (
              **_GLM_IDS),
         image=QWEN_IMAGE, image_ids=_BOTH, types="mm_token_type_ids", pixels=patches(48),
         more=lambda ids: {"moe_mm_token_type_ids": (ids == IMAGE).long()},
+        base_fails={"no cache": "does not match the shape of the indexed tensor"},
     ),
     Architecture(
         "hyperclovax_vision_v2",

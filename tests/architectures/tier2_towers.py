@@ -171,7 +171,7 @@ TOWERS = (
              vocabulary_map={"<image>": IMAGE, "<|extra_200|>": VISION_END}
              | {f"<|visual token {i:06d}|>": 120 + i for i in range(16)}),
         # Eight lines of eight codes, each with an end.
-        layers="model.text_model.layers", image=(IMAGE,) * 72, unused=8, pixels=picture(image_sizes=[[16, 16]]),
+        layers="model.text_model.layers", image=(IMAGE,) * 72, unused=None, pixels=picture(image_sizes=[[16, 16]]),
     ),
     Architecture(
         "chameleon",
@@ -180,7 +180,7 @@ TOWERS = (
             vq_config=dict(embed_dim=8, num_embeddings=16, latent_channels=8, base_channels=32, resolution=16,
                            channel_multiplier=[1, 1], num_res_blocks=1, attn_type="none"),
             vocabulary_map={"<image>": IMAGE} | {f"IMGIMG{i:02d}Z": 120 + i for i in range(16)}),
-        layers="model.layers", image=(IMAGE,) * 64, pixels=picture(),
+        layers="model.layers", image=(IMAGE,) * 64, unused=None, pixels=picture(),
     ),
     Architecture(
         "llama4",
@@ -191,6 +191,7 @@ TOWERS = (
                                 projector_output_dim=16, pixel_shuffle_ratio=0.5),
              image_token_index=IMAGE, boi_token_index=VISION_START, eoi_token_index=VISION_END),
         layers="language_model.model.layers", linear="layers.2.feed_forward.up_proj", pixels=picture(),
+        base_fails={"beams": "Image features and image tokens do not match"},
     ),
     Architecture(
         "instructblip+opt",
@@ -236,6 +237,7 @@ TOWERS = (
              vision_config=vit(None), latent_query_num=4),
         layers="text_model.model.layers", linear="layers.2.ffn.fc1", image_ids=(), pixels=picture(),
         more=lambda ids: {"image_embeds_position_mask": (ids == IMAGE).long()},
+        base_fails={"static cache": "must match the size of tensor"},
     ),
     Architecture(
         "kosmos-2.5",
