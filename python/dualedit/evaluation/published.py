@@ -1,0 +1,128 @@
+"""The published evaluation's gate, which sees the answer: for comparison with other people's tables only.
+
+The published code of DualEdit feeds prompt and target to the model and compares the last token of that with
+the last token of the edit's prompt and target. Related questions then end in the edit's own answer and
+unrelated ones do not: the gate reads the label. When an answer is yet to be generated there is nothing of the
+kind to read. BalancEdit's key is pooled over all tokens of the same input, target included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from dualedit_kernels import nearest_key
+
+from ..architectures import unwrap
+from ..config import BalancEditConfig
+from ..context import bound
+from ..data import EditSample
+from ..editing import edit_layers, record_states
+from ..editor import Editor
+from ..layer import values_of
+from ..memory import Snapshot
+from ..model import active_group
+from ..modules import EditKV
+from ..prompting import open_image
+from ..routing import last_state, pool_key
+from .forcing import forced_batch
+
+
+class PublishedGate:
+    """Routes prompts with their targets to an editor's stored edits, as the published evaluation does.
+
+    Args:
+        editor: the edits are taken from its active adapter.
+        threshold: tau, cosine similarity that opens DualEdit's gate.
+    """
+
+    def __init__(self, editor: Editor, threshold: float):
+        self.editor = editor
+        self.threshold = threshold
+        self._samples: dict[int, EditSample] = {}
+        self._keys: dict[int, tuple[Tensor, float]] = {}
+
+    def note(self, edit_id: int, sample: EditSample) -> None:
+        """Remember where a stored edit comes from; its key is made when a question needs it."""
+        self._samples[edit_id] = sample
+
+    def forget(self) -> None:
+        """No edit is stored any more."""
+        self._samples.clear()
+        self._keys.clear()
+
+    @contextmanager
+    def routing(self, batch: Mapping[str, Tensor]) -> Iterator[None]:
+        """Forwards inside give each row of a `forced_batch` the edit that this gate finds, or none."""
+        _, _, group = active_group(self.editor.model)
+        if not len(group):
+            yield
+            return
+        snapshots = group.snapshot()
+        route = self.route(batch, next(iter(snapshots.values())).ids)
+        layers = edit_layers(self.editor.model, group)
+        edits = {name: _bindable(snapshots[name]) for name in layers}
+        with bound(unwrap(self.editor.model), route, edits):
+            yield
+
+    def route(self, batch: Mapping[str, Tensor], ids: Sequence[int]) -> Tensor:
+        """Place [B] int64 in `ids` of the edit nearest to each row, or -1 where it is too far."""
+        _, config, _ = active_group(self.editor.model)
+        for edit_id in ids:
+            if edit_id not in self._keys:
+                self._keys[edit_id] = self._key(self._samples[edit_id])
+        query = self._states(batch)
+        keys = torch.cat([self._keys[edit_id][0] for edit_id in ids])
+        radius = torch.tensor([self._keys[edit_id][1] for edit_id in ids], device=query.device)
+        metric = config.metric if isinstance(config, BalancEditConfig) else "cosine"
+        return nearest_key(query, keys.to(query), radius, metric)[0]
+
+    def _states(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Keys [B, D] of a `forced_batch`; without its labels all of it is taken for the prompt."""
+        model = self.editor.model
+        _, config, group = active_group(model)
+        gate = next(name for name, memory in group.memories.items() if memory is group.first)
+        states, whole = record_states(
+            model, {name: value for name, value in batch.items() if name != "labels"}
+        )
+        if isinstance(config, BalancEditConfig):
+            return pool_key(states[gate], config.key, whole.prompt(), whole.last)
+        return last_state(states[gate], whole.last)
+
+    def _key(self, sample: EditSample) -> tuple[Tensor, float]:
+        """An edit's key [1, D] and radius. BalancEdit's radius comes from the samples that the edit itself
+        had, with the target behind them."""
+        request = sample.request
+        config = active_group(self.editor.model)[1]
+        image = open_image(request.image)
+        key = self._with_target([(image, request.prompt)], request.target)
+        if not isinstance(config, BalancEditConfig):
+            return key, 1.0 - self.threshold
+        groups = self.editor._samples(image, request.prompt, sample.rephrases[:1] or None, None, True)
+        distances = [
+            nearest_key(
+                self._with_target(samples, request.target).float(), key.float(),
+                torch.full((1,), float("inf"), device=key.device), config.metric,
+            )[1]
+            for samples in groups
+        ]  # fmt: skip
+        far, near = float(distances[0].max()), float(distances[1].min())
+        radius = config.alpha * far + (1 - config.alpha) * near
+        return key, min(radius, near * (1 - 1e-4)) if far >= near else radius
+
+    def _with_target(self, questions: Sequence[tuple], target: str) -> Tensor:
+        return self._states(forced_batch(self.editor.prompter, questions, [target] * len(questions)))
+
+
+def _bindable(stored: Snapshot):
+    """A layer's stored edits as `bound` takes them."""
+    if not any(name.startswith("k_") for name in stored.tables):
+        return values_of(stored)
+    parts = [name[2:] for name in stored.tables if name.startswith("k_")]
+    return {
+        part: EditKV(stored.tables[f"k_{part}"], stored.tables[f"v_{part}"], stored.start, stored.length)
+        for part in parts
+    }
