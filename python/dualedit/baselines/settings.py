@@ -138,7 +138,8 @@ class VisEditSettings:
     """VisEdit.
 
     Attributes:
-        adapters: folder of a trained DualEdit adapter with `text_layer=None`, as `save_edits` writes it.
+        adapters: folder of a trained DualEdit adapter, as `save_edits` writes it; best one that was trained
+            with `text_layer=None`.
     """
 
     adapters: str | os.PathLike[str] = ""
