@@ -91,12 +91,15 @@ class DualEditConfig(EditConfig):
         vis_layer: decoder layer whose image positions are edited; None leaves image positions alone.
         mid_dim: width of the adapters' attention (M).
         num_heads: attention heads; divides `mid_dim`.
-        threshold: tau, the cosine similarity from which on the gate opens, in [-1, 1].
+        threshold: tau, the cosine similarity from which on the gate opens, in [-1, 1]; or "calibrated" for
+            `calibrated_threshold`.
         gate: "prompt" compares the last prompt token on both sides (what is known when a question is asked);
             "published" compares the last input token, as the published evaluation does, where that token is
             part of the answer: it sees the label and is for comparison only.
         norm_eps: epsilon of the adapters' LayerNorms.
         init_weights: True starts the adapters as the identity (output projection zero); False at random.
+        calibrated_threshold: the tau that calibration on training facts found for these adapters and this
+            model; kept with them, whatever `threshold` is set to. None: nobody has calibrated them.
     """
 
     text_layer: int | str | None = field(
@@ -107,12 +110,17 @@ class DualEditConfig(EditConfig):
     )
     mid_dim: int = field(default=1024, metadata={"help": "Width of the adapters' attention."})
     num_heads: int = field(default=8, metadata={"help": "Attention heads; divides mid_dim."})
-    threshold: float = field(default=0.8, metadata={"help": "tau: cosine similarity that opens the gate."})
+    threshold: float | str = field(
+        default=0.8, metadata={"help": "tau: cosine similarity that opens the gate; or 'calibrated'."}
+    )
     gate: str = field(
         default="prompt", metadata={"help": "'prompt' (honest) or 'published' (sees the answer)."}
     )
     norm_eps: float = field(default=1e-5, metadata={"help": "Epsilon of the adapters' LayerNorms."})
     init_weights: bool = field(default=True, metadata={"help": "Start as the identity (True) or at random."})
+    calibrated_threshold: float | None = field(
+        default=None, metadata={"help": "tau that calibration found for these adapters."}
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -129,7 +137,20 @@ class DualEditConfig(EditConfig):
             self.num_heads,
             f"pass a positive divisor of mid_dim={self.mid_dim}",
         )
-        _require(-1.0 <= self.threshold <= 1.0, "threshold", self.threshold, "a cosine lies in [-1, 1]")
+        if self.threshold == "calibrated":
+            _require(
+                self.calibrated_threshold is not None,
+                "threshold",
+                self.threshold,
+                "these adapters carry no calibrated threshold. Calibrate them (dualedit.training), pass a "
+                'folder of calibrated ones (inject_dualedit(model, adapter="folder", ...)), or a number',
+            )
+            self.threshold = self.calibrated_threshold
+        for name in ("threshold", "calibrated_threshold"):
+            value = getattr(self, name)
+            if value is not None or name == "threshold":
+                number = isinstance(value, (int, float)) and -1.0 <= value <= 1.0
+                _require(number, name, value, "a cosine lies in [-1, 1]")
         _require(self.gate in GATES, "gate", self.gate, f"choose one of {GATES}")
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+import os
 from abc import abstractmethod
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -213,24 +217,58 @@ def _inject(model: nn.Module, config: PeftConfig, adapter_name: str) -> PeftMode
     return get_peft_model(model, config, adapter_name=adapter_name)
 
 
+def _inject_trained(
+    model: nn.Module, folder: str | os.PathLike[str], given: dict[str, Any], adapter_name: str
+) -> PeftModel:
+    """Saved DualEdit adapters on a base model, with the threshold that is asked for."""
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            f"model is a {type(model).__name__} already: pass the base model, or add the saved adapters with "
+            f"model.load_adapter(folder, adapter_name)."
+        )
+    if not (Path(folder) / "adapter_config.json").is_file():
+        raise ValueError(
+            f"adapter={os.fspath(folder)!r} holds no adapter_config.json: pass a folder of adapters."
+        )
+    config = PeftConfig.from_pretrained(folder)
+    if not isinstance(config, DualEditConfig):
+        raise ValueError(f"adapter={os.fspath(folder)!r} holds a {config.peft_type} adapter, not DualEdit's.")
+    defaults = inspect.signature(inject_dualedit).parameters
+    for name, value in given.items():
+        kept = getattr(config, name)
+        if name != "threshold" and value != defaults[name].default and value != kept:
+            raise ValueError(
+                f"{name}={value!r}: the adapters in {os.fspath(folder)!r} have {kept!r}. Leave {name} out."
+            )
+    if given["threshold"] is not None:
+        config.threshold = replace(config, threshold=given["threshold"]).threshold  # checked and resolved
+    return PeftModel.from_pretrained(model, os.fspath(folder), adapter_name=adapter_name, config=config)
+
+
 def inject_dualedit(
     model: nn.Module,
     text_layer: int | str | None = 16,
     vis_layer: int | str | None = 19,
     mid_dim: int = 1024,
     num_heads: int = 8,
-    threshold: float = 0.8,
+    threshold: float | str | None = None,
     gate: str = "prompt",
     norm_eps: float = 1e-5,
     init_weights: bool = True,
     image_token_ids: list[int] | None = None,
     adapter_name: str = "default",
+    adapter: str | os.PathLike[str] | None = None,
 ) -> PeftModel:
     """Put DualEdit's adapters into a vision-language model.
 
     Args:
         model: a Hugging Face decoder-only VLM.
+        threshold: tau; "calibrated" takes the one that calibration found for trained adapters and saved with
+            them (`calibrated_threshold` in their config); None takes 0.8, and the saved one with `adapter`.
         adapter_name: PEFT's name of the adapter.
+        adapter: folder of trained adapters, as `save_pretrained` or `save_edits` wrote it, instead of new
+            ones; layers and widths are theirs and need not be passed. The same as
+            `PeftModel.from_pretrained(model, adapter)`, edits included, but for the threshold.
         others: as in `DualEditConfig`, whose defaults they share.
 
     Returns:
@@ -238,15 +276,20 @@ def inject_dualedit(
 
     Raises:
         ValueError: a layer that does not exist, a `vis_layer` on a model without image positions, a bad
-            setting. The model is left as it was.
+            setting, "calibrated" for adapters that nobody has calibrated, a setting that the saved adapters
+            do not have. The model is left as it was.
 
     Source: DualEdit (COLM 2025, arXiv:2506.13638).
     """
-    config = DualEditConfig(
+    given = dict(
         text_layer=text_layer, vis_layer=vis_layer, mid_dim=mid_dim, num_heads=num_heads, threshold=threshold,
         gate=gate, norm_eps=norm_eps, init_weights=init_weights, image_token_ids=image_token_ids,
     )  # fmt: skip
-    return _inject(model, config, adapter_name)
+    if adapter is not None:
+        return _inject_trained(model, adapter, given, adapter_name)
+    if threshold is None:
+        del given["threshold"]
+    return _inject(model, DualEditConfig(**given), adapter_name)
 
 
 def inject_balancedit(

@@ -91,29 +91,76 @@ def demo(
 @app.command(name="eval")
 def eval_(
     benchmark: Annotated[str, typer.Option(metavar="NAME", help="Questions: embedded.")] = "embedded",
-    methods: Annotated[str, typer.Option(metavar="A,B", help="Editors to measure.")] = "dualedit,balancedit",
+    methods: Annotated[
+        str, typer.Option(metavar="A,B", help="What to measure, or all.")
+    ] = "dualedit,balancedit",
+    scoring: Annotated[
+        str,
+        typer.Option(
+            metavar="A,B",
+            help="free: generated answers, exact match; teacher_forced: token by token; published: the "
+            "same with a gate that sees the answer; or all.",
+        ),
+    ] = "free",
     protocol: Annotated[
-        str, typer.Option(metavar="NAME", help="single: one edit at a time; batch: all at once.")
+        str,
+        typer.Option(
+            metavar="NAME", help="single: one edit at a time; batch: all at once; sequential: one by one."
+        ),
     ] = "single",
-    edits: Annotated[str, typer.Option(metavar="N,M", help="Numbers of edits, a row each.")] = "100",
+    edits: Annotated[
+        str | None,
+        typer.Option(metavar="N,M", help="Numbers of edits, a row each (100; with --data all of them)."),
+    ] = None,
     asked: Annotated[
-        int, typer.Option(metavar="N", help="Ask the questions of at most so many facts of a batch.")
-    ] = 100,
+        int | None,
+        typer.Option(
+            metavar="N", help="Ask about at most so many facts of a batch or sequence (100; with --data all)."
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Facts of your own, or E-VQA, E-IC, VLKEB, MMKE-Bench, OKEDIT."),
+    ] = None,
+    format: Annotated[str, typer.Option(metavar="NAME", help="Format of --data.")] = "auto",
+    images: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where image paths of --data start from.")
+    ] = None,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave bad rows of --data out.")] = False,
+    model: Model = None,
+    adapter: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Trained DualEdit adapters, for --model.")
+    ] = None,
+    layer: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Linear layer for BalancEdit, for --model.")
+    ] = None,
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the figures as JSON.")] = None,
+    records: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Write what was asked, answered and routed as JSONL; a stopped run goes on."
+        ),
+    ] = None,
+    published_threshold: Annotated[
+        float | None, typer.Option(metavar="TAU", help="Of the gate that sees the answer.")
+    ] = None,
     seed: Annotated[int, typer.Option(metavar="N", help="Which test facts are edited.")] = 0,
     world_seed: Annotated[
         int, typer.Option(metavar="N", help="Another world, of brands that the model has never seen.")
     ] = 0,
     weights: Annotated[Path | None, typer.Option(metavar="DIR", help="What demo --retrain wrote.")] = None,
 ) -> None:
-    """Measure the editors on the embedded benchmark, one edit at a time or many at once."""
+    """Measure editing methods, one edit at a time, many at once or one after the other."""
     from . import evaluate as work
+    from .methods import Source
 
-    chosen = tuple(name.strip() for name in methods.split(","))
+    chosen = work.scorings(scoring)
     options = work.Options(
-        chosen, protocol, work.numbers(edits, "--edits"), asked, json, seed, world_seed, weights
-    )
-    options.check(benchmark)
+        methods, chosen, protocol, None if edits is None else work.numbers(edits, "--edits"), asked,
+        Source(model, adapter, layer, weights, "published" in chosen, published_threshold),
+        work.Facts(benchmark, data, format, images, skip_bad, seed, world_seed), json, records,
+    )  # fmt: skip
+    options.check()
     with quiet():
         work.run(options)
 

@@ -1,21 +1,53 @@
-"""`dualedit eval`: figures of the editors on the embedded benchmark, one edit at a time or many at once."""
+"""`dualedit eval`: figures of editing methods on the embedded benchmark or on facts of the user's own."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from dataclasses import dataclass
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .demo import figure, write_whole
+from .methods import Source, choose_methods, open_methods
 from .running import shows_progress, use_few_threads
 
 if TYPE_CHECKING:
+    from ..data import EditSample
     from ..evaluation import Row
 
 BENCHMARKS = ("embedded",)
-PROTOCOLS = ("single", "batch")
-METHODS = ("dualedit", "balancedit")
+PROTOCOLS = ("single", "batch", "sequential")
+SCORINGS = {
+    "free": "free generation",
+    "teacher_forced": "teacher-forced",
+    "published": "published (sees the answer)",
+}
+_EDITS, _ASKED = 100, 100  # of the embedded benchmark, unless told otherwise
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Where the facts come from.
+
+    Attributes:
+        benchmark: a name of `BENCHMARKS`, where there is no `data`.
+        data: file of facts, as `datasets.load_samples` reads it.
+        format, images, skip_bad: how it is read; `images` is the folder that image paths start from.
+        seed: which facts are drawn.
+        world_seed: of the embedded benchmark, another number, other brands: ones that the embedded model has
+            never seen.
+    """
+
+    benchmark: str = "embedded"
+    data: Path | None = None
+    format: str = "auto"
+    images: Path | None = None
+    skip_bad: bool = False
+    seed: int = 0
+    world_seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -23,38 +55,45 @@ class Options:
     """Options of an evaluation.
 
     Attributes:
-        methods: editors to measure.
-        protocol: "single" stores one edit at a time, "batch" stores all at once.
-        edits: numbers of edits; each gives a row a method.
-        asked: most facts whose questions are asked in a batch.
-        json: file for the rows, or None.
-        seed: which test facts, counterfactual answers and pictures.
-        world_seed: another number, other brands: ones that the embedded model has never seen.
-        weights: folder of a retrained model and its editors, or None for those of the package.
+        methods: what to measure, as given.
+        scorings: names of `SCORINGS`.
+        protocol: "single" stores one edit at a time, "batch" all at once, "sequential" one after the other.
+        edits: numbers of edits, each of them a row a method and scoring; None takes 100 of the embedded
+            benchmark and all of a file.
+        asked: most facts whose questions are asked with many edits stored; None as for `edits`.
+        source: the model and its editors.
+        facts: the facts.
+        json, records: files for the rows and for what was asked and answered, or None.
     """
 
-    methods: tuple[str, ...]
+    methods: str
+    scorings: tuple[str, ...]
     protocol: str
-    edits: tuple[int, ...]
-    asked: int
+    edits: tuple[int, ...] | None
+    asked: int | None
+    source: Source
+    facts: Facts
     json: Path | None
-    seed: int
-    world_seed: int
-    weights: Path | None
+    records: Path | None
 
-    def check(self, benchmark: str) -> None:
+    def check(self) -> None:
         """Refuse what cannot be done. Raises ValueError."""
-        if benchmark not in BENCHMARKS:
-            raise ValueError(f"--benchmark {benchmark}: choose one of {', '.join(BENCHMARKS)}.")
+        if self.facts.benchmark not in BENCHMARKS:
+            raise ValueError(f"--benchmark {self.facts.benchmark}: choose one of {', '.join(BENCHMARKS)}.")
         if self.protocol not in PROTOCOLS:
             raise ValueError(f"--protocol {self.protocol}: choose one of {', '.join(PROTOCOLS)}.")
-        unknown = [method for method in self.methods if method not in METHODS]
-        if unknown or not self.methods:
-            raise ValueError(f"--methods {','.join(self.methods)}: choose from {', '.join(METHODS)}.")
-        if not self.edits or min(self.edits) < 1 or self.asked < 1:
+        if not self.scorings or set(self.scorings) - set(SCORINGS):
+            given = ",".join(self.scorings)
+            raise ValueError(f"--scoring {given}: choose from {', '.join(SCORINGS)}, or all.")
+        if min(self.edits or (1,)) < 1 or (self.asked or 1) < 1:
             raise ValueError("--edits and --asked: pass numbers of at least 1.")
-        if self.json is not None and self.json.is_dir():
-            raise ValueError(f"--json {self.json} is a folder: pass a file.")
+        if self.source.model is not None and self.facts.data is None:
+            raise ValueError("--model: the embedded benchmark is about the embedded model; pass --data too.")
+        for option, file in (("--json", self.json), ("--records", self.records)):
+            if file is not None and file.is_dir():
+                raise ValueError(f"{option} {file} is a folder: pass a file.")
+        self.source.check()
+        choose_methods(self.methods, self.source)
 
 
 def numbers(text: str, option: str) -> tuple[int, ...]:
@@ -65,40 +104,109 @@ def numbers(text: str, option: str) -> tuple[int, ...]:
         raise ValueError(f"{option} {text}: pass whole numbers, such as 1,10,100.") from None
 
 
+def scorings(text: str) -> tuple[str, ...]:
+    """Names from "free,published" or "all", each once."""
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    return tuple(SCORINGS) if names == ("all",) else names
+
+
 def run(options: Options) -> None:
     """Measure, print a line as each row is done, write the JSON."""
     from rich.console import Console
 
-    from ..demo.embedded import load_editor
-    from ..demo.samples import edit_samples
-    from ..demo.world import ATTRIBUTES, World
-    from ..evaluation import METRICS
+    from ..evaluation import METRICS, MORE_PROBED, Journal, Plan, Unedited, evaluate, join_processes
 
-    world = World(options.world_seed)
-    facts = len(world.entities("test")) * len(ATTRIBUTES)
-    if max(options.edits) > facts:
-        raise ValueError(f"--edits {max(options.edits)}: this world has {facts} test facts.")
-    console = Console(highlight=False)
     use_few_threads()
-    vlm, editors = (
-        (None, None) if options.weights is None else (options.weights / "vlm", options.weights / "editors")
-    )
-    console.print("method, edits, facts asked: " + " ".join(METRICS) + "   (% right ± standard error)")
-    rows: list[Row] = []
-    for count in options.edits:
-        samples = edit_samples(world, "test", count, options.seed)
-        for method in options.methods:
-            row = _row(load_editor(method, vlm=vlm, weights=editors), method, samples, options)
-            rows.append(row)
-            cells = "  ".join(figure(row.metrics[name], row.stderr[name]) for name in METRICS)
-            console.print(f"{method}, {row.edits}, {row.n}: {cells}", soft_wrap=True)
-            if options.json is not None:
-                write_whole(options.json, json.dumps({"rows": [r.to_dict() for r in rows]}, indent=1) + "\n")
+    processes = join_processes()
+    first = processes.index == 0
+    console = Console(highlight=False, quiet=not first)
+    names = choose_methods(options.methods, options.source)
+    samples, counts = _samples(options, console)
+    asked = options.asked if options.asked or options.facts.data is not None else _ASKED
+    plan = Plan(
+        options.protocol, options.scorings, asked, explain=options.records is not None,
+        seed=options.facts.seed,
+    )  # fmt: skip
+    journal = None
+    if options.records is not None:
+        journal = Journal(options.records, _arguments(options, names, counts, asked), processes)
+    forced = set(options.scorings) != {"free"}
+    unedited = Unedited(samples, plan.more, forced, plan.max_new_tokens)
+    figures = (*METRICS[:-2], *MORE_PROBED, *METRICS[-2:])
+    console.print("% right ± standard error, in the order " + " ".join(figures), soft_wrap=True)
+    rows: dict[tuple[int, int], list[Row]] = {}
+    for number, method in enumerate(open_methods(names, options.source)):
+        for place, count in enumerate(counts):
+            results = evaluate(
+                method, samples[:count], plan, unedited, journal, processes, progress=shows_progress()
+            )
+            rows[place, number] = [result.row for result in results]
+            for row in rows[place, number]:
+                _tell(console, row, figures)
+            if options.json is not None and first:
+                ordered = [row.to_dict() for key in sorted(rows) for row in rows[key]]
+                write_whole(options.json, json.dumps({"rows": ordered}, indent=1) + "\n")
+    if journal is not None:
+        journal.close()
 
 
-def _row(editor, method: str, samples: list, options: Options) -> Row:
-    from ..evaluation import evaluate_batch, evaluate_single
+def _tell(console, row: Row, figures: Sequence[str]) -> None:
+    metrics = [*figures, *(["retention"] if "retention" in row.metrics else [])]
+    cells = "  ".join(figure(row.metrics[name], row.stderr[name]) for name in metrics)
+    what = f"{row.method}, {SCORINGS[row.scoring]}, {row.edits} stored, {row.n} asked"
+    console.print(f"{what}: {cells}", soft_wrap=True)
+    if row.scoring == "free" and row.costs is not None:
+        edit, size, answer, plain = (
+            0.0 if row.costs[name] is None else row.costs[name]
+            for name in ("edit_seconds", "edit_bytes", "answer_seconds", "answer_seconds_unedited")
+        )
+        told = f"{edit:.3g} s, {size / 1024:.0f} KiB; an answer: {answer:.3g} s, unedited {plain:.3g} s"
+        console.print(f"  an edit: {told}", soft_wrap=True)
 
-    if options.protocol == "single":
-        return evaluate_single(editor, samples, method, progress=shows_progress()).row
-    return evaluate_batch(editor, samples, method, asked=options.asked, progress=shows_progress()).row
+
+def _samples(options: Options, console) -> tuple[Sequence[EditSample], tuple[int, ...]]:
+    """All facts that are needed, and how many of them each row takes from their beginning."""
+    facts = options.facts
+    if facts.data is None:
+        from ..demo.samples import edit_samples
+        from ..demo.world import ATTRIBUTES, World
+
+        world = World(facts.world_seed)
+        there = len(world.entities("test")) * len(ATTRIBUTES)
+        counts = options.edits or (_EDITS,)
+        if max(counts) > there:
+            raise ValueError(f"--edits {max(counts)}: this world has {there} test facts.")
+        return edit_samples(world, "test", max(counts), facts.seed), counts
+    from ..datasets import load_samples
+
+    loaded = load_samples(facts.data, facts.format, facts.images, facts.skip_bad)
+    if loaded.skipped:
+        console.print(f"{len(loaded.skipped)} of {len(loaded) + len(loaded.skipped)} rows are left out.")
+    counts = options.edits or (len(loaded),)
+    if max(counts) > len(loaded):
+        raise ValueError(f"--edits {max(counts)}: {facts.data} has {len(loaded)} facts.")
+    samples = list(loaded)
+    if max(counts) < len(samples):  # a draw; all of a file stay in its order
+        random.Random(facts.seed).shuffle(samples)
+    return samples[: max(counts)], counts
+
+
+def _arguments(
+    options: Options, names: Sequence[str], counts: Sequence[int], asked: int | None
+) -> dict[str, Any]:
+    """Everything that decides the figures, by option."""
+    from .. import __version__
+
+    told: dict[str, Any] = {
+        "--methods": names, "--scoring": options.scorings, "--protocol": options.protocol, "--edits": counts,
+        "--asked": asked, "version": __version__,
+    }  # fmt: skip
+    for group in (options.source, options.facts):
+        for field in fields(group):
+            value = getattr(group, field.name)
+            value = str(value) if isinstance(value, Path) else value
+            told["--" + field.name.replace("_", "-")] = value
+    del told["--published"]
+    if options.facts.data is not None:
+        told["contents of --data"] = hashlib.sha256(options.facts.data.read_bytes()).hexdigest()[:16]
+    return told

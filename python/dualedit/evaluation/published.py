@@ -117,6 +117,48 @@ class PublishedGate:
         return self._states(forced_batch(self.editor.prompter, questions, [target] * len(questions)))
 
 
+def fit_published_threshold(editor: Editor, samples: Sequence[EditSample]) -> float:
+    """The tau that tells related from unrelated questions best, for a gate that sees the answer.
+
+    The published code has a constant, chosen for its models; another model's states lie nearer together or
+    farther apart. DualEdit only.
+
+    Args:
+        editor: with or without edits; none is stored or lost.
+        samples: training facts, with answers to their locality probes.
+
+    Returns:
+        the middle of the thresholds with the best mean of accuracy on questions that must change and on
+        questions that must stay.
+
+    Raises:
+        ValueError: no samples, or without questions of both kinds.
+    """
+    gate = PublishedGate(editor, 0.0)
+    near: list[float] = []
+    far: list[float] = []
+    for sample in samples:
+        request = sample.request
+        related = [probe for probes in sample.generality.values() for probe in probes]
+        others = [p for probes in sample.locality.values() for p in probes if p.answer]
+        questions = [(probe.image, probe.prompt) for probe in (*related, *others)]
+        if not questions:
+            continue
+        targets = [request.target] * len(related) + [probe.answer for probe in others]
+        key = gate._with_target([(open_image(request.image), request.prompt)], request.target)
+        query = gate._states(forced_batch(editor.prompter, questions, targets))
+        distances = (1.0 - torch.cosine_similarity(query.double(), key.double())).tolist()
+        near += distances[: len(related)]
+        far += distances[len(related) :]
+    if not near or not far:
+        raise ValueError("samples have no questions that must change, or none that must stay: pass others.")
+    cuts = sorted({*near, *far})
+    worth = [sum(d <= cut for d in near) / len(near) + sum(d > cut for d in far) / len(far) for cut in cuts]
+    best = [i for i, value in enumerate(worth) if value == max(worth)]
+    low, high = cuts[best[0]], cuts[min(best[-1] + 1, len(cuts) - 1)]
+    return 1.0 - (low + high) / 2
+
+
 def _bindable(stored: Snapshot):
     """A layer's stored edits as `bound` takes them."""
     if not any(name.startswith("k_") for name in stored.tables):

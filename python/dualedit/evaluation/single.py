@@ -1,56 +1,22 @@
 """One edit at a time: store it, ask everything, take it back.
 
-Answers are generated freely; the gate decides from the prompt alone. Locality compares with what the
-*unedited* model answers to the same batch, so an answer that the model always got wrong counts as kept when
-it is kept.
+Answers are generated freely; the gate decides from the prompt alone. `results.evaluate` does more: any
+method, other protocols and scorings.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
 
-from tqdm.auto import tqdm
-
-from ..data import EditSample, Probe
-from ..editing import Edit
+from ..data import EditSample
 from ..editor import Editor
-from .metrics import PROBED, Row, exact_match, summarise
+from .asking import Asked, Unedited, ask, probes_of
+from .method import EditorMethod
+from .protocols import Plan, check_samples, measure
+from .results import SingleResult, results_of
 
-
-@dataclass(frozen=True)
-class Asked:
-    """A probe of a sample, and what the unedited model answers to it."""
-
-    metric: str
-    probe: Probe
-    before: str
-
-
-@dataclass(frozen=True)
-class SingleResult:
-    """What `evaluate_single` measured.
-
-    Attributes:
-        row: the figures.
-        records: one dict a probe: "sample", "metric", "prompt", "expected", "before", "answer", "correct",
-            "fired", "distance", "radius".
-    """
-
-    row: Row
-    records: list[dict]
-
-
-def probes_of(sample: EditSample) -> list[tuple[str, Probe]]:
-    """Every question that measures an edit, by metric; "rel" is the edited question itself."""
-    request = sample.request
-    rel = ("rel", Probe(request.image, request.prompt, request.target))
-    groups = (*sample.generality.items(), *sample.locality.items())
-    others = [(name, probe) for name, probes in groups for probe in probes]
-    unknown = {name for name, _ in others} - set(PROBED)
-    if unknown:
-        raise ValueError(f"sample has probes for {sorted(unknown)}: the metrics are {PROBED}.")
-    return [rel, *others]
+__all__ = ["Asked", "SingleResult", "ask", "ask_before", "check_fresh", "evaluate_single", "probes_of"]
 
 
 def ask_before(editor: Editor, samples: Sequence[EditSample], progress: bool = True) -> list[list[Asked]]:
@@ -58,13 +24,9 @@ def ask_before(editor: Editor, samples: Sequence[EditSample], progress: bool = T
 
     The editor's adapters are switched off meanwhile, so its stored edits do not matter.
     """
-    asked = []
-    with editor.model.disable_adapter():
-        for sample in tqdm(samples, desc="asking the unedited model", unit="fact", disable=not progress):
-            probes = probes_of(sample)
-            answers = editor.answer_many([(p.image, p.prompt) for _, p in probes])
-            asked.append([Asked(m, p, a) for (m, p), a in zip(probes, answers, strict=True)])
-    return asked
+    unedited = Unedited(samples)
+    unedited.ask(EditorMethod(editor, ""), range(len(samples)), progress)
+    return [unedited[place][0] for place in range(len(samples))]
 
 
 def evaluate_single(
@@ -88,58 +50,26 @@ def evaluate_single(
         ValueError: no samples, or an editor that holds edits already (locality would be measured against
             them).
     """
+    plan = Plan("single", more=False, explain=explain, costs=False)
+    return evaluate_plainly(editor, samples, method, plan, progress, before)
+
+
+def evaluate_plainly(
+    editor: Editor,
+    samples: Sequence[EditSample],
+    method: str,
+    plan: Plan,
+    progress: bool,
+    before: Sequence[Sequence[Asked]] | None,
+) -> SingleResult:
+    """One scoring of a plan, with a row of figures and standard errors alone."""
     check_fresh(editor, samples)
-    before = ask_before(editor, samples, progress) if before is None else before
-    bar = tqdm(samples, desc=f"editing with {method}", unit="fact", disable=not progress)
-    return result(method, [_one(editor, sample, before[i], explain) for i, sample in enumerate(bar)])
-
-
-def _one(editor: Editor, sample: EditSample, asked: Sequence[Asked], explain: bool) -> list[dict]:
-    edit = store(editor, sample)
-    try:
-        return ask(editor, sample, asked, explain, {})
-    finally:
-        editor.remove(edit.id)
-
-
-def store(editor: Editor, sample: EditSample) -> Edit:
-    """Make a sample's edit as a user would: its image, question and answer, and one other wording."""
-    request = sample.request
-    return editor.edit(request.image, request.prompt, request.target, rephrases=sample.rephrases[:1] or None)
-
-
-def ask(
-    editor: Editor, sample: EditSample, asked: Sequence[Asked], explain: bool, edited: Mapping[tuple, str]
-) -> list[dict]:
-    """Ask every probe of a sample, in one batch, and compare.
-
-    Args:
-        edited: answers of the edits that are stored, by fact: a probe about one of them has to get that.
-
-    Returns:
-        the records of `SingleResult`, without "sample".
-    """
-    questions = [(a.probe.image, a.probe.prompt) for a in asked]
-    answers = editor.answer_many(questions)
-    found = editor.explain_many(questions) if explain else [None] * len(asked)
-    records = []
-    for a, answer, why in zip(asked, answers, found, strict=True):
-        kept = edited.get(a.probe.fact, a.before)
-        expected = kept if a.metric in sample.locality else sample.request.target
-        records.append(
-            {
-                "metric": a.metric,
-                "prompt": a.probe.prompt,
-                "expected": expected,
-                "before": a.before,
-                "answer": answer,
-                "correct": exact_match(answer, expected),
-                "fired": None if why is None else why.fired,
-                "distance": None if why is None else why.distance,
-                "radius": None if why is None else why.radius,
-            }
-        )
-    return records
+    unedited = Unedited(samples)
+    if before is not None:
+        unedited.fill(before)
+    units = list(measure(EditorMethod(editor, method), samples, plan, unedited, progress=progress))
+    (found,) = results_of(units, method, plan, len(samples))
+    return replace(found, row=replace(found.row, interval=None, contains=None))
 
 
 def check_fresh(editor: Editor, samples: Sequence[EditSample]) -> None:
@@ -149,22 +79,6 @@ def check_fresh(editor: Editor, samples: Sequence[EditSample]) -> None:
         ValueError: no samples, or an editor that holds edits already (locality would be measured against
             them).
     """
-    if not samples:
-        raise ValueError("samples is empty: pass at least one fact to edit.")
+    check_samples(Plan(), samples)
     if editor.edits:
         raise ValueError(f"editor holds {len(editor.edits)} edits: remove them, or pass a fresh one.")
-
-
-def result(
-    method: str, records: Sequence[list[dict]], protocol: str = "single", edits: int = 1
-) -> SingleResult:
-    """The figures of the records of each sample, in order."""
-    scores: list[dict[str, list[bool]]] = []
-    for own in records:
-        scores.append({})
-        for record in own:
-            scores[-1].setdefault(record["metric"], []).append(record["correct"])
-    metrics, stderr = summarise(scores)
-    row = Row(method, len(scores), metrics, stderr, protocol=protocol, edits=edits)
-    numbered = [{"sample": number, **record} for number, own in enumerate(records) for record in own]
-    return SingleResult(row, numbered)

@@ -8,16 +8,23 @@ figures of any threshold follow without asking again.
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from tqdm.auto import tqdm
 
 from ..data import EditSample
 from ..editor import Editor
-from ..evaluation.metrics import exact_match, figures_of
-from ..evaluation.single import Asked, ask, ask_before, check_fresh, store
+from ..evaluation.method import EditorMethod
+from ..evaluation.metrics import PROBED, exact_match, figures_of
+from ..evaluation.single import Asked, ask, ask_before, check_fresh
 from ..model import active_group
+
+CALIBRATION = "calibration.json"
 
 
 @dataclass(frozen=True)
@@ -89,15 +96,16 @@ def _open_gate(
     bar: tqdm,
 ) -> list[Point]:
     _, _, group = active_group(editor.model)
+    method = EditorMethod(editor, "calibrating")
     edited = {samples[i].fact: samples[i].request.target for i in stored if samples[i].fact is not None}
     points = []
     try:
         for number in stored:
-            store(editor, samples[number])
+            method.edit(samples[number])
         group.first.radius.fill_(float("inf"))
         for number in stored:
             sample, asked = samples[number], before[number]
-            records = ask(editor, sample, asked, explain=True, edited=edited)
+            records = ask(method, sample, asked, edited, explain=True)
             found = editor.explain_many([(a.probe.image, a.probe.prompt) for a in asked])
             for record, why in zip(records, found, strict=True):
                 note = group.first.record(why.edit.id)
@@ -110,8 +118,7 @@ def _open_gate(
                 )  # fmt: skip
             bar.update()
     finally:
-        for edit in editor.edits:
-            editor.remove(edit.id)
+        method.reset()
     return points
 
 
@@ -122,38 +129,154 @@ def objective(figures: dict[str, float | None]) -> float:
     return sum(figures[name] or 0.0 for name in wanted) / len(wanted) - 10 * max(0.0, 99.8 - easy)
 
 
-def calibrate_threshold(curve: Curve, steps: int = 200) -> tuple[float, dict[str, float | None]]:
-    """The cosine threshold tau that is best for a curve, with its figures.
+@dataclass(frozen=True)
+class Sweep:
+    """What every value of a setting would give, and the one that was chosen.
 
-    The best settings often form a plateau; its middle is taken, not its edge.
+    Attributes:
+        setting: "threshold" (tau) or "alpha".
+        values: what was tried, from one end to the other.
+        figures: percentages by metric, one mapping a value.
+        scores: `objective` of each.
+        chosen: the middle of the values that are as good as the best.
+        chosen_figures: the percentages it gives.
     """
+
+    setting: str
+    values: tuple[float, ...]
+    figures: tuple[dict[str, float | None], ...]
+    scores: tuple[float, ...]
+    chosen: float
+    chosen_figures: dict[str, float | None]
+
+    def to_dict(self) -> dict:
+        """The sweep as JSON holds it."""
+        return dataclasses.asdict(self)
+
+
+def sweep_threshold(curve: Curve, steps: int = 200) -> Sweep:
+    """Every cosine threshold tau from the edit itself to the farthest probe of a curve."""
     highest = max(point.distance for point in curve.points)
-    grid = [highest * i / steps for i in range(steps + 1)]
-    scores = [objective(curve.figures(lambda point, r=r: r)) for r in grid]
-    radius = _middle_of_best(grid, scores)
-    return 1.0 - radius, curve.figures(lambda point: radius)
+    radii = [highest * i / steps for i in range(steps + 1)]
+    found = [curve.figures(lambda point, r=r: r) for r in radii]
+    return _sweep("threshold", [1.0 - r for r in radii], found)
 
 
-def calibrate_alpha(curve: Curve, steps: int = 100) -> tuple[float, dict[str, float | None]]:
-    """The alpha that is best for a BalancEdit curve, with its figures."""
-    grid = [i / steps for i in range(steps + 1)]
+def sweep_alpha(curve: Curve, steps: int = 100) -> Sweep:
+    """Every alpha of a BalancEdit curve, from 0 (as far as the negative sample) to 1 (the positive one)."""
 
     def radius(point: Point, alpha: float) -> float:
         r = alpha * point.positive + (1 - alpha) * point.negative
         return min(r, point.negative * (1 - 1e-4)) if point.positive >= point.negative else r
 
-    scores = [objective(curve.figures(lambda point, a=a: radius(point, a))) for a in grid]
-    alpha = _middle_of_best(grid, scores)
-    return alpha, curve.figures(lambda point: radius(point, alpha))
+    alphas = [i / steps for i in range(steps + 1)]
+    return _sweep("alpha", alphas, [curve.figures(lambda point, a=a: radius(point, a)) for a in alphas])
 
 
-def _middle_of_best(grid: Sequence[float], scores: Sequence[float]) -> float:
+def _sweep(setting: str, values: list[float], figures: list[dict[str, float | None]]) -> Sweep:
+    """The best settings often form a plateau; its middle is taken, not its edge."""
+    scores = [objective(one) for one in figures]
     best = max(scores)
-    good = [value for value, score in zip(grid, scores, strict=True) if score >= best - 0.25]
-    return good[len(good) // 2]
+    good = [i for i, score in enumerate(scores) if score >= best - 0.25]
+    chosen = good[len(good) // 2]
+    return Sweep(setting, tuple(values), tuple(figures), tuple(scores), values[chosen], figures[chosen])
+
+
+def calibrate_threshold(curve: Curve, steps: int = 200) -> tuple[float, dict[str, float | None]]:
+    """The cosine threshold tau that is best for a curve, with its figures."""
+    sweep = sweep_threshold(curve, steps)
+    return sweep.chosen, sweep.chosen_figures
+
+
+def calibrate_alpha(curve: Curve, steps: int = 100) -> tuple[float, dict[str, float | None]]:
+    """The alpha that is best for a BalancEdit curve, with its figures."""
+    sweep = sweep_alpha(curve, steps)
+    return sweep.chosen, sweep.chosen_figures
 
 
 def with_threshold(editor: Editor, threshold: float) -> None:
-    """Set tau of the active DualEdit adapter; it is saved with it."""
+    """Set tau of the active DualEdit adapter to what calibration found; both are saved with it.
+
+    Should `threshold` be changed later, `threshold="calibrated"` brings this one back.
+    """
     _, config, _ = active_group(editor.model)
-    config.threshold = dataclasses.replace(config, threshold=threshold).threshold  # checked like any other
+    checked = dataclasses.replace(config, threshold=threshold)  # checked like any other
+    config.threshold = config.calibrated_threshold = checked.threshold
+
+
+def save_calibration(folder: str | os.PathLike[str], sweep: Sweep, curve: Curve) -> Path:
+    """Write what a calibration measured beside the adapter: "calibration.json" in its folder.
+
+    Args:
+        folder: where `save_edits` puts the adapter; made if it is not there. An older file is replaced whole.
+
+    Returns:
+        the file: {"version", "sweep" (see `Sweep`), "points" (see `Point`, null for NaN)}.
+    """
+    points = [
+        {
+            name: None if isinstance(value, float) and math.isnan(value) else value
+            for name, value in dataclasses.asdict(point).items()
+        }
+        for point in curve.points
+    ]
+    file = Path(folder) / CALIBRATION
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f".{file.name}.part")
+    text = json.dumps({"version": 1, "sweep": sweep.to_dict(), "points": points}, allow_nan=False)
+    part.write_text(text + "\n", encoding="utf-8")
+    os.replace(part, file)
+    return file
+
+
+def load_calibration(folder: str | os.PathLike[str]) -> tuple[Sweep, Curve]:
+    """What `save_calibration` wrote.
+
+    Raises:
+        ValueError: no such file in the folder, or one that is damaged.
+    """
+    file = Path(folder) / CALIBRATION
+    if not file.is_file():
+        raise ValueError(f"folder={os.fspath(folder)!r} holds no {CALIBRATION}: calibrate the adapter first.")
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        sweep = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in found["sweep"].items()
+        }
+        points = [
+            Point(**{name: math.nan if value is None else value for name, value in point.items()})
+            for point in found["points"]
+        ]
+        return Sweep(**sweep), Curve(tuple(points))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} is damaged ({error}): calibrate the adapter again.") from error
+
+
+def plot_calibration(sweep: Sweep, file: str | os.PathLike[str]) -> Path:
+    """Draw each figure against the setting, with the chosen value, as a PNG.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("plot_calibration draws with matplotlib: pip install matplotlib.") from error
+    # Figure and canvas by hand: pyplot would keep state and look for a screen.
+    drawing = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+    FigureCanvasAgg(drawing)
+    axes = drawing.add_subplot()
+    for name in PROBED:
+        line = [figures.get(name) for figures in sweep.figures]
+        if None not in line:
+            changes = name in ("rel", "t_gen", "v_gen")
+            axes.plot(sweep.values, line, label=name, linestyle="-" if changes else "--")
+    axes.axvline(sweep.chosen, color="black", linewidth=1, label=f"chosen: {sweep.chosen:.3f}", linestyle=":")
+    axes.set_xlabel({"threshold": "tau: cosine similarity that opens the gate"}.get(sweep.setting, "alpha"))
+    axes.set_ylabel("% right on training facts")
+    axes.set_ylim(-2, 102)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower left", ncols=2, title="dashed: must stay as before")
+    drawing.savefig(Path(file), format="png")
+    return Path(file)
