@@ -102,7 +102,7 @@ class Baseline(ABC):
     def memory_bytes(self) -> int:
         """What the stored edits occupy."""
 
-    def _asked(self, questions: Sequence[Question]) -> list[Question]:
+    def asked(self, questions: Sequence[Question]) -> list[Question]:
         """What the model is asked for these questions."""
         return list(questions)
 
@@ -116,7 +116,7 @@ class Baseline(ABC):
 
     def answers(self, questions: Sequence[Question], max_new_tokens: int = 20) -> list[str]:
         """Greedy answers to a batch of questions."""
-        asked = self._asked(questions)
+        asked = self.asked(questions)
         with self._applied():
             return generate_answers(self.model, self.prompter, asked, max_new_tokens)
 
@@ -145,7 +145,7 @@ class Baseline(ABC):
             raise ValueError(
                 f"targets has {len(targets)} answers for {len(questions)} questions: pass one for each."
             )
-        asked = [(open_image(image), prompt) for image, prompt in self._asked(questions)]
+        asked = [(open_image(image), prompt) for image, prompt in self.asked(questions)]
         inputs = self.prompter.inputs(asked)
         wanted = [
             self.prompter.target_ids(image, prompt, target, None)

@@ -78,7 +78,7 @@ class IKE(Baseline):
         ]
         self._facts.append(_Fact(key, request.prompt, request.target.strip()))
 
-    def _asked(self, questions: Sequence[Question]) -> list[Question]:
+    def asked(self, questions: Sequence[Question]) -> list[Question]:
         if self._off or not self._facts:
             return list(questions)
         queries = self._keys(questions)

@@ -77,8 +77,11 @@ class LoRA(Baseline):
         if self._peft is None:
             yield
         else:
-            with self._peft.disable_adapter():
-                yield
+            try:
+                with self._peft.disable_adapter():
+                    yield
+            finally:
+                self.model.requires_grad_(False)  # peft makes an adapter that it enables trainable
 
     def memory_bytes(self) -> int:
         """The adapter's weights; 0 without an edit."""

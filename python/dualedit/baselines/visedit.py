@@ -12,7 +12,8 @@ positions together, the image half is taken and the row says so: it was never as
 from __future__ import annotations
 
 import os
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -86,9 +87,14 @@ class VisEdit(Baseline):
         for edit in self.editor.edits:
             self.editor.remove(edit.id)
 
-    def unedited(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def unedited(self) -> Iterator[None]:
         """The adapter is off inside."""
-        return self.model.disable_adapter()
+        try:
+            with self.model.disable_adapter():
+                yield
+        finally:
+            self.model.requires_grad_(False)  # peft makes an adapter that it enables trainable
 
     def _logits(self, inputs: dict[str, Tensor]) -> Tensor:
         # The labels tell where the prompt ends, which is where the nearest edit is looked up.

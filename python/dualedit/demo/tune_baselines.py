@@ -32,11 +32,11 @@ from .world import World
 
 FACTS = 24
 CANDIDATES: dict[str, tuple[Settings, ...]] = {
-    "ft-l": tuple(FineTuneSettings(learning_rate=rate, max_steps=50) for rate in (3e-4, 1e-3, 3e-3)),
-    "ft-v": tuple(FineTuneSettings(learning_rate=rate, max_steps=50) for rate in (3e-4, 1e-3, 3e-3)),
-    "lora": tuple(LoRASettings(learning_rate=rate, max_steps=50) for rate in (2e-3, 5e-3, 1e-2)),
+    "ft-l": tuple(FineTuneSettings(learning_rate=rate, max_steps=50) for rate in (1e-3, 3e-3, 1e-2)),
+    "ft-v": tuple(FineTuneSettings(learning_rate=rate, max_steps=50) for rate in (1e-4, 3e-4, 1e-3)),
+    "lora": tuple(LoRASettings(learning_rate=rate, max_steps=50) for rate in (5e-4, 1e-3, 2e-3)),
     # One radius for every key: measured with it wide open, then chosen for each layer.
-    "grace": tuple(GRACESettings(learning_rate=1.0, layer=layer, epsilon=1e9) for layer in (2, 3, 4, 5)),
+    "grace": tuple(GRACESettings(learning_rate=1.0, layer=layer, epsilon=1e9) for layer in (2, 3, 4)),
 }
 
 
