@@ -58,7 +58,7 @@ def test_records_say_what_was_asked_answered_and_routed(single):
     assert len(lines) == 3 and lines[0]["arguments"]["--edits"] == [2]
     rel = lines[1]["probes"][0]
     assert rel["metric"] == "rel" and rel["fired"] is True and rel["distance"] <= rel["radius"]
-    assert rel["edit"] == rel["expected"] == lines[1]["target"]
+    assert rel["edit"] == rel["expected"] == lines[1]["target"] and rel["edit_prompt"] == rel["prompt"]
     assert {"no_image", "same_image"} < {probe["metric"] for probe in lines[2]["probes"]}
 
 

@@ -177,9 +177,9 @@ def ask(
 
     Returns:
         a record a probe, as JSON holds it: "metric", "prompt", "image" (in words), "expected", "before",
-        "answer", "correct" (exact match), "contains", "fired", "edit" (target of the nearest edit),
-        "distance", "radius", and the token accuracies "teacher_forced" and "published"; None for what was not
-        measured.
+        "answer", "correct" (exact match), "contains", "fired", "edit" and "edit_prompt" (target and question
+        of the nearest edit), "distance", "radius", and the token accuracies "teacher_forced" and "published";
+        None for what was not measured.
     """
     if not asked:
         return []
@@ -202,6 +202,7 @@ def ask(
                 "contains": contains_match(answer, expected) if free else None,
                 "fired": None if why is None else why.fired,
                 "edit": None if why is None or why.edit is None else why.edit.target,
+                "edit_prompt": None if why is None or why.edit is None else why.edit.prompt,
                 "distance": None if why is None or why.edit is None else why.distance,
                 "radius": None if why is None else why.radius,
                 "teacher_forced": None,
