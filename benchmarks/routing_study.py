@@ -220,6 +220,13 @@ def _own(found: Found, given: tuple[float, ...]) -> Tensor:
     return found.first <= torch.minimum(given[0] * near + (1 - given[0]) * far, far * (1 - 1e-4))
 
 
+def _own_beside(found: Found, given: tuple[float, ...]) -> Tensor:
+    """The same, with the nearest other edit among the negative samples."""
+    nearest = found.nearest
+    near, far = found.near[nearest], torch.minimum(found.far, found.neighbour)[nearest]
+    return found.first <= torch.minimum(given[0] * near + (1 - given[0]) * far, far * (1 - 1e-4))
+
+
 def _neighbour(found: Found, given: tuple[float, ...]) -> Tensor:
     """A fixed radius, at most a share of the way to the nearest other edit."""
     return (found.first <= given[0]) & (found.first <= given[1] * found.neighbour[found.nearest])
@@ -233,6 +240,7 @@ def _margin(found: Found, given: tuple[float, ...]) -> Tensor:
 RULES: dict[str, tuple[Rule, int]] = {
     "fixed": (_fixed, 1),
     "own radius": (_own, 0),
+    "own beside": (_own_beside, 0),
     "neighbour": (_neighbour, 2),
     "margin": (_margin, 2),
 }
@@ -349,7 +357,7 @@ def draw(result: dict, path: Path) -> None:
         panel.legend(fontsize=8)
     for panel, name in zip(panels[1], ("v_gen", "hard_image", "m_loc"), strict=True):
         for key, metric in shown:
-            for rule, style in zip(RULES, ("-", "--", "-.", ":"), strict=True):
+            for rule, style in zip(RULES, ("-", "--", "-.", ":", (0, (1, 4))), strict=True):
                 mine = [r for r in rows if (r["key"], r["metric"], r["rule"]) == (key, metric, rule)]
                 if mine and (key, metric) in shown[:2]:
                     panel.plot(

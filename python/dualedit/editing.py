@@ -216,19 +216,20 @@ def _queries(model: nn.Module, name: str, config, samples: Sequence[Inputs]) -> 
     return [_query(model, name, config, *record_states(model, sample)) for sample in samples]
 
 
-def _balancedit_radius(config: BalancEditConfig, positive: list[float], negative: list[float]) -> float:
+def _own_radius(
+    config: DualEditConfig | BalancEditConfig, positive: list[float], negative: list[float]
+) -> float:
     """alpha d(positive) + (1 - alpha) d(negative), of the farthest positive and nearest negative sample."""
     if not positive or not negative:
         raise ValueError(
-            f"positives ({len(positive)}) and negatives ({len(negative)}): BalancEdit sets the radius of "
-            f"an edit between at least one of each. Pass a rephrased prompt and, for instance, the prompt "
+            f"positives ({len(positive)}) and negatives ({len(negative)}): the radius of an edit lies "
+            f"between at least one of each. Pass a rephrased prompt and, for instance, the prompt "
             "with a black image."
         )
     far, near = max(positive), min(negative)
-    radius = config.alpha * far + (1 - config.alpha) * near
+    # A negative sample stays outside whatever alpha is: the widest radius ends just before it.
+    radius = min(config.alpha * far + (1 - config.alpha) * near, near * (1 - 1e-4))
     if far >= near:
-        # Inside the negative sample by construction: the radius that still leaves it alone is just below it.
-        radius = min(radius, near * (1 - 1e-4))
         warnings.warn(
             f"The positive sample (distance {far:.4g}) is not nearer than the negative one ({near:.4g}); "
             f"the radius is clamped to {radius:.4g}. Rewordings of this edit may not be recognised: pass "
@@ -239,7 +240,9 @@ def _balancedit_radius(config: BalancEditConfig, positive: list[float], negative
 
 
 def _dualedit_radius(config: DualEditConfig, positive: list[float], negative: list[float]) -> float:
-    """NaN (the config's threshold), or as far as given positives need and given negatives allow."""
+    """NaN (the config's threshold), its own, or as far as given positives need and negatives allow."""
+    if config.radius == "own":
+        return _own_radius(config, positive, negative)
     if not positive and not negative:
         return float("nan")
     radius = max([1.0 - config.threshold, *positive])
@@ -302,7 +305,7 @@ def _add_balancedit(model, name, config, group, inputs, full, positives, negativ
         _distances(key, _queries(model, name, config, samples), config.metric)
         for samples in (positives, negatives)
     )
-    radius = _balancedit_radius(config, positive, negative)
+    radius = _own_radius(config, positive, negative)
     parts, fit = fit_value(model, layer, config, full)
     fit |= {"d_positive": max(positive), "d_negative": min(negative)}
     names = ("weight",) if config.value == "full" else ("down", "up")
@@ -339,8 +342,9 @@ def add_edit(
         model: with an active edit adapter.
         inputs: what a processor returns for the prompt, `input_ids` [1, P], image included.
         target_ids: [T] int64, tokens of the new answer, as they follow the prompt.
-        positives: inputs that must be recognised as this question (BalancEdit needs one).
-        negatives: inputs that must not (BalancEdit needs one).
+        positives: inputs that must be recognised as this question (an own radius, and so BalancEdit, needs
+            one).
+        negatives: inputs that must not (likewise).
         note: kept with the edit; "prompt" and "target" are shown in lists.
 
     Raises:
