@@ -38,10 +38,10 @@ class Architecture:
         types: name of the tensor that marks image tokens with 1, where the model wants one.
         more: from input ids [1, P] to whatever else the model wants.
         sees: what can be edited: "both", or "text" where images are not in the sequence.
-        unused: how many ids of `image` do not depend on the picture (newlines, separators); None where that is a
-            matter of luck, because pictures become codes.
-        base_fails: modes in which the base model itself fails, each with a piece of its error's text; the tester
-            runs the base model and holds this against what happens.
+        unused: how many ids of `image` do not depend on the picture (newlines, separators); None where that
+            is a matter of luck, because pictures become codes.
+        base_fails: modes in which the base model itself fails, each with a piece of its error's text; the
+            tester runs the base model and holds this against what happens.
     """
 
     name: str

@@ -14,18 +14,21 @@ from .case import MODES
 from .parts import REGISTERED
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "architectures.md"
-COLUMNS = ("decoder layers", "image positions", "edit text", "edit image", "BalancEdit", *MODES, "save and load")
+COLUMNS = (
+    "decoder layers", "image positions", "edit text", "edit image", "BalancEdit", *MODES, "save and load",
+)  # fmt: skip
 _HEAD = """# Architectures
 
-Written by `python -m tests.architectures.table` from a run of the tests with transformers {version}: do not edit.
+Written by `python -m tests.architectures.table` from a run of the tests with transformers {version}: do not
+edit.
 
-Every row is a tiny model with random weights. The tests find its layers by every kind of name, check by changing
-the picture which positions depend on it, store an edit (DualEdit at layers 1 and 2, BalancEdit at a linear layer),
-hit it, generate, save and load it with identical logits, and compare with the unedited model bit for bit wherever no
-edit applies. {ours} architectures pass.
+Every row is a tiny model with random weights. The tests find its layers by every kind of name, check by
+changing the picture which positions depend on it, store an edit (DualEdit at layers 1 and 2, BalancEdit at a
+linear layer), hit it, generate, save and load it with identical logits, and compare with the unedited model
+bit for bit wherever no edit applies. {ours} architectures pass.
 
-- *yes* in a generation mode: bit for bit the base model's tokens and logits where no edit applies, and the edited
-  answer, as greedy decoding gives it wherever the base model's answer is its own greedy one.
+- *yes* in a generation mode: bit for bit the base model's tokens and logits where no edit applies, and the
+  edited answer, as greedy decoding gives it wherever the base model's answer is its own greedy one.
 - *base* and a number: the base model itself fails in this mode; its error is below the table.
 - *edit image: no*: pictures come in through cross-attention, so that no position of the sequence is one.
 """
@@ -78,7 +81,7 @@ def render(found: Collector) -> str:
     rest = [name for name in REGISTERED if name not in seen]
     page += ["", "## Registered and not tried tiny", ""]
     page += [", ".join(rest) + "." if rest else "None."]
-    page += ["", "Their layers are found where their default config builds (`make test-all`); nothing more is known."]
+    page += ["", "Their layers are found where their default config builds; no more is known."]
     return "\n".join(page) + "\n"
 
 

@@ -119,7 +119,7 @@ def test_generation(case, mode, support):
     if isinstance(base, str):
         support(mode, f"base fails: {base}")
         if LISTED_HERE:
-            assert listed is not None and listed in base, f"not in the list of what base models cannot do: {base}"
+            assert listed is not None and listed in base, f"not listed as the base model's failure: {base}"
         pytest.skip(f"the base model fails by itself: {base}")
     assert listed is None or not LISTED_HERE, "the list says that the base model cannot do this, and it does"
     hit, others = case.inputs(mode)

@@ -1,4 +1,4 @@
-"""What is registered beside the architectures of the table: found all the same, or refused with the reason."""
+"""What is registered beside the table's architectures: found all the same, or refused with the reason."""
 
 import pytest
 import torch
