@@ -90,6 +90,12 @@ class Sequence:
     prompt: Prompt
     decisions: dict[Any, Any] = field(default_factory=dict)
 
+    def new_ticket(self) -> Tensor:
+        """An empty tensor that carries the sequence: what a cache keeps, and a compiled graph can hand on."""
+        ticket = torch.empty(0)
+        ticket.sequence = self
+        return ticket
+
     def __deepcopy__(self, memo):
         # A copied cache continues the same text with the same decisions; the tensors are never written to.
         return Sequence(self.prompt, dict(self.decisions))
