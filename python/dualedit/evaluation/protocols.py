@@ -130,9 +130,14 @@ class _Asker:
         self._timed = 0
 
     def edit(self, place: int) -> None:
+        sample = self.samples[place]
         began = time.perf_counter()
-        with _seeded(self.plan.seed, place):
-            self.method.edit(self.samples[place])
+        try:
+            with _seeded(self.plan.seed, place):
+                self.method.edit(sample)
+        except ValueError as error:
+            name = sample.id or place
+            raise ValueError(f"sample {name}, with {self.method.name}: {error}") from error
         self._seconds[place] = time.perf_counter() - began
 
     def ask(self, place: int, phase: str, stored: int, edited: dict) -> dict:
