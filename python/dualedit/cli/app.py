@@ -167,6 +167,31 @@ def eval_(
 
 
 @app.command()
+def report(
+    results: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RESULTS", help="What eval wrote with --records or --json, or a folder of such files."
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The page.")] = Path("report.html"),
+    markdown: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the table here, not to the terminal.")
+    ] = None,
+    examples: Annotated[
+        int, typer.Option(metavar="N", help="Facts to show for each method, worst first.")
+    ] = 6,
+) -> None:
+    """Make a page and a table of what eval measured: figures, distances, examples, what fired and why."""
+    from . import report as work
+
+    options = work.Options(results, out, markdown, examples)
+    options.check()
+    with quiet():
+        work.run(options)
+
+
+@app.command()
 def ask(image: Picture, question: Question, edits: Edits = FOLDER, model: Model = None) -> None:
     """Ask about a picture, and see whether an edit answers."""
     from .edits import ask as work

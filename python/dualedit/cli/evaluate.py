@@ -25,6 +25,7 @@ SCORINGS = {
     "teacher_forced": "teacher-forced",
     "published": "published (sees the answer)",
 }
+CONTENTS = "contents of --data"  # among the arguments of records
 _EDITS, _ASKED = 100, 100  # of the embedded benchmark, unless told otherwise
 
 
@@ -185,10 +186,15 @@ def _samples(options: Options, console) -> tuple[Sequence[EditSample], tuple[int
     counts = options.edits or (len(loaded),)
     if max(counts) > len(loaded):
         raise ValueError(f"--edits {max(counts)}: {facts.data} has {len(loaded)} facts.")
-    samples = list(loaded)
-    if max(counts) < len(samples):  # a draw; all of a file stay in its order
-        random.Random(facts.seed).shuffle(samples)
-    return samples[: max(counts)], counts
+    return draw(loaded, max(counts), facts.seed), counts
+
+
+def draw(samples: Sequence[EditSample], count: int, seed: int) -> list[EditSample]:
+    """So many of a file's facts at random; all of them stay in the file's order."""
+    drawn = list(samples)
+    if count < len(drawn):
+        random.Random(seed).shuffle(drawn)
+    return drawn[:count]
 
 
 def _arguments(
@@ -208,5 +214,10 @@ def _arguments(
             told["--" + field.name.replace("_", "-")] = value
     del told["--published"]
     if options.facts.data is not None:
-        told["contents of --data"] = hashlib.sha256(options.facts.data.read_bytes()).hexdigest()[:16]
+        told[CONTENTS] = fingerprint(options.facts.data)
     return told
+
+
+def fingerprint(file: Path) -> str:
+    """Tells a file's contents from others'."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]

@@ -10,9 +10,9 @@ from html import escape
 
 from PIL import Image
 
+from dualedit.analysis.page_style import STYLE
 from dualedit.evaluation import SingleResult
 
-from .page_style import STYLE
 from .show import KINDS, MEANINGS, NAMES, TITLES, Moment, Story, brief, near, untouched
 
 _MORE_STORIES = 5

@@ -35,16 +35,29 @@ def edit_samples(world: World, split: str, count: int, seed: int = 0) -> list[Ed
     """
     if count < 1:
         raise ValueError(f"count={count} is too small; ask for at least 1 sample")
+    chosen = _chosen(world, split, count, seed)
+    return [_sample(world, split, *fact, _random(world, split, i, seed)) for i, fact in enumerate(chosen)]
+
+
+def edit_sample(world: World, split: str, place: int, seed: int = 0) -> EditSample:
+    """The one at a place of `edit_samples`, counted from 0, without drawing the others."""
+    fact = _chosen(world, split, place + 1, seed)[place]
+    return _sample(world, split, *fact, _random(world, split, place, seed))
+
+
+def _chosen(world: World, split: str, count: int, seed: int) -> list[tuple[int, str]]:
+    """Which facts are edited; asking for more does not change the first ones."""
     facts = [(entity, attribute) for entity in world.entities(split) for attribute in ATTRIBUTES]
     order = np.random.default_rng([seed, 7])
     chosen: list[int] = []
     while len(chosen) < count:
         chosen.extend(order.permutation(len(facts)).tolist())
+    return [facts[fact] for fact in chosen[:count]]
+
+
+def _random(world: World, split: str, place: int, seed: int) -> np.random.Generator:
     number = {"train": 0, "test": 1}[split]
-    return [
-        _sample(world, split, *facts[fact], np.random.default_rng([seed, world.seed, number, i, 11]))
-        for i, fact in enumerate(chosen[:count])
-    ]
+    return np.random.default_rng([seed, world.seed, number, place, 11])
 
 
 def counterfactual(world: World, entity: int, attribute: str, rng: np.random.Generator) -> str:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from PIL import Image
 
+from dualedit.analysis import wording
+from dualedit.analysis.wording import NAMES, near
 from dualedit.data import EditRequest, EditSample
 from dualedit.editor import Editor
 from dualedit.evaluation import METRICS, SingleResult, ask_before, evaluate_single, exact_match
@@ -17,34 +19,14 @@ from dualedit.evaluation.single import probes_of
 
 from .world import World
 
-NAMES = {"dualedit": "DualEdit", "balancedit": "BalancEdit"}
+__all__ = [
+    "KINDS", "MEANINGS", "NAMES", "TITLES", "Moment", "Story", "brief", "known_sample", "measure",
+    "moments_of", "near", "stories_of", "untouched",
+]  # fmt: skip
 
-# What a probe is, and what an editor is to do with it, in the order of a story.
-KINDS = {
-    "rel": ("same input", "new answer"),
-    "t_gen": ("rephrased", "new answer"),
-    "v_gen": ("new picture", "new answer"),
-    "hard_image": ("look-alike", "as before"),
-    "hard_question": ("other question", "as before"),
-    "t_loc": ("text only", "as before"),
-    "m_loc": ("other picture", "as before"),
-}
-TITLES = {
-    "rel": "Rel", "t_gen": "T-Gen", "v_gen": "V-Gen", "t_loc": "T-Loc", "m_loc": "M-Loc",
-    "hard_image": "Hard image", "hard_question": "Hard question", "hm": "HM", "avg": "Avg",
-}  # fmt: skip
-MEANINGS = {
-    "rel": "the edit itself",
-    "t_gen": "same picture, other words",
-    "v_gen": "new pictures of the same thing",
-    "t_loc": "no picture: as before",
-    "m_loc": "unrelated picture: as before",
-    "hard_image": "look-alike: as before",
-    "hard_question": "other question about it: as before",
-    "hm": "harmonic: T-Gen, V-Gen, Hard image",
-    "avg": "mean of the first five",
-}
-assert set(TITLES) == set(MEANINGS) == set(METRICS)
+KINDS = {name: kind for name, kind in wording.KINDS.items() if name in METRICS}
+TITLES = {name: wording.TITLES[name] for name in METRICS}
+MEANINGS = {name: wording.MEANINGS[name] for name in METRICS}
 
 
 @dataclass(frozen=True)
@@ -141,11 +123,6 @@ def measure(
         method: evaluate_single(editor, samples, method, progress, before=before, explain=True)
         for method, editor in editors.items()
     }
-
-
-def near(distance: float) -> str:
-    """A distance for people: three digits, and nothing behind the comma of what is nothing."""
-    return "0" if distance < 5e-4 else f"{distance:.3g}"
 
 
 def brief(moments: Sequence[Moment]) -> list[Moment]:

@@ -14,8 +14,8 @@ from typing import Any
 
 from .processes import Alone, Processes
 
-_MARK = "dualedit_eval"
-_VERSION = 1
+MARK = "dualedit_eval"
+VERSION = 1
 Key = tuple[str, str, int]
 
 
@@ -49,7 +49,7 @@ class Journal:
         fresh = not own.is_file() or own.stat().st_size == 0
         self._out = own.open("a", encoding="utf-8")
         if fresh:
-            self._line({_MARK: _VERSION, "arguments": self._arguments})
+            self._line({MARK: VERSION, "arguments": self._arguments})
 
     def known(self, key: Key) -> dict[tuple[str, int], dict]:
         """What an earlier run recorded of (method, protocol, edits): by phase and sample."""
@@ -65,7 +65,7 @@ class Journal:
         self._out.close()
         self.processes.wait()
         if self.processes.index == 0 and len(self._parts()) > 1:
-            lines = [json.dumps({_MARK: _VERSION, "arguments": self._arguments}, ensure_ascii=False)]
+            lines = [json.dumps({MARK: VERSION, "arguments": self._arguments}, ensure_ascii=False)]
             for part in self._parts():
                 lines += [json.dumps(record, ensure_ascii=False) for record in self._read(part)]
             whole = self.file.with_name(f".{self.file.name}.whole")
@@ -94,11 +94,11 @@ class Journal:
         lines = part.read_text(encoding="utf-8", errors="replace").split("\n")
         try:
             head = json.loads(lines[0])
-            began = head["arguments"] if head[_MARK] == _VERSION else None
+            began = head["arguments"] if head[MARK] == VERSION else None
         except (ValueError, TypeError, KeyError):
             began = None
         if began is None:
-            if len(lines) == 1 and lines[0].startswith(f'{{"{_MARK}"'):
+            if len(lines) == 1 and lines[0].startswith(f'{{"{MARK}"'):
                 return  # stopped while writing its very first line
             raise ValueError(
                 f"{part} holds something else than the records of an evaluation: pass another file."

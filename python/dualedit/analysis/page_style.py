@@ -1,4 +1,4 @@
-"""How the demo's page looks."""
+"""How pages look: the demo's, and the report's on top of it."""
 
 STYLE = """
 :root { --page: #fbfaf8; --card: #fff; --ink: #1d1b18; --soft: #6b665e; --line: #e4e0d8; --new: #b4450c;
@@ -67,4 +67,55 @@ details[open] > summary::before { content: "\\2013"; }
 summary::-webkit-details-marker { display: none; }
 summary small { display: block; }
 ul { padding-left: 1.2rem; } li { margin: .3rem 0; }
+"""
+
+REPORT_STYLE = """
+:root { --hard: #7b3fb5; } @media (prefers-color-scheme: dark) { :root { --hard: #c79bf5; } }
+h2 { border-top: 1px solid var(--line); padding-top: 1.5rem; font-size: 1.5rem; }
+h3 { font-size: 1.1rem; margin: 2rem 0 .1rem; } h4 { font-size: 1rem; margin: 1.4rem 0 .1rem; }
+main > header + section h2 { border-top: 0; padding-top: 0; }
+p, dd, figcaption { overflow-wrap: anywhere; }
+.sees { color: var(--bad); }
+.note { border-left: 4px solid var(--new); padding: .2rem .75rem; background: var(--card); }
+.wide { overflow-x: auto; margin: .6rem 0 1rem; border: 1px solid var(--line); border-radius: .9rem;
+  background: var(--card); }
+.wide table { width: 100%; max-width: none; margin: 0; }
+.wide th, .wide td { padding: .5rem .75rem; width: auto; white-space: nowrap; }
+.wide th[scope=col] { font-size: .85rem; }
+.wide th:first-child, .wide td:first-child { position: sticky; left: 0; background: var(--card); z-index: 1;
+  border-right: 1px solid var(--line); }
+.wide tbody tr:last-child > * { border-bottom: 0; }
+.wide small { font-size: .78rem; }
+.wide th[scope=row] { min-width: 6.5rem; max-width: 9rem; white-space: normal; overflow-wrap: break-word; }
+.figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 19rem), 1fr));
+  gap: .75rem; margin-top: .75rem; }
+figure { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: .9rem;
+  padding: .8rem .8rem .6rem; min-width: 0; }
+figcaption { font-weight: 600; margin-bottom: .3rem; } figcaption small { font-weight: 400; }
+.drawing { display: block; width: 100%; max-width: 26rem; height: auto; overflow: visible; }
+.drawing text { font-size: 12px; fill: var(--ink); } .drawing .end { text-anchor: end; }
+.drawing .middle { text-anchor: middle; } .drawing .soft { fill: var(--soft); }
+.drawing .related { fill: var(--new); } .drawing .hard { fill: var(--hard); }
+.drawing .unrelated { fill: var(--old); } .drawing .track { fill: var(--track); }
+.drawing .ground { stroke: var(--line); } .drawing .radius { stroke: var(--ink); stroke-dasharray: 4 3; }
+.drawing .error { stroke: var(--ink); stroke-width: 1.5; }
+div.picture { background: var(--track) center / contain no-repeat; flex: none; }
+div.picture.none { background-image: none; text-align: center; line-height: 1.2; padding: .25rem; }
+.fact { border-top: 1px solid var(--line); margin-top: .9rem; padding-top: .9rem; }
+.head { display: flex; gap: .9rem; align-items: start; } .head .picture { width: 6rem; height: 6rem; }
+.head p:first-child { margin-top: 0; }
+.questions { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr));
+  gap: .6rem; margin-top: .6rem; }
+.questions article .question { font-weight: 500; } .cause-why { color: var(--bad); font-size: .9rem; }
+details details { background: none; border: 0; padding: 0; }
+details details article { background: none; }
+ul.causes { list-style: none; padding: 0; max-width: 34rem; }
+.causes li { display: flex; gap: .6rem; align-items: center; }
+.count { flex: none; min-width: 2.4rem; text-align: right; font-weight: 600;
+  font-variant-numeric: tabular-nums; }
+.cause { flex: 1; padding: .15rem .5rem; border-radius: .35rem;
+  background: linear-gradient(90deg, var(--bar) calc(100% * var(--share)), transparent 0); }
+dl { display: grid; grid-template-columns: auto 1fr; gap: .2rem 1rem; }
+dt { font-weight: 600; } dd { margin: 0; }
+:focus-visible { outline: 3px solid var(--old); outline-offset: 2px; }
 """
