@@ -37,9 +37,8 @@ from .world import ATTRIBUTES, World, answer_vocabulary
 # Measured on training facts of the shipped model: where adapters and keys work best (see editors.json).
 TEXT_LAYER, VIS_LAYER = 1, 1
 BALANCEDIT_LAYER = "layers.5.mlp.up_proj"
-SETTINGS = TrainSettings(steps=2500, batch_size=16, learning_rate=5e-3, warmup=50, locality_weight=0.05)
+SETTINGS = TrainSettings(steps=3000, batch_size=16, learning_rate=5e-3, warmup=50, locality_weight=0.05)
 FACTS, CALIBRATION_FACTS = 10_000, 200
-STRANGE_WORLDS = (100, 101, 102)  # only for training editors: their brands are unknown to the model
 
 
 def balancedit_config(layer: str = BALANCEDIT_LAYER, alpha: float = 0.2) -> dict:
@@ -67,33 +66,19 @@ def calibration_samples(world: World, held_out: set[int], count: int, seed: int)
 def training_samples(world: World, count: int, seed: int) -> list:
     """Edits of the training entities that calibration does not use, with several targets a fact.
 
-    Four in ten are of worlds that the model knows nothing of, so that what is written does not depend on
-    what is known. A quarter of the targets are answers to other questions, and two-token names come twice as
-    often as their facts: what is to be learned is to copy an answer, not which answers a question usually
-    has.
+    A quarter of the targets are answers to other questions, and two-token names come twice as often as their
+    facts: what is to be learned is to copy an answer, not which answers a question usually has.
     """
     held_out = held_out_entities(world)
     generator = torch.Generator().manual_seed(seed)
-    drawn = edit_samples(world, "train", int(1.15 * count) + 64, seed=1_000_000 + seed)
-    known = [sample for sample in drawn if sample.entity not in held_out]
-    unknown = [
-        replace(sample, entity=-1)  # its number means another brand here
-        for number in STRANGE_WORLDS
-        for sample in edit_samples(World(number), "train", int(0.22 * count) + 24, seed=2_000_000 + seed)
-    ]
-    strange = round(0.4 * count)
-    return _varied(known, count - strange, generator) + _varied(unknown, strange, generator)
-
-
-def _varied(samples: list, count: int, generator: torch.Generator) -> list:
+    drawn = edit_samples(world, "train", int(1.7 * count) + 64, seed=1_000_000 + seed)
     chosen = []
-    for number in torch.randperm(len(samples), generator=generator).tolist():
-        sample = samples[number]
+    for sample in drawn:
+        if sample.entity in held_out:
+            continue
         if sample.family != "brand" and torch.rand(1, generator=generator) < 0.4:
             continue
         chosen.append(_any_target(sample, generator) if torch.rand(1, generator=generator) < 0.25 else sample)
-    if len(chosen) < count:
-        raise ValueError(f"count={count}: only {len(chosen)} samples were drawn.")
     return chosen[:count]
 
 
