@@ -88,8 +88,12 @@ class Architecture:
         return model
 
     def row(self, generator: torch.Generator, words: int = 5) -> dict[str, Tensor]:
-        """One random picture and question, as a processor returns them."""
+        """One random picture and question, as a processor returns them.
+
+        The last word is also the first: prompt lookup then has something to propose.
+        """
         text = torch.randint(3, WORDS, (words,), generator=generator).tolist()
+        text[-1] = text[0]
         ids = torch.tensor([[BOS, *self.image, *text]])
         return self.around(ids, self.pixels(generator))
 

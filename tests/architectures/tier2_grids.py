@@ -160,7 +160,9 @@ GRIDS = (
              **_GLM_IDS),
         image=QWEN_IMAGE, image_ids=_BOTH, types="mm_token_type_ids", pixels=patches(48),
         more=lambda ids: {"moe_mm_token_type_ids": (ids == IMAGE).long()},
-        base_fails={"no cache": "does not match the shape of the indexed tensor"},
+        base_fails={
+            mode: "does not match the shape of the indexed tensor" for mode in ("no cache", "prompt lookup")
+        },
     ),
     Architecture(
         "hyperclovax_vision_v2",

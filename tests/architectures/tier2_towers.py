@@ -226,6 +226,7 @@ TOWERS = (
         image=(IMAGE,), image_ids=(), sees="text",
         pixels=picture(images=(1, 1, 1), aspect_ratio_ids=[[1]], aspect_ratio_mask=[[[1]]]),
         more=lambda ids: {"cross_attention_mask": torch.ones(*ids.shape, 1, 1, dtype=torch.long)},
+        base_fails={"prompt lookup": "must match the size of tensor"},
     ),
     Architecture(
         "idefics",

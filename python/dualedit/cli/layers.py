@@ -44,13 +44,19 @@ def _folder(model: str) -> Path:
 def _without_weights(folder: Path) -> nn.Module:
     """The model of a config on the meta device: full size, no memory."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        AutoModelForSeq2SeqLM,
+    )
 
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        answers = type(config) in AutoModelForImageTextToText._model_mapping
+        kinds = (AutoModelForImageTextToText, AutoModelForSeq2SeqLM)
+        kind = next((k for k in kinds if type(config) in k._model_mapping), AutoModelForCausalLM)
         with torch.device("meta"):
-            return (AutoModelForImageTextToText if answers else AutoModelForCausalLM).from_config(config)
+            return kind.from_config(config)
     except Exception as error:  # a config may be wrong in any way, and every one is the user's to mend
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(
