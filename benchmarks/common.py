@@ -72,18 +72,25 @@ class Benchmark:
         print(json.dumps(machine()))
 
     def compare(
-        self, shape: dict[str, object], rivals: list[Rival], floors: dict[str, float] | None = None
-    ) -> None:
+        self,
+        shape: dict[str, object],
+        rivals: list[Rival],
+        floors: dict[str, float] | None = None,
+        turns: int | None = None,
+    ) -> dict[str, list[float]]:
         """Check every rival, time the right ones in turns, and print their rows.
 
         floors: milliseconds that no implementation can beat, by what sets them, e.g. reading the keys once.
+        turns: how often each is timed; None: 7, or 3 with --quick.
+
+        Returns the milliseconds of each turn, by implementation: the same turn of two is a pair.
         """
         self.shapes.append(shape)
         right = [rival for rival in rivals if self._is_right(shape, rival)]
         order = list(right)
         repeats = {rival.impl: self._repeats(rival) for rival in right}
         times: dict[str, list[float]] = {rival.impl: [] for rival in right}
-        for _ in range(3 if self.options.quick else 7):
+        for _ in range(turns or (3 if self.options.quick else 7)):
             right.reverse()  # nobody is always the one who runs behind a certain other
             for rival in right:
                 times[rival.impl].append(self._turn(rival, repeats[rival.impl]))
@@ -104,6 +111,7 @@ class Benchmark:
             self.floors.append({"op": self.op, "name": name, "shape": shape, "ms": floor})
             print(f"    floor: {name:<37} {floor:10.3f} ms", flush=True)
         self._write()
+        return times
 
     def finish(self) -> None:
         """Draw the rows if --plot was given."""
