@@ -127,8 +127,8 @@ def remove_adapter(model: nn.Module, adapter_name: str) -> None:
         )
     _delete_adapter(base, adapter_name)
     if isinstance(model, PeftModel) and adapter_name in model.active_adapters:
-        left = [name for name in model.active_adapters if name != adapter_name]
-        model.base_model.active_adapter = left or next(iter(configs))
+        left = [name for name in model.active_adapters if name != adapter_name] or [next(iter(configs))]
+        model.base_model.active_adapter, model.active_adapter = left, left[0]
     unwrap_layers(base, only_empty=True)
 
 

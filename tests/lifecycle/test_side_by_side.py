@@ -266,6 +266,28 @@ def test_taking_off_one_by_one(three, family):
     assert torch.allclose(logits_of(merged, inputs), by["facts", "more"], rtol=1e-4, atol=1e-4)
 
 
+def test_taking_off_the_one_that_the_model_was_made_with(family, generator, seed):
+    torch.manual_seed(seed)
+    model = inject_dualedit(family.build(), **DUAL)
+    strengthen(model)
+    inject_balancedit(model, adapter_name="more", **BALANCE)
+    inputs = family.questions(3, generator)
+    base = logits_of(family.build(), inputs)
+    store_in(model, ["more"], row_of(inputs, 0), generator)
+    store_in(model, ["default"], row_of(inputs, 1), generator)
+    before = logits_of(model, inputs)
+    remove_adapter(model, "default")
+    after = logits_of(model, inputs)
+    assert torch.equal(after[[0, 2]], base[[0, 2]]) and torch.equal(after[1], before[1])
+    assert [edit.id for edit in list_edits(model)] == [1]
+    assert model.active_peft_config.layer == BALANCE["layer"]
+    with model.disable_adapter():
+        assert torch.equal(logits_of(model, inputs), base)
+    assert torch.equal(logits_of(model, inputs), after)
+    back = model.unload()
+    assert torch.equal(logits_of(back, inputs), base) and not edit_layers(back)
+
+
 def test_the_only_adapter_is_unloaded_instead(family):
     model = inject_dualedit(family.build(), **DUAL)
     with pytest.raises(ValueError, match=r"model.unload\(\) takes it off"):
