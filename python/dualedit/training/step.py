@@ -138,6 +138,7 @@ class TrainingStep(nn.Module):
                     ),
                     start,
                     lengths,
+                    adapter.query_weights(),
                 )
                 for name, adapter in layer.dualedit_adapter[self.adapter].items()
             }
