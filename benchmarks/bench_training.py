@@ -34,6 +34,7 @@ from dualedit.modules import EditCrossAttention
 from dualedit.prompting import Prompter
 from dualedit.training.batches import KEEP, Batch, make_batch, questions_of
 from dualedit.training.dualedit import teacher_forced
+from dualedit.training.frozen import quick_products
 from dualedit.training.recipe import TERMS, Recipe
 from dualedit.training.step import TrainingStep
 from PIL import Image
@@ -276,7 +277,8 @@ class Problem:
     def run_ours(self, pack: bool) -> tuple[Tensor, Tensor]:
         """Losses [5] and gradient norms of the adapters' weights."""
         batch = self.batches[pack]
-        return self._finish("ours", self.ours(batch)[:5] / self.count)
+        with quick_products(self.ours.base):
+            return self._finish("ours", self.ours(batch)[:5] / self.count)
 
     def run_published(self) -> tuple[Tensor, Tensor]:
         """The same, as published."""
