@@ -14,6 +14,11 @@ and AdamW. Rivals:
   raw states in each of them, the text adapter goes through the batch sample by sample, and the output head
   computes every position.
 
+The released code of the paper differs from that description in one point: before training it writes what
+enters the first edited layer to disk, for every question of the data set, and then starts from there. That
+cache would serve both sides; here the lower layers run in every step, as for questions that are new each
+time.
+
 Both read the same questions with the same adapter weights. A rival is timed if its five losses and the norm
 of each adapter weight's gradient are those of the published procedure.
 """

@@ -11,10 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from dataset_files import EVQA, FILES
 from dualedit import Editor, load_edits
 from dualedit.cli import main
 from dualedit.training import Recipe, checkpoint, read_recipe
+from dualedit.training.batches import untrained_terms
 from dualedit.training.checkpoint import checkpoints, read_checkpoint
+from dualedit.training.data import load_edits_to_train
 from dualedit.training.logbook import Logbook, read_metrics
 from dualedit.training.recipe import learning_rate_at, recipe_from, recipe_text
 from dualedit.training.step import TrainingStep
@@ -283,6 +286,21 @@ def test_options_win_over_the_file(train, tmp_path):
     assert train(tmp_path / "out", "--config", str(file), "--learning-rate", "2e-3")[0] == 0
     lines = read_metrics(tmp_path / "out" / "metrics.jsonl")
     assert len([line for line in lines if "loss" in line]) == 3 and lines[0]["learning_rate"] == 2e-3
+
+
+def test_held_out_edits_come_from_their_file_or_from_the_end(data):
+    told = []
+    whole = load_edits_to_train(Recipe(data=str(data), held_out_edits=0))
+    assert [len(part) for part in whole] == [12, 0]
+    samples, held_out = load_edits_to_train(Recipe(data=str(data)))
+    assert len(samples) == 11 and [s.request for s in held_out] == [whole[0][11].request]
+    samples, held_out = load_edits_to_train(Recipe(data=str(data), held_out=str(data), held_out_edits=5))
+    assert len(samples) == 12 and len(held_out) == 5
+    evqa = Recipe(data=str(FILES / "evqa/vqa_train.json"), image_root=os.pathsep.join(map(str, EVQA)))
+    samples, _ = load_edits_to_train(evqa, told.append)
+    assert len(samples) == 2 and not told and not untrained_terms(samples, evqa.weights())
+    with pytest.raises(ValueError, match="name the file"):
+        load_edits_to_train(Recipe())
 
 
 def test_learning_rate_schedules():
