@@ -20,12 +20,15 @@ class EditKV:
     Attributes:
         k, v: [T, M], all edits' tokens.
         start, length: [N] int64, first row and number of rows of each edit.
+        query: the adapter's `query_weights`, where they are at hand already: with gradients they cost as much
+            as the projection of `mid_dim` tokens, and several batches of a training step share them.
     """
 
     k: Tensor
     v: Tensor
     start: Tensor
     length: Tensor
+    query: tuple[Tensor, Tensor] | None = None
 
 
 class EditCrossAttention(nn.Module):
@@ -71,7 +74,8 @@ class EditCrossAttention(nn.Module):
         states = nn.functional.layer_norm(states, norm.normalized_shape, scale, shift, norm.eps)
         return nn.functional.linear(states, w_k, b_k), nn.functional.linear(states, w_v, b_v)
 
-    def _query_weights(self) -> tuple[Tensor, Tensor]:
+    def query_weights(self) -> tuple[Tensor, Tensor]:
+        """LayerNorm's affine, input and query projection as one: weight [M, D] and bias [M]."""
         parts = (
             self.query_norm.weight, self.query_norm.bias, self.in_proj.weight, self.in_proj.bias,
             self.q_proj.weight, self.q_proj.bias,
@@ -119,7 +123,7 @@ class EditCrossAttention(nn.Module):
         Returns:
             states [B, L, D] in hidden's dtype (rows with route -1 bit for bit as they came), and route [B].
         """
-        w_q, b_q = self._query_weights()
+        w_q, b_q = self.query_weights() if edits.query is None else edits.query
         return gated_edit_attention(
             hidden, span, edits.k, edits.v, edits.start, edits.length, w_q, b_q, self.o_proj.weight,
             self.o_proj.bias, num_heads=self.num_heads, eps=self.query_norm.eps, route=route, gate=gate,

@@ -11,9 +11,13 @@ from dualedit.modules import EditKV
 from dualedit.prompting import Prompter
 from dualedit.sequence import describe_prompt
 from dualedit.training.batches import Batch, Feed, Part, make_batch, questions_of, untrained_terms
+from dualedit.training.frozen import quick_products
 from dualedit.training.recipe import TERMS
 from dualedit.training.step import TrainingStep, term_sums
 from tiny_models import BLIP2, EOS, IMAGE, LLAVA, QWEN, WORDS, random_image, strengthen, tiny_processor
+from torch import nn
+
+from dualedit_kernels.products import onednn_refuses
 
 ALL = dict.fromkeys(TERMS, 1.0)
 QUESTIONS = ["what color is this ?", "who made the computer ?", "what is in the picture ?"]
@@ -232,6 +236,25 @@ def test_wordings_kept_for_a_test_are_not_trained(generator):
     for seed in range(20):
         asked = questions_of(told, 0, ALL, torch.Generator().manual_seed(seed))
         assert {q.probe.prompt for q in asked if q.term in TERMS[:3]} == {sample.request.prompt, "name it"}
+
+
+def test_quick_products_change_rounding_at_most(generator):
+    torch.manual_seed(int(torch.randint(1 << 30, (), generator=generator)))
+    big, trained, narrow = nn.Linear(192, 160), nn.Linear(192, 160), nn.Linear(192, 160, dtype=torch.bfloat16)
+    model = nn.ModuleList([big.requires_grad_(False), trained, narrow.requires_grad_(False)])
+    x = torch.randn(2, 96, 192, generator=generator, requires_grad=True)
+    expected = big(x)
+    (gradient,) = torch.autograd.grad(expected.square().sum(), x)
+    expected = expected.detach()
+    with pytest.raises(KeyError), quick_products(model) as count:
+        assert count == (1 if onednn_refuses("cpu", torch.float32) is None else 0)
+        found = big(x)
+        torch.testing.assert_close(found.detach(), expected, rtol=1e-5, atol=1e-5)
+        again = torch.autograd.grad(found.square().sum(), x)[0]
+        torch.testing.assert_close(again, gradient, rtol=1e-4, atol=1e-4)
+        assert torch.equal(trained(x), nn.functional.linear(x, trained.weight, trained.bias))
+        raise KeyError
+    assert "forward" not in big.__dict__ and torch.equal(big(x).detach(), expected)
 
 
 def feed(count, **more):

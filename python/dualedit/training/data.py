@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 
 from ..data import EditSample
@@ -24,10 +25,10 @@ def load_edits_to_train(
     if recipe.data is None:
         raise ValueError("data=None: name the file with the edits to train on (--data FILE).")
 
+    roots = None if recipe.image_root is None else recipe.image_root.split(os.pathsep)
+
     def read(path: str, limit: int | None) -> Sequence[EditSample]:
-        found = load_samples(
-            path, recipe.format, recipe.image_root, recipe.skip_bad, recipe.prompt_template, limit
-        )
+        found = load_samples(path, recipe.format, roots, recipe.skip_bad, recipe.prompt_template, limit)
         if found.skipped:
             say(f"{len(found.skipped)} bad rows of {path} are left out; the first: {found.skipped[0]}")
         return found

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .frozen import quick_products
 from .recipe import Recipe
 
 if TYPE_CHECKING:
@@ -96,13 +97,18 @@ def dry_run(ready: Setting, steps: int = 3) -> Estimate:
 
     The adapters are changed by the steps taken; throw the model away afterwards.
     """
+    gpu = ready.accelerator.device.type == "cuda"
+    if gpu:
+        torch.cuda.reset_peak_memory_stats()
+    with quick_products(ready.step.base):
+        return _measure(ready, steps, gpu)
+
+
+def _measure(ready: Setting, steps: int, gpu: bool) -> Estimate:
     from .batches import count_edits
     from .checkpoint import optimizer_state
     from .setting import held_out_loss, take_step
 
-    gpu = ready.accelerator.device.type == "cuda"
-    if gpu:
-        torch.cuda.reset_peak_memory_stats()
     times, rows, tokens = [], 0, 0
     for number in range(steps):
         batches = ready.feed.batches(number)

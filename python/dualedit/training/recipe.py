@@ -35,7 +35,7 @@ class Recipe:
     model: str | None = _about(None, "Folder of a Hugging Face vision-language model, or 'embedded'.")
     data: str | None = _about(None, "File with training edits, or 'embedded'.")
     format: str = _about("auto", "Format of the data files: auto, evqa, eic, vlkeb, mmke, okedit or jsonl.")
-    image_root: str | None = _about(None, "Folder that image paths start from.")
+    image_root: str | None = _about(None, "Folder that image paths start from; several with : between them.")
     prompt_template: str | None = _about(
         None, "How a data set's questions are worded; see dualedit.datasets."
     )

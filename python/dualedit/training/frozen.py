@@ -1,0 +1,61 @@
+"""Frozen linear layers on a CPU, at the speed that the processor has.
+
+A training step is mostly products with the frozen model's weights. In fp32 PyTorch hands them to MKL, which
+on AMD processors runs at half of what oneDNN reaches (see `dualedit_kernels.products`). In bf16 PyTorch takes
+oneDNN by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from dualedit_kernels.products import ONEDNN, onednn_refuses
+
+
+class _FrozenLinear(torch.autograd.Function):
+    """x [P, I] times a weight [O, I] that is not trained."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight)
+        return ONEDNN.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        (weight,) = ctx.saved_tensors
+        return ONEDNN.linear(grad.contiguous(), weight.t(), None), None, None
+
+
+def _forward_of(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
+    def forward(x: Tensor) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        return _FrozenLinear.apply(flat, linear.weight, linear.bias).view(*x.shape[:-1], -1)
+
+    return forward
+
+
+@contextmanager
+def quick_products(base: nn.Module) -> Iterator[int]:
+    """Inside the block, frozen fp32 linear layers of a model on the CPU multiply with oneDNN.
+
+    Yields:
+        how many layers do; 0 on a GPU, in bf16, or where PyTorch has no oneDNN.
+    """
+    changed = []
+    for module in base.modules():
+        fits = type(module) is nn.Linear and "forward" not in module.__dict__
+        if not fits or module.weight.requires_grad or module.weight.dtype != torch.float32:
+            continue
+        whole = not hasattr(module.weight, "placements")  # FSDP has not cut it up
+        if whole and onednn_refuses(module.weight.device.type, torch.float32) is None:
+            module.forward = _forward_of(module)
+            changed.append(module)
+    try:
+        yield len(changed)
+    finally:
+        for module in changed:
+            del module.forward
