@@ -76,10 +76,10 @@ def samples_again(arguments: Mapping[str, Any]) -> Sequence[EditSample] | str:
     Returns:
         the samples, or one sentence that says why they are not to be had.
     """
-    seed = arguments.get("--seed")
-    if not isinstance(seed, int) or "--data" not in arguments:
+    seed, data = arguments.get("--seed"), arguments.get("--data", 0)
+    if not isinstance(seed, int) or not isinstance(data, str | None):
         return "The records do not say which facts were asked about, so that pictures are missing."
-    if arguments["--data"] is None:
+    if data is None:
         world = arguments.get("--world-seed")
         if arguments.get("--benchmark") != "embedded" or not isinstance(world, int):
             return "The records are about a benchmark that is not known here, so that pictures are missing."
@@ -121,5 +121,5 @@ def _own(arguments: Mapping[str, Any], seed: int) -> Sequence[EditSample] | str:
     except ValueError as error:
         return f"{file} cannot be read again: {error}"
     counts = arguments.get("--edits")
-    count = max(counts) if counts else len(loaded)
+    count = max(counts) if isinstance(counts, list) and counts else len(loaded)
     return draw(loaded, count, seed)
