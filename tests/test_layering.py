@@ -22,7 +22,7 @@ LEVELS = [
     {"training", "evaluation", "analysis", "baselines", "datasets"},
     {"demo", "cli"},
 ]
-WITHIN_A_LEVEL = {("evaluation", "baselines"), ("training", "evaluation"), ("evaluation", "datasets"),
+WITHIN_A_LEVEL = {("baselines", "evaluation"), ("training", "evaluation"), ("evaluation", "datasets"),
                   ("training", "datasets"), ("analysis", "evaluation"), ("baselines", "datasets"),
                   ("analysis", "datasets"), ("cli", "demo"), ("adapters", "layer")}  # fmt: skip
 KERNELS_MAY_IMPORT = {"torch", "triton", "dualedit_kernels"}

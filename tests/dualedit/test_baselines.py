@@ -142,7 +142,7 @@ def test_predictions_are_the_models_own_at_the_answers_tokens(name, adapters, qu
     for (best, wanted), (theirs, ids) in zip(found, expected, strict=True):
         assert wanted.tolist() == ids.tolist() and best.shape == wanted.shape
         assert best.tolist() == theirs.tolist()
-    with pytest.raises(ValueError, match="2 answers for 3 questions"):
+    with pytest.raises(ValueError, match="2 entries for 3 questions"):
         method.predictions(questions, targets[:2])
 
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
 from ..data import EditSample
 from ..editing import append_target
 from ..editor import Explanation, generate_answers
+from ..evaluation.forcing import forced_batch, forced_predictions
 from ..fitting import to_device
 from ..layer import EditLayer
 from ..prompting import Picture, Prompter, open_image
@@ -25,34 +25,6 @@ def end_token(model: nn.Module) -> int | None:
     """The id that ends an answer, or None where the model names none."""
     eos = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     return eos[0] if isinstance(eos, list) else eos
-
-
-def with_answers(inputs: Mapping[str, Tensor], answers: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Left-padded prompts with an answer behind each, padded on the right.
-
-    Args:
-        inputs: of a batch of R prompts, `input_ids` [R, P].
-        answers: R tensors [T] int64.
-
-    Returns:
-        the inputs with `input_ids` and what has its shape [R, P + T] for the longest answer, and `labels`
-        (-100 outside the answers).
-    """
-    ids = inputs["input_ids"]
-    width = max(len(answer) for answer in answers)
-    tail = torch.zeros((len(answers), width), dtype=ids.dtype)
-    real = torch.zeros_like(tail)
-    for row, answer in enumerate(answers):
-        tail[row, : len(answer)], real[row, : len(answer)] = answer, 1
-    full = dict(inputs)
-    for name, value in inputs.items():
-        if isinstance(value, Tensor) and value.shape == ids.shape and name != "input_ids":
-            more = real if "attention" in name else torch.zeros_like(real)  # token types: text
-            full[name] = torch.cat([value, more.to(value)], dim=1)
-    full.setdefault("attention_mask", torch.cat([torch.ones_like(ids), real], dim=1))
-    full["input_ids"] = torch.cat([ids, tail], dim=1)
-    full["labels"] = torch.cat([torch.full_like(ids, -100), tail.masked_fill(real == 0, -100)], dim=1)
-    return full
 
 
 class Baseline(ABC):
@@ -107,9 +79,9 @@ class Baseline(ABC):
         return list(questions)
 
     @contextmanager
-    def _applied(self, last: int | None = None) -> Iterator[None]:
-        """Whatever has to be in place around a forward; `last` is the column of the last prompt token, None
-        for the last column of a prompt."""
+    def _applied(self, last: Tensor | None = None) -> Iterator[None]:
+        """Whatever has to be in place around a forward; `last` [R] are the columns of the last prompt tokens,
+        None for prompts that are padded on the left."""
         yield
 
     # ------------------------------------------------------------------ asking
@@ -141,26 +113,10 @@ class Baseline(ABC):
         Raises:
             ValueError: no questions, an empty answer, or not one answer for each question.
         """
-        if len(questions) != len(targets):
-            raise ValueError(
-                f"targets has {len(targets)} answers for {len(questions)} questions: pass one for each."
-            )
-        asked = [(open_image(image), prompt) for image, prompt in self.asked(questions)]
-        inputs = self.prompter.inputs(asked)
-        wanted = [
-            self.prompter.target_ids(image, prompt, target, None)
-            for (image, prompt), target in zip(asked, targets, strict=True)
-        ]
-        full = to_device(with_answers(inputs, wanted), self.model)
-        before = inputs["input_ids"].shape[1]
-        with torch.no_grad(), self._applied(before - 1):
-            best = self._logits(full)[:, before - 1 : -1].argmax(-1).cpu()
-        return [(best[row, : len(ids)], ids) for row, ids in enumerate(wanted)]
-
-    def _logits(self, inputs: dict[str, Tensor]) -> Tensor:
-        """[R, L, V] of inputs with labels."""
-        call = {name: value for name, value in inputs.items() if name != "labels"}
-        return self.model(**call, use_cache=False).logits
+        batch = forced_batch(self.prompter, self.asked(questions), targets)
+        last = (batch["labels"] != -100).int().argmax(1) - 1
+        with self._applied(last):
+            return forced_predictions(self.model, batch)
 
     def _lesson(self, sample: EditSample) -> dict[str, Tensor]:
         """One row of model inputs: an edit's question with the new answer, end token included, and labels."""

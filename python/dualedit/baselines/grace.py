@@ -72,22 +72,23 @@ class GRACE(Baseline):
         return nearest_key(query.float(), keys, torch.tensor(radius, device=keys.device), "l2")
 
     @contextmanager
-    def _applied(self, last: int | None = None) -> Iterator[None]:
+    def _applied(self, last: Tensor | None = None) -> Iterator[None]:
         if self._off or not self._entries:
             yield
             return
 
         def replace(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
             states = entering(args, kwargs)
-            column = states.shape[1] - 1 if last is None else last
-            if states.shape[1] == 1:  # a decode step: the prompt has been decided on
+            if last is None and states.shape[1] == 1:  # a decode step: the prompt has been decided on
                 return None
-            index, _ = self._lookup(states[:, column])
+            rows = torch.arange(states.shape[0], device=states.device)
+            columns = torch.full_like(rows, states.shape[1] - 1) if last is None else last.to(rows)
+            index, _ = self._lookup(states[rows, columns])
             hit = (index >= 0).nonzero()[:, 0]
             if not len(hit):
                 return None
             values = torch.stack([self._entries[i].value for i in index[hit].tolist()])
-            return _written(output, hit, column, values)
+            return _written(output, hit, columns[hit], values)
 
         handle = self._layer.register_forward_hook(replace, with_kwargs=True)
         try:
@@ -163,7 +164,7 @@ class GRACE(Baseline):
             nonlocal value
             if value is None:
                 value = _first(output)[0, last].detach().float().clone()
-            return _written(output, torch.zeros(1, dtype=torch.int64), last, value[None])
+            return _written(output, torch.tensor([0]), torch.tensor([last]), value[None])
 
         handle = self._layer.register_forward_hook(replace)
         try:
@@ -192,8 +193,8 @@ class GRACE(Baseline):
         return sum(entry.key.nbytes + entry.value.nbytes + 4 for entry in self._entries)
 
 
-def _written(output: Any, rows: Tensor, column: int, values: Tensor) -> Any:
-    """A layer's output with values [K, D] in one column of the given rows [K]."""
+def _written(output: Any, rows: Tensor, columns: Tensor, values: Tensor) -> Any:
+    """A layer's output with values [K, D] at the given rows [K] and columns [K]."""
     hidden = _first(output).clone()
-    hidden[rows.to(hidden.device), column] = values.to(hidden)
+    hidden[rows.to(hidden.device), columns.to(hidden.device)] = values.to(hidden)
     return (hidden, *output[1:]) if isinstance(output, tuple) else hidden

@@ -20,7 +20,8 @@ def _require(condition: bool, argument: str, value: object, remedy: str) -> None
 
 @dataclass(frozen=True)
 class FitSettings:
-    """How parameters are fitted to one answer.
+    """How parameters are fitted to one answer, in the model's own dtype (steps far below a weight's rounding
+    are lost in half precision: raise the rate or load the model in float32).
 
     Attributes:
         learning_rate: of Adam.
@@ -47,8 +48,8 @@ class FineTuneSettings(FitSettings):
     Attributes:
         module: name, or unambiguous end of it, of the module whose weights are tuned; None takes the last
             decoder layer (FT-L) or the last layer of the vision tower that reaches the language model (FT-V).
-        norm_constraint: how far any weight may move in one edit (an L-infinity ball, FT-L of ROME's
-            comparison, there 5e-5); None does not bound it.
+        norm_constraint: how far any weight may move in one edit (an L-infinity ball, as in ROME's
+            comparison); None does not bound it.
     """
 
     module: str | None = None

@@ -19,7 +19,7 @@ from typing import Any
 
 from peft import PeftModel
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import nn
 
 from ..architectures import check_fingerprint
 from ..config import DualEditConfig
@@ -95,10 +95,6 @@ class VisEdit(Baseline):
                 yield
         finally:
             self.model.requires_grad_(False)  # peft makes an adapter that it enables trainable
-
-    def _logits(self, inputs: dict[str, Tensor]) -> Tensor:
-        # The labels tell where the prompt ends, which is where the nearest edit is looked up.
-        return self.model(**inputs, use_cache=False).logits
 
     def memory_bytes(self) -> int:
         """Keys, values and lookup keys of the stored edits."""
