@@ -15,17 +15,17 @@ from dualedit_kernels import Full, LowRank
 from .architectures import find_decoder_layers, unwrap
 from .config import BalancEditConfig
 from .context import bound
-from .layer import BalancEditLayer
+from .layer import BalancEditLayer, place_of
 from .replay import Replay
 
 
 def to_device(inputs: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
     """Inputs where the model takes them: on its device, floating ones in its dtype."""
-    weight = model.get_input_embeddings().weight
+    device, _ = place_of(model.get_input_embeddings())
     moved = {}
     for name, value in inputs.items():
         if isinstance(value, Tensor):
-            value = value.to(weight.device)
+            value = value.to(device)
             value = value.to(model.dtype) if value.is_floating_point() else value
             value = value.clone() if value.is_inference() else value  # autograd refuses those
         moved[name] = value
@@ -33,7 +33,7 @@ def to_device(inputs: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
 
 
 def _new_value(layer: BalancEditLayer, config: BalancEditConfig) -> list[nn.Parameter]:
-    device = next(layer.base_layer.parameters()).device
+    device, _ = place_of(layer.base_layer)
     inputs, outputs = layer.base_layer.in_features, layer.base_layer.out_features
     if config.value == "full":
         weight = layer.base_layer.weight
@@ -42,6 +42,11 @@ def _new_value(layer: BalancEditLayer, config: BalancEditConfig) -> list[nn.Para
             raise ValueError(
                 f"value='full': {layer.layer_name} is quantised ({weight.dtype}), so there is no whole "
                 f"weight to copy. Use value='low_rank'."
+            )
+        if weight.device.type == "meta":
+            raise ValueError(
+                f"value='full': the weight of {layer.layer_name} is offloaded, so there is none to copy. Use "
+                f"value='low_rank', or keep the layer in memory (device_map)."
             )
         return [nn.Parameter(weight.detach().float().clone())]
     # LoRA's start: a random way down, nothing comes back up. Seeded, so that the same edit gives the same
@@ -65,6 +70,9 @@ def fit_value(
 
     Returns:
         the value's tensors (full weight, or down and up), and {"steps", "probability"} of the fit.
+
+    Raises:
+        ValueError: no gradient reaches the layer, or its weight cannot be copied for a full value.
     """
     base = unwrap(model)
     inputs = to_device(inputs, base)
@@ -84,7 +92,13 @@ def fit_value(
         if probability >= config.stop_probability or step == config.max_steps:
             break
         # Not backward(): trainable parts of the model (an adapter beside this one) keep their gradients.
-        for part, gradient in zip(parts, torch.autograd.grad(loss, parts), strict=True):
+        gradients = torch.autograd.grad(loss, parts) if loss.requires_grad else ()
+        if step == 0 and not any(bool(gradient.any()) for gradient in gradients):
+            raise ValueError(
+                f"No gradient comes back to {layer.layer_name}: the layers above it pass none (4-bit weights "
+                f"on a CPU do not). Store the edit on another device or precision, or use DualEdit."
+            )
+        for part, gradient in zip(parts, gradients, strict=True):
             part.grad = gradient
         optimizer.step()
     if probability < 0.5:
