@@ -409,9 +409,12 @@ def test_other_errors_keep_their_traceback(train, tmp_path, monkeypatch):
         train(tmp_path / "out", "--steps", "2")
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run(train, tmp_path):
-    code, said = train(tmp_path / "out", "--steps", "50", "--learning-rate", "1e30")
-    assert code == 2 and "the gradient is not finite" in said
+def test_a_gradient_that_is_not_finite_stops_the_run(train, tmp_path, monkeypatch):
+    real = TrainingStep.forward
+    monkeypatch.setattr(TrainingStep, "forward", lambda self, batch: real(self, batch) * float("nan"))
+    code, said = train(tmp_path / "out", "--steps", "2")
+    assert code == 2 and "Step 1: the gradient is not finite. Lower learning_rate=0.01" in said
+    assert not (tmp_path / "out" / "adapter_config.json").exists()
 
 
 # ---------------------------------------------------------------------- parts
