@@ -212,11 +212,10 @@ def test_a_killed_run_goes_on_to_the_same_end(model, data, train, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("packed", ["--pack", "--no-pack"])
-def test_two_processes_give_the_losses_of_one(packed, model, data, train, tmp_path):
+def test_two_processes_give_the_losses_of_one(model, data, train, tmp_path):
     """accelerate launch with gloo on two CPUs, the shipped configuration, the same batch of four edits."""
     assert main(["train", "--write-configs", str(tmp_path / "configs")]) == 0
-    options = ("--steps", "6", "--log-every", "1", "--evaluate-every", "3", "--held-out-edits", "1", packed)
+    options = ("--steps", "6", "--log-every", "1", "--evaluate-every", "3", "--held-out-edits", "1")
     launch = ["accelerate.commands.launch", "--config_file", str(tmp_path / "configs" / "cpu.yaml"),
               "--main_process_port", "0", "-m"]  # fmt: skip
     call = command(model, data, tmp_path / "two", *options)
