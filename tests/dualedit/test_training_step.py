@@ -11,6 +11,7 @@ from dualedit.modules import EditKV
 from dualedit.prompting import Prompter
 from dualedit.sequence import describe_prompt
 from dualedit.training.batches import Batch, Feed, Part, make_batch, questions_of, untrained_terms
+from dualedit.training.checkpoint import Checkpoint, full, optimizer_state, restore, weights_of
 from dualedit.training.frozen import quick_products
 from dualedit.training.recipe import TERMS
 from dualedit.training.step import TrainingStep, term_sums
@@ -319,3 +320,44 @@ def test_unwrapped_model_is_left_as_it_was(step, generator):
     now = list(unwrap(step.model).model.language_model.layers)
     assert all(a is b for a, b in zip(layers, now, strict=True))
     assert runtime_of(step.base).current_pass() is None
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    """A group of this process alone, as FSDP wants one."""
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_cut_up_by_fsdp(process_group, step, generator):
+    """Decoder layers and the rest cut up as the shipped configuration cuts them; saved and restored whole."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    batch = batch_of(facts(2, generator), True)
+    sums, gradients = outcome(step, batch)
+    before = weights_of(step.trained())
+    mesh = init_device_mesh("cpu", (1,))
+    for layer in list(step.upper.decoder):
+        fully_shard(getattr(layer, "base_layer", layer), mesh=mesh)
+    fully_shard(step, mesh=mesh)
+    trained = step.trained()
+    assert all(hasattr(parameter, "placements") for parameter in trained.values())
+    optimizer = torch.optim.AdamW(trained.values(), 0.01)
+    found = step(batch)
+    (found / batch.counts().clamp(min=1).float()).sum().backward()
+    torch.testing.assert_close(found.detach(), sums, rtol=1e-5, atol=1e-6)
+    scale = max(float(g.norm()) for g in gradients.values())
+    for name, parameter in trained.items():
+        assert float((full(parameter.grad) - gradients[name]).norm()) < 1e-4 * scale, name
+    optimizer.step()
+    after, state = weights_of(trained), optimizer_state(optimizer, trained)
+    assert any(not torch.equal(after[name], before[name]) for name in after)
+    restore(Checkpoint(0, before, {}, [], None, {}, "", {}), trained, optimizer)
+    assert all(torch.equal(full(trained[name]), before[name]) for name in before)
+    restore(Checkpoint(1, after, state, [], None, {}, "", {}), trained, optimizer)
+    again = optimizer_state(optimizer, trained)
+    assert all(torch.equal(full(trained[name]), after[name]) for name in after)
+    assert all(torch.equal(again[name][key], state[name][key]) for name in state for key in state[name])

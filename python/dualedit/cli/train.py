@@ -190,15 +190,18 @@ def _edits(recipe: Recipe, say: Callable[[str], None]) -> tuple[Sequence[EditSam
 
     if recipe.data != EMBEDDED:
         return load_edits_to_train(recipe, say)
-    from ..demo.train_editors import calibration_samples, held_out_entities, training_samples
+    from ..demo.samples import edit_samples
+    from ..demo.train_editors import held_out_entities, training_samples
     from ..demo.world import World
 
     world = World(0)
     say("Drawing the embedded world's edits ...")
     samples = training_samples(world, recipe.limit or EMBEDDED_EDITS, recipe.seed)
-    if not recipe.held_out_edits:
-        return samples, []
-    return samples, calibration_samples(world, held_out_entities(world), recipe.held_out_edits, recipe.seed)
+    wanted, kept, held_out, drawn = recipe.held_out_edits, held_out_entities(world), [], 8
+    while len(held_out) < wanted:
+        drawn *= 2
+        held_out = [s for s in edit_samples(world, "train", drawn, 777 + recipe.seed) if s.entity in kept]
+    return samples, held_out[:wanted]
 
 
 def _write_configs(folder: Path) -> None:

@@ -243,6 +243,8 @@ class Run:
         )
         if ready.main:
             write_checkpoint(self.folder / CHECKPOINTS, checkpoint, ready.recipe.keep_checkpoints)
+            if not self.progress:
+                self.say(f"Step {self.done}: checkpoint.")
         if ready.held_out is None:
             self._export(self.folder)
         ready.accelerator.wait_for_everyone()
