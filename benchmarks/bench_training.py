@@ -2,10 +2,10 @@
 
     python -m benchmarks.bench_training --json benchmarks/results/<machine>.json
 
-The model is LLaVA-1.5-7B at a quarter of its width and depth (hidden 1024, 8 layers, 32,000 words, an image of
-576 tokens), random weights, with the paper's batch of 4 edits and its adapters (width 1024, 8 heads) at the
-same relative depth as layers 16 and 19 of 32. A step is all five losses of the paper, forward, backward and
-AdamW. Rivals:
+The model is LLaVA-1.5-7B at a quarter of its width and depth (hidden 1024, 8 layers, 32,000 words, an image
+of 576 tokens), random weights, with the paper's batch of 4 edits and its adapters (width 1024, 8 heads) at
+the same relative depth as layers 16 and 19 of 32. A step is all five losses of the paper, forward, backward
+and AdamW. Rivals:
 
 - dualedit: `dualedit.training.step`, as `dualedit train` runs it
 - dualedit unpacked: the same, with an image read once for each question about it
@@ -14,8 +14,8 @@ AdamW. Rivals:
   raw states in each of them, the text adapter goes through the batch sample by sample, and the output head
   computes every position.
 
-Both read the same questions with the same adapter weights. A rival is timed if its five losses and the norm of
-each adapter weight's gradient are those of the published procedure.
+Both read the same questions with the same adapter weights. A rival is timed if its five losses and the norm
+of each adapter weight's gradient are those of the published procedure.
 """
 
 from __future__ import annotations
@@ -27,14 +27,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
-from torch import Tensor, nn
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
-from benchmarks.common import Benchmark, Rival, arguments
 from dualedit import EditRequest, EditSample, Probe, inject_dualedit
-from dualedit.architectures import unwrap
 from dualedit.demo.vlm import IMAGE, build_tokenizer
 from dualedit.fitting import to_device
 from dualedit.modules import EditCrossAttention
@@ -43,6 +36,18 @@ from dualedit.training.batches import KEEP, Batch, make_batch, questions_of
 from dualedit.training.dualedit import teacher_forced
 from dualedit.training.recipe import TERMS, Recipe
 from dualedit.training.step import TrainingStep
+from PIL import Image
+from torch import Tensor, nn
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+)
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from benchmarks.common import Benchmark, Rival, arguments
 
 HIDDEN, LAYERS, HEADS, FEED_FORWARD, WORDS = 1024, 8, 16, 2752, 32_000
 TEXT_LAYER, VIS_LAYER, MID, MID_HEADS = 4, 5, 1024, 8
@@ -94,7 +99,7 @@ def edits(count: int, side: int) -> list[EditSample]:
             EditSample(
                 request,
                 {
-                    "t_gen": [Probe(request.image_source, "which thing does the picture show ?", request.target)],
+                    "t_gen": [Probe(request.image_source, "which thing does it show ?", request.target)],
                     "v_gen": [Probe(picture(), request.prompt, request.target)],
                 },
                 {
@@ -184,9 +189,8 @@ def attend(adapter: EditCrossAttention, x: Tensor, states: Tensor, real: Tensor 
     """The adapter on tokens x [R, P, D] with an edit's raw states [R, T, D]; real [R, T] masks padding."""
     q = adapter.q_proj(adapter.in_proj(adapter.query_norm(x.to(adapter.query_norm.weight.dtype))))
     edit = adapter.edit_norm(states.to(adapter.edit_norm.weight.dtype))
-    q, k, v = (
-        t.unflatten(-1, (MID_HEADS, -1)).transpose(1, 2) for t in (q, adapter.k_proj(edit), adapter.v_proj(edit))
-    )
+    k, v = adapter.k_proj(edit), adapter.v_proj(edit)
+    q, k, v = (t.unflatten(-1, (MID_HEADS, -1)).transpose(1, 2) for t in (q, k, v))
     scores = q @ k.transpose(-1, -2) * (MID // MID_HEADS) ** -0.5
     if real is not None:
         scores = scores.masked_fill(~real[:, None, None, :], torch.finfo(scores.dtype).min)
@@ -227,13 +231,14 @@ class Problem:
         weights = {**Recipe().weights()}
         plain = copy.deepcopy(base)
         model = inject_dualedit(base, TEXT_LAYER, VIS_LAYER, MID, MID_HEADS, init_weights=False).eval()
-        self.ours = TrainingStep(model)
+        self.ours = TrainingStep(model, autocast=dtype if dtype == torch.bfloat16 else None)
         for layer in self.ours.upper.layers.values():
             layer.dualedit_adapter.float()
         image_id = plain.config.image_token_index
         generators = [torch.Generator().manual_seed(i) for i in range(count)]
         self.batches: dict[bool, Batch] = {
-            pack: make_batch(prompter, samples, generators, weights, EOS, [image_id], pack) for pack in (True, False)
+            pack: make_batch(prompter, samples, generators, weights, EOS, [image_id], pack)
+            for pack in (True, False)
         }
         asked = [q for n, s in enumerate(samples) for q in questions_of(s, n, weights, generators[n])]
         terms = {
@@ -255,8 +260,9 @@ class Problem:
             for name in names
         ]  # fmt: skip
         # A learning rate of 0: the work of an update, and the same weights in every turn.
-        self.optimizers = {who: torch.optim.AdamW(own, lr=0.0, weight_decay=0.0) for who, own in self.own.items()}
-        assert sorted(unwrap(model).state_dict()) != []  # the model is alive as long as the problem
+        self.optimizers = {
+            who: torch.optim.AdamW(own, lr=0.0, weight_decay=0) for who, own in self.own.items()
+        }
 
     def _autocast(self):
         return torch.autocast("cpu", torch.bfloat16) if self.dtype == torch.bfloat16 else nullcontext()
@@ -270,9 +276,7 @@ class Problem:
     def run_ours(self, pack: bool) -> tuple[Tensor, Tensor]:
         """Losses [5] and gradient norms of the adapters' weights."""
         batch = self.batches[pack]
-        with self._autocast():
-            sums = self.ours(batch)
-        return self._finish("ours", sums[:5] / self.count)
+        return self._finish("ours", self.ours(batch)[:5] / self.count)
 
     def run_published(self) -> tuple[Tensor, Tensor]:
         """The same, as published."""
@@ -284,7 +288,7 @@ class Problem:
 def main() -> None:
     """Run the benchmark from the command line."""
     parser = arguments(__doc__.splitlines()[0])
-    parser.add_argument("--attention", default="eager", choices=["eager", "sdpa"], help="of the model, for all")
+    parser.add_argument("--attention", default="eager", choices=["eager", "sdpa"], help="for all")
     parser.add_argument("--edits", type=int, help="in the batch; 4, or 2 with --quick")
     parser.add_argument("--side", type=int, help="of an image, in pixels; 336, or 168 with --quick")
     options = parser.parse_args()

@@ -5,9 +5,9 @@
 writes OUT.json and OUT.png. Every question of 1,000 training and 1,000 test facts is run through the model
 once; keys are read at every layer, edits are stored 1, 10, 100 or 1,000 at a time, and each question is right
 when it meets its own edit (or none, if its fact has none). Parameters of a rule are fitted on training facts
-with 100 stored, then left alone; all figures are of test facts. That is what an oracle adapter would reach;
-what the adapters would reach with an oracle gate is measured beside it, and `dualedit eval` measures both
-together.
+with 100 stored, then left alone; all figures are of test facts. That is what an oracle adapter would reach.
+What the adapters would reach with an oracle gate, and how much of a logo can be read from its image tokens at
+all, is measured beside it, and `dualedit eval` measures everything together.
 """
 
 from __future__ import annotations
@@ -18,12 +18,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from dualedit.context import recording
 from dualedit.data import EditSample
 from dualedit.demo.embedded import METHODS, load_editor
 from dualedit.demo.samples import edit_samples
+from dualedit.demo.train_vlm_data import Strangers, pixels
+from dualedit.demo.train_vlm_loss import image_tokens
+from dualedit.demo.vlm import load_embedded
 from dualedit.demo.world import ATTRIBUTES, QUESTIONS, World
+from dualedit.demo.world_logos import STROKES, render_logo
 from dualedit.editor import Editor
 from dualedit.training import measure_curve
 from PIL import Image, ImageEnhance
@@ -220,6 +225,13 @@ def _own(found: Found, given: tuple[float, ...]) -> Tensor:
     return found.first <= torch.minimum(given[0] * near + (1 - given[0]) * far, far * (1 - 1e-4))
 
 
+def _own_beside(found: Found, given: tuple[float, ...]) -> Tensor:
+    """The same, with the nearest other edit among the negative samples."""
+    nearest = found.nearest
+    near, far = found.near[nearest], torch.minimum(found.far, found.neighbour)[nearest]
+    return found.first <= torch.minimum(given[0] * near + (1 - given[0]) * far, far * (1 - 1e-4))
+
+
 def _neighbour(found: Found, given: tuple[float, ...]) -> Tensor:
     """A fixed radius, at most a share of the way to the nearest other edit."""
     return (found.first <= given[0]) & (found.first <= given[1] * found.neighbour[found.nearest])
@@ -233,6 +245,7 @@ def _margin(found: Found, given: tuple[float, ...]) -> Tensor:
 RULES: dict[str, tuple[Rule, int]] = {
     "fixed": (_fixed, 1),
     "own radius": (_own, 0),
+    "own beside": (_own_beside, 0),
     "neighbour": (_neighbour, 2),
     "margin": (_margin, 2),
 }
@@ -326,6 +339,43 @@ def oracle_gate(method: str, samples: list[EditSample], options: argparse.Namesp
     return {name: 100 * sum(right) / len(right) for name, right in rows.items()}
 
 
+def perception(vlm: Path | None, count: int) -> dict[str, float]:
+    """Per cent of logos whose every stroke a ridge regression reads from the image tokens.
+
+    Look-alikes may differ by one stroke moved. Known logos are the world's, strange ones are nobody's.
+    """
+    model, _ = load_embedded(vlm)
+    world, rng = World(0), np.random.default_rng(0)
+    strangers = Strangers(world)
+
+    def views(logos: list) -> tuple[Tensor, Tensor]:
+        tokens, strokes = [], torch.zeros(len(logos), len(STROKES))
+        for begin in range(0, len(logos), 50):
+            pictures = pixels([render_logo(logo, rng) for logo in logos[begin : begin + 50]])
+            with torch.no_grad():
+                tokens.append(image_tokens(model, pictures).flatten(1))
+        for row, logo in enumerate(logos):
+            strokes[row, sorted(logo.strokes)] = 1
+        return torch.cat(tokens), strokes
+
+    x, y = views([strangers.pair(rng)[0] for _ in range(count)])
+    mean, spread = x.mean(0), x.std(0) + 1e-6
+
+    def scaled(tokens: Tensor) -> Tensor:
+        return torch.cat([(tokens - mean) / spread, torch.ones(len(tokens), 1)], dim=1).double()
+
+    a = scaled(x)
+    weight = torch.linalg.solve(a.T @ a + 300 * torch.eye(a.shape[1]), a.T @ (2 * y.double() - 1))
+    found = {}
+    for name, logos in (
+        ("known", [world.logos[int(i)] for i in rng.integers(len(world.logos), size=500)]),
+        ("strange", [strangers.pair(rng)[0] for _ in range(500)]),
+    ):
+        tokens, strokes = views(logos)
+        found[name] = 100 * float(((scaled(tokens) @ weight > 0) == strokes.bool()).all(1).float().mean())
+    return found
+
+
 def draw(result: dict, path: Path) -> None:
     """ROC of the shipped and the best keys, and figures against the number of stored edits."""
     import matplotlib
@@ -349,7 +399,7 @@ def draw(result: dict, path: Path) -> None:
         panel.legend(fontsize=8)
     for panel, name in zip(panels[1], ("v_gen", "hard_image", "m_loc"), strict=True):
         for key, metric in shown:
-            for rule, style in zip(RULES, ("-", "--", "-.", ":"), strict=True):
+            for rule, style in zip(RULES, ("-", "--", "-.", ":", (0, (1, 4))), strict=True):
                 mine = [r for r in rows if (r["key"], r["metric"], r["rule"]) == (key, metric, rule)]
                 if mine and (key, metric) in shown[:2]:
                     panel.plot(
@@ -380,6 +430,8 @@ def main(arguments: list[str] | None = None) -> None:
     samples = edit_samples(world, "test", options.facts, options.seed)
     result = study(editor, train, read(editor, samples, "test facts"))
     result["oracle_gate"] = {name: oracle_gate(name, samples[:100], options) for name in METHODS}
+    result["perception"] = perception(options.vlm, 6 * options.facts)
+    print("every stroke readable, %:", json.dumps(result["perception"]))
     result |= {"facts": options.facts, "seed": options.seed, "world_seed": options.world_seed}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.with_suffix(".json").write_text(json.dumps(result, indent=None) + "\n")

@@ -1,17 +1,20 @@
 """Finding the decoder layers, the hidden size and the image tokens of any Hugging Face VLM.
 
-Nothing here knows one architecture's class: layers are found by structure, names by matching. What cannot be
-edited (an encoder-decoder, a text-only model's image positions) is refused here, with the reason.
+Layers are found by structure, names by matching, so that a newcomer works without being listed. What cannot
+be edited (an encoder-decoder, a text-only model's image positions) is refused here, with the reason.
 """
 
 from __future__ import annotations
 
 import difflib
 import hashlib
+import inspect
 import re
 
 import torch
 from torch import nn
+
+from .sequence import IMAGE_MASK
 
 # Path segments of module lists that are not the language model's layers. Whole tokens of a segment are
 # compared: a plain substring test would find "dit" in "dualedit".
@@ -19,6 +22,9 @@ _NOT_DECODER = {
     "vision", "visual", "vit", "image", "audio", "speech", "qformer", "perceiver", "resampler", "connector",
     "aligner", "merger", "projector", "vqmodel", "vqvae", "cross", "dit", "abstractor",
 }  # fmt: skip
+# Config entries of models whose layers hand on several states for every token.
+_STREAMS = ("altup_num_inputs", "hc_mult")
+_TOWERS = ("vision_config", "vq_config", "vision_model")
 _IMAGE_ID_NAMES = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
 # What stands in front of the decoder's layers in one version of transformers or another, and in a PeftModel:
 # v4 wrote "language_model.model.layers" or "model.layers" where v5 has "model.language_model.layers".
@@ -26,6 +32,16 @@ _IN_FRONT = {
     "base_model", "module", "model", "language_model", "text_model", "llm", "decoder", "transformer",
     "thinker",
 }  # fmt: skip
+
+# Model types that look like others and are not: what keeps an editor out.
+_REFUSED = {
+    "blip": "its decoder sees the picture through cross-attention from a second sequence",
+    "git": "it puts the picture's features in front of the input ids, where no id marks them",
+    "pi0": "it writes actions of a robot, not text",
+    "diffusion_gemma": "it writes its answer in blocks, back and forth, not token by token",
+}
+# Pictures go into these through cross-attention: the decoder's sequence holds text only.
+_CROSS_ATTENTION = {"mllama", "idefics"}
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -93,9 +109,15 @@ def find_decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
         model: a Hugging Face model (a PeftModel is unwrapped).
 
     Raises:
-        ValueError: the model is an encoder-decoder, or no list or several lists of layers fit; names them.
+        ValueError: the model is an encoder-decoder or of another kind that cannot be edited, or no list or
+            several lists of layers fit; names them.
     """
     model = unwrap(model)
+    if model.config.model_type in _REFUSED:
+        raise ValueError(
+            f"{type(model).__name__} cannot be edited: {_REFUSED[model.config.model_type]}. Use a model that "
+            f"holds the picture and the question in one sequence of a decoder."
+        )
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(
             f"{type(model).__name__} is an encoder-decoder: its decoder never holds the image and the "
@@ -114,7 +136,7 @@ def find_decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
         listed = ", ".join(f"{p} ({len(m)} layers)" for p, m in candidates.items()) or "none"
         raise ValueError(
             f"Cannot tell which list of {type(model).__name__} holds the decoder layers; candidates: "
-            f"{listed}. Name the layer in full, for instance text_layer='model.language_model.layers.16'."
+            f"{listed}. Give its class a get_decoder() that returns the language model."
         )
     return next(iter(candidates.items()))
 
@@ -164,6 +186,20 @@ def resolve_layer(model: nn.Module, layer: int | str, argument: str = "text_laye
         ValueError: no such layer, or several; names the valid range and the nearest matches.
     """
     path, layers = find_decoder_layers(model)
+    config = text_config(model)
+    streams = max(getattr(config, name, None) or 1 for name in _STREAMS)
+    if streams > 1:
+        raise ValueError(
+            f"{argument}={layer!r}: between its layers {type(model).__name__} carries {streams} states for "
+            f"every token, and DualEdit's adapters write to one. Use inject_balancedit, which edits a linear "
+            f"layer."
+        )
+    full = _layer_name(argument, layer, path, layers)
+    _check_always_runs(model, argument, layer, full, path)
+    return full
+
+
+def _layer_name(argument: str, layer: int | str, path: str, layers: nn.ModuleList) -> str:
     if isinstance(layer, int):
         if not -len(layers) <= layer < len(layers):
             raise ValueError(
@@ -183,22 +219,56 @@ def resolve_layer(model: nn.Module, layer: int | str, argument: str = "text_laye
 def resolve_linear(model: nn.Module, name: str, argument: str = "layer") -> str:
     """The full name of a linear layer inside the decoder (any module with 2-D weights and in/out features).
 
+    Args:
+        model: a Hugging Face model.
+        name: its full name, name suffix, name in another version of transformers, or regular expression.
+        argument: what the caller calls this value, for messages.
+
     Raises:
         ValueError: no such layer, several, or one outside the decoder layers.
     """
     path, _ = find_decoder_layers(model)
-    names = {
+    linear = {
         plain_name(full): full
         for full, module in model.named_modules()
-        if full.startswith(path + ".") and hasattr(module, "in_features") and hasattr(module, "out_features")
+        if hasattr(module, "in_features") and hasattr(module, "out_features")
         and not full.endswith(".base_layer")
     }  # fmt: skip
-    return names[_pick(argument, name, list(names), path)]
+    inside = [plain for plain in linear if plain.startswith(path + ".")]
+    try:
+        found = _pick(argument, name, inside, path)
+    except ValueError as error:
+        outside = [plain for plain in linear if plain not in inside and f".{plain}".endswith(f".{name}")]
+        if not outside or "ambiguous" in str(error):
+            raise
+        raise ValueError(
+            f"{argument}={name!r}: {outside[0]} is not part of a decoder layer ({path}), where the question "
+            f"and the picture meet. Name a linear layer inside one, for instance {inside[len(inside) // 2]}."
+        ) from None
+    _check_always_runs(model, argument, name, found, path)
+    return linear[found]
+
+
+def _check_always_runs(model: nn.Module, argument: str, value: object, full: str, path: str) -> None:
+    crosses = getattr(text_config(model), "cross_attention_layers", None) or ()
+    if int(full.removeprefix(path + ".").split(".")[0]) in crosses:
+        raise ValueError(
+            f"{argument}={value!r}: {full} is or is in a cross-attention layer, which questions without a "
+            f"picture skip. Choose a layer that is none of {list(crosses)}."
+        )
+
+
+def crosses_attention(model: nn.Module) -> bool:
+    """Whether pictures come in through cross-attention, and no position of the sequence is one."""
+    crosses = getattr(text_config(model), "cross_attention_layers", None)
+    return bool(crosses) or model.config.model_type in _CROSS_ATTENTION
 
 
 def image_token_ids(model: nn.Module) -> list[int]:
     """Ids of image or video content in `input_ids`, by the model's config; empty if it names none."""
     config = model.config
+    if crosses_attention(model):
+        return []  # the id in the config marks where a picture was said to be; it is text to the decoder
     ids = {getattr(config, name, None) for name in _IMAGE_ID_NAMES}
     return sorted(i for i in ids if isinstance(i, int) and i >= 0)
 
@@ -206,30 +276,45 @@ def image_token_ids(model: nn.Module) -> list[int]:
 def has_vision(model: nn.Module) -> bool:
     """Whether the model takes images at all."""
     config = model.config
-    return any(
-        getattr(config, name, None) is not None for name in ("vision_config", "vq_config", "vision_model")
-    )
+    towers = [getattr(config, name) for name in _TOWERS if hasattr(config, name)]
+    return any(tower is not None for tower in towers) if towers else bool(image_token_ids(model))
 
 
-def check_image_positions(model: nn.Module, ids: list[int], vis_layer: object) -> None:
-    """Refuse a `vis_layer` where no position of the decoder's sequence holds image content.
+def takes_image_mask(model: nn.Module) -> bool:
+    """Whether the model's own inputs say where the image is (Kosmos), so that no id is needed."""
+    return IMAGE_MASK in inspect.signature(model.forward).parameters
+
+
+def check_image_positions(
+    model: nn.Module, ids: list[int] | None, layer: object, argument: str = "vis_layer"
+) -> None:
+    """Refuse a layer whose positions cannot be told: image positions where none are, or of unknown place.
+
+    Args:
+        model: a Hugging Face model.
+        ids: ids of image content; None takes the config's, [] leaves it to `explicit_masks` at each call.
+        layer: the layer that was asked for.
+        argument: "vis_layer" or "text_layer"; for the latter, only an unknown place matters.
 
     Raises:
         ValueError: a text-only model, a cross-attention model, or a config without image ids.
     """
     kind = type(model).__name__
-    if not has_vision(model):
-        raise ValueError(f"vis_layer={vis_layer!r}: {kind} is a text-only model. Pass vis_layer=None.")
-    crosses = getattr(text_config(model), "cross_attention_layers", None)
-    if crosses or model.config.model_type in {"mllama", "idefics"}:
+    if argument == "vis_layer" and not has_vision(model):
+        raise ValueError(f"vis_layer={layer!r}: {kind} is a text-only model. Pass vis_layer=None.")
+    if argument == "vis_layer" and crosses_attention(model):
         raise ValueError(
-            f"vis_layer={vis_layer!r}: {kind} feeds images through cross-attention, so no position of its "
+            f"vis_layer={layer!r}: {kind} feeds images through cross-attention, so no position of its "
             f"sequence holds image content to edit. Pass vis_layer=None."
         )
-    if not ids:
+    known = ids is not None or image_token_ids(model) or takes_image_mask(model)
+    if has_vision(model) and not crosses_attention(model) and not known:
+        instead = ", or vis_layer=None" if argument == "vis_layer" else ""
         raise ValueError(
-            f"vis_layer={vis_layer!r}: the config of {kind} names no image token. Pass "
-            f"image_token_ids=[...] (the id that its processor puts where the image goes), or vis_layer=None."
+            f"{argument}={layer!r}: the config of {kind} names no image token, so image and text cannot be "
+            f"told apart. Pass image_token_ids=[...] (the id that its processor puts where the image goes), "
+            f"or image_token_ids=[] and state the positions with dualedit.explicit_masks at every "
+            f"call{instead}."
         )
 
 

@@ -24,6 +24,7 @@ GATES = ("prompt", "published")
 METRICS = ("l2", "cosine")
 KEYS = ("mean", "last")
 ROUTING_KEYS = ("last", "learned")
+RADII = ("threshold", "own")
 VALUES = ("low_rank", "full")
 
 
@@ -60,7 +61,7 @@ class EditConfig(PeftConfig):
     Attributes:
         target_modules: full names of the wrapped modules; found at injection, never set by hand.
         image_token_ids: ids that stand for image (or video) content in `input_ids`; None reads them from the
-            model's config.
+            model's config, [] leaves it to `explicit_masks` to say where images are.
         base_fingerprint: what the base model looked like when the edits were made; injection into a model
             that looks different is refused. None skips the check.
         memory_sizes: rows of each layer's tables in the saved file, written by saving; loaders that allocate
@@ -121,6 +122,10 @@ class DualEditConfig(EditConfig):
             "learned", what a `RoutingKey` makes of the prompt's states; train it with
             `training.train_routing_key`.
         key_dim: width of a learned key (P).
+        radius: how far an edit reaches. "threshold" is tau for all (the paper's); "own" lets each edit
+            measure it, between the farthest sample that must be recognised and the nearest that must not:
+            alpha * d(positive) + (1 - alpha) * d(negative), as BalancEdit does (ICML 2025, Eq. 10).
+        alpha: of an own radius, in [0, 1].
         norm_eps: epsilon of the adapters' LayerNorms.
         init_weights: True starts the adapters as the identity (output projection zero); False at random.
         calibrated_threshold: the tau that calibration on training facts found for these adapters and this
@@ -145,6 +150,10 @@ class DualEditConfig(EditConfig):
         default="last", metadata={"help": "Look inputs up by the 'last' token or a 'learned' key."}
     )
     key_dim: int = field(default=128, metadata={"help": "Width of a learned key."})
+    radius: str = field(
+        default="threshold", metadata={"help": "An edit reaches as far as 'threshold', or its 'own' radius."}
+    )
+    alpha: float = field(default=0.5, metadata={"help": "Own radius between positive (1), negative (0)."})
     norm_eps: float = field(default=1e-5, metadata={"help": "Epsilon of the adapters' LayerNorms."})
     init_weights: bool = field(default=True, metadata={"help": "Start as the identity (True) or at random."})
     calibrated_threshold: float | None = field(
@@ -182,6 +191,8 @@ class DualEditConfig(EditConfig):
                 _require(number, name, value, "a cosine lies in [-1, 1]")
         _require(self.gate in GATES, "gate", self.gate, f"choose one of {GATES}")
         _require(self.key in ROUTING_KEYS, "key", self.key, f"choose one of {ROUTING_KEYS}")
+        _require(self.radius in RADII, "radius", self.radius, f"choose one of {RADII}")
+        _require(0.0 <= self.alpha <= 1.0, "alpha", self.alpha, "pass a number in [0, 1]")
         fits = self.key_dim > 0 and self.key_dim % 4 == 0
         _require(fits, "key_dim", self.key_dim, "pass a positive multiple of 4 (its pooling has 4 heads)")
 

@@ -16,16 +16,16 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .sequence import ForwardPass, Prompt, Sequence, describe_prompt, last_true
+from . import compiling
+from .frames import Bound, Frame, Record, drop, find, framed, pop, push
+from .sequence import IMAGE_MASK, ForwardPass, Prompt, Sequence, describe_prompt, last_true
 
-_FRAMES: ContextVar[tuple[Frame, ...]] = ContextVar("dualedit_frames", default=())
 _CACHE_ATTRIBUTE = "_dualedit_sequence"
 # Arguments that only calls with packed sequences have (padding-free training, continuous batching).
 _PACKED_ARGUMENTS = ("cu_seq_lens_q", "cu_seqlens", "seq_idx", "block_table")
@@ -33,76 +33,6 @@ _PACKED = (
     "{what}: several sequences are packed into one row, so edits cannot tell whose prompt this is. Use "
     "ordinary padded batches (generate, not generate_batch), or remove the edit adapter with unload()."
 )
-
-
-@dataclass
-class Record:
-    """Run the frozen model and keep what the wrapped layers see: layer name to tensor."""
-
-    states: dict[str, Tensor] = field(default_factory=dict)
-
-
-@dataclass
-class Bound:
-    """Run the model with given edits instead of stored ones (training): no gate, row i has edit `route[i]`.
-
-    Attributes:
-        route: [B] int64, -1 for none.
-        edits: layer name to what that layer's adapter needs of the edits, with gradients.
-    """
-
-    route: Tensor
-    edits: Mapping[str, Any]
-
-
-@dataclass
-class Frame:
-    """One level of what the running call knows.
-
-    `kind` is "generate", "call", "pass", "mode", "masks" or "off" (names of adapters).
-    """
-
-    runtime: EditRuntime
-    kind: str
-    content: Any
-
-
-def _find(runtime: EditRuntime, *kinds: str) -> Frame | None:
-    for frame in reversed(_FRAMES.get()):
-        if frame.runtime is runtime and frame.kind in kinds:
-            return frame
-    return None
-
-
-def _push(frame: Frame) -> None:
-    _FRAMES.set((*_FRAMES.get(), frame))
-
-
-def _pop(runtime: EditRuntime, kind: str) -> None:
-    frames = _FRAMES.get()
-    for i in range(len(frames) - 1, -1, -1):
-        if frames[i].runtime is runtime and frames[i].kind == kind:
-            _FRAMES.set(frames[:i])
-            return
-
-
-def _drop(runtime: EditRuntime, *kinds: str) -> None:
-    """Forget calls that never ended: PyTorch skips the hooks of a call that Ctrl-C interrupts."""
-    frames = _FRAMES.get()
-    kept = tuple(frame for frame in frames if frame.runtime is not runtime or frame.kind not in kinds)
-    if len(kept) < len(frames):
-        _FRAMES.set(kept)
-
-
-@contextmanager
-def framed(runtime: EditRuntime, kind: str, content: Any) -> Iterator[Any]:
-    """Let the calls inside the block know `content`."""
-    before = _FRAMES.get()
-    _push(Frame(runtime, kind, content))
-    try:
-        yield content
-    finally:
-        _FRAMES.set(before)
 
 
 class GenerateWithContext:
@@ -175,10 +105,15 @@ class EditRuntime:
     """
 
     def __init__(self, image_ids: list[int]):
+        self.number = compiling.number(self)
         self.image_ids = list(image_ids)
         self.groups: dict[tuple[str, str], Any] = {}
         self._handles: list[Any] = []
         self._model: nn.Module | None = None
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self.number = compiling.number(self)  # a copy is another runtime
 
     # ------------------------------------------------------------------ installing
 
@@ -214,52 +149,64 @@ class EditRuntime:
 
     def current_pass(self) -> ForwardPass | None:
         """The stack's running call, or None outside one."""
-        frame = _find(self, "pass")
+        frame = find(self, "pass")
         return frame.content if frame else None
 
     def mode(self) -> Record | Bound | None:
         """How adapters are to behave in this block of code; None is the ordinary way."""
-        frame = _find(self, "mode")
+        frame = find(self, "mode")
         return frame.content if frame else None
 
     def switched_off(self) -> frozenset[str]:
         """Names of the edit adapters that are off in this block of code."""
-        frame = _find(self, "off")
+        frame = find(self, "off")
         return frame.content if frame else frozenset()
 
     # ------------------------------------------------------------------ what hooks do
 
-    def begin_pass(self, inputs: Mapping[str, Any]) -> ForwardPass:
-        """Describe a call of the stack from its arguments."""
+    def enter_call(self, given: Mapping[str, Any]) -> None:
+        """The model's forward begins: note its arguments."""
+        drop(self, "call", "pass")
+        push(Frame(self, "call", given))
+
+    def enter_pass(self, inputs: Mapping[str, Any], start: int, known: Sequence | None) -> Sequence:
+        """A call of the stack begins, over a cache of `start` columns that belong to `known`."""
+        drop(self, "pass")
+        forward = self._begin_pass(inputs, start, known)
+        push(Frame(self, "pass", forward))
+        return forward.sequence
+
+    def leave_pass(self) -> Sequence | None:
+        """A call of the stack has ended, and in a compiled model the model's with it: whose was it?"""
+        frame = find(self, "pass")
+        drop(self, "call", "pass")
+        return frame.content.sequence if frame else None
+
+    def _begin_pass(self, inputs: Mapping[str, Any], start: int, known: Sequence | None) -> ForwardPass:
         given = (inputs.get(name) for name in ("inputs_embeds", "input_ids", "hidden_states"))
         hidden = next((value for value in given if value is not None), None)
         if hidden is None:
             raise ValueError("input_ids and inputs_embeds are both None: pass one of them.")
-        packed = [name for name in _PACKED_ARGUMENTS if inputs.get(name) is not None]
+        packed = _packed(inputs)
         if packed and any(len(group) for group in self.groups.values()):
-            raise ValueError(_PACKED.format(what=packed[0]))
+            raise ValueError(_PACKED.format(what=packed))
         batch, length = hidden.shape[:2]
-        cache = inputs.get("past_key_values")
-        start = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
-        sequence = self._sequence(inputs, cache, start, (batch, length), hidden.device)
-        if cache is not None:
-            _remember(cache, sequence)
+        sequence = self._sequence(inputs, known, start, (batch, length), hidden.device)
         return ForwardPass(sequence, start, batch, length)
 
-    def _sequence(self, inputs, cache, start: int, shape: tuple[int, int], device) -> Sequence:
-        frame = _find(self, "generate", "call")
-        generation = _find(self, "generate")
+    def _sequence(self, inputs, known, start: int, shape: tuple[int, int], device) -> Sequence:
+        frame = find(self, "generate", "call")
+        generation = find(self, "generate")
         if generation is not None and generation.content.sequence is not None:
             return generation.content.sequence
         given = frame.content if generation is None and frame is not None else inputs
-        known = getattr(cache, _CACHE_ATTRIBUTE, None) if start > 0 else None
         drafting = generation is not None and generation.content.drafts
-        if isinstance(known, Sequence) and (drafting or _goes_on(given, shape)):
+        if start > 0 and known is not None and (drafting or _goes_on(given, shape)):
             sequence = known
         elif generation is not None:
             sequence = self._generation_prompt(generation.content, frame, inputs, start, shape, device)
         else:
-            sequence = Sequence(_behind_cache(self._describe(given, shape, device), start))
+            sequence = Sequence(_behind_cache(self.describe(given, shape, device), start))
         if generation is not None:
             generation.content.sequence = sequence
         return sequence
@@ -280,21 +227,23 @@ class EditRuntime:
             if mask is not None and mask.ndim == 2 and mask.shape[0] % rows == 0:
                 given["attention_mask"] = mask[:: mask.shape[0] // rows, :length]  # beams repeat each row
         given["input_ids"] = ids
-        prompt = self._describe(given, (rows, length), device)
-        # Over a kept cache, generate takes the whole conversation, or what is new with a mask over all of it.
+        prompt = self.describe(given, (rows, length), device)
+        # Over a kept cache, generate takes the whole conversation, or its new part with a mask for all.
         only_new = start > 0 and length == shape[1]
         return Sequence(_behind_cache(prompt, start) if only_new else prompt)
 
-    def _describe(self, given: Mapping[str, Any], shape: tuple[int, int], device) -> Prompt:
-        masks = _find(self, "masks")
+    def describe(self, given: Mapping[str, Any], shape: tuple[int, int], device: torch.device) -> Prompt:
+        """The prompt of a call of shape (B, P), from its arguments or from `explicit_masks` around it."""
+        masks = find(self, "masks")
         if masks is not None:
-            return masks.content
+            return _in_front(masks.content, shape[1])
         ids, mask = given.get("input_ids"), given.get("attention_mask")
         if ids is not None and ids.shape != shape:
             ids = None  # the stack works on another sequence than the caller's ids describe
         if mask is not None and mask.ndim == 2 and mask.shape[1] < shape[1]:
             mask = None
-        return describe_prompt(ids, mask, given.get("labels"), self.image_ids, shape, device)
+        image = given.get(IMAGE_MASK)
+        return describe_prompt(ids, mask, given.get("labels"), self.image_ids, shape, device, image)
 
 
 def _goes_on(given: Mapping[str, Any], shape: tuple[int, int]) -> bool:
@@ -317,9 +266,29 @@ def _behind_cache(prompt: Prompt, start: int) -> Prompt:
     )
 
 
-def _remember(cache: Any, sequence: Sequence) -> None:
+def _packed(inputs: Mapping[str, Any]) -> str:
+    """The name of an argument that packed sequences have, or ""."""
+    return next((name for name in _PACKED_ARGUMENTS if inputs.get(name) is not None), "")
+
+
+def _filled(cache: Any) -> int | Tensor:
+    """Columns in a cache; a static cache may count them on the device."""
+    return cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
+
+
+def _in_front(prompt: Prompt, length: int) -> Prompt:
+    """The same prompt with the columns of a target behind it, up to `length`."""
+    behind = length - prompt.length
+    if behind <= 0:
+        return prompt
+    image = None if prompt.image is None else nn.functional.pad(prompt.image, (0, behind))
+    last_input = torch.full_like(prompt.last_input, length - 1)
+    return Prompt(nn.functional.pad(prompt.text, (0, behind)), image, prompt.last, last_input)
+
+
+def _remember(cache: Any, ticket: Tensor) -> None:
     if hasattr(cache, "__dict__"):
-        setattr(cache, _CACHE_ATTRIBUTE, sequence)
+        setattr(cache, _CACHE_ATTRIBUTE, ticket)
 
 
 def _cache_in(output: Any) -> Any:
@@ -344,8 +313,9 @@ class _CallBegins:
         self.runtime = runtime
 
     def __call__(self, module, args, kwargs):
-        _drop(self.runtime, "call", "pass")
-        _push(Frame(self.runtime, "call", _named(module, args, kwargs)))
+        if compiling.tracing():
+            return compiling.trace_call(self.runtime.number, args, kwargs)
+        return self.runtime.enter_call(_named(module, args, kwargs))
 
 
 class _PassBegins:
@@ -355,8 +325,16 @@ class _PassBegins:
         self.runtime = runtime
 
     def __call__(self, module, args, kwargs):
-        _drop(self.runtime, "pass")
-        _push(Frame(self.runtime, "pass", self.runtime.begin_pass(_named(module, args, kwargs))))
+        inputs = kwargs if compiling.tracing() else _named(module, args, kwargs)
+        cache = inputs.get("past_key_values")
+        start, ticket = _filled(cache), getattr(cache, _CACHE_ATTRIBUTE, None)
+        if compiling.tracing():
+            packed = _packed(inputs)
+            return args, compiling.trace_pass(self.runtime.number, kwargs, start, ticket, packed)
+        sequence = self.runtime.enter_pass(inputs, int(start), getattr(ticket, "sequence", None))
+        if cache is not None and sequence is not getattr(ticket, "sequence", None):
+            _remember(cache, sequence.new_ticket())
+        return None
 
 
 class _Ends:
@@ -367,12 +345,27 @@ class _Ends:
         self.kind = kind
 
     def __call__(self, module, args, output):
+        if compiling.tracing():
+            return self._trace(output) if self.kind == "pass" else None
         if self.kind == "pass":
-            frame = _find(self.runtime, "pass")
+            frame = find(self.runtime, "pass")
             cache = _cache_in(output)
             if cache is not None and frame is not None:
-                _remember(cache, frame.content.sequence)
-        _pop(self.runtime, self.kind)
+                known = getattr(getattr(cache, _CACHE_ATTRIBUTE, None), "sequence", None)
+                if known is not frame.content.sequence:
+                    _remember(cache, frame.content.sequence.new_ticket())
+        pop(self.runtime, self.kind)
+        return None
+
+    def _trace(self, output):
+        hidden, ticket = compiling.trace_end(self.runtime.number, output[0])
+        cache = _cache_in(output)
+        if cache is not None:
+            _remember(cache, ticket)
+        if isinstance(output, tuple):
+            return hidden, *output[1:]
+        output.last_hidden_state = hidden
+        return output
 
 
 def runtime_of(model: nn.Module) -> EditRuntime | None:

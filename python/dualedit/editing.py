@@ -16,7 +16,7 @@ from dualedit_kernels import nearest_key
 
 from .architectures import target_token_type, unwrap
 from .config import BalancEditConfig, DualEditConfig
-from .context import Prompt, describe_prompt, recording, runtime_of
+from .context import Prompt, recording, runtime_of
 from .fitting import fit_value, to_device
 from .layer import EditLayer
 from .memory import MemoryGroup, Snapshot
@@ -24,6 +24,8 @@ from .model import active_group
 from .routing import cosine_radius, pool_key
 
 Inputs = Mapping[str, Tensor]
+# Tensors over patches or over a Q-Former's own tokens, which may happen to be as long as the prompt.
+_OTHER_SEQUENCES = ("input_ids", "pixel_", "qformer_")
 
 
 @dataclass(frozen=True)
@@ -91,10 +93,15 @@ def append_target(inputs: Inputs, target_ids: Tensor, token_type: int = 0) -> di
         raise ValueError("target_ids is empty: an edit needs an answer of at least one token.")
     full = dict(inputs)
     for name, value in inputs.items():
-        if isinstance(value, Tensor) and value.shape == ids.shape and name != "input_ids":
+        if not isinstance(value, Tensor) or name.startswith(_OTHER_SEQUENCES):
+            continue
+        if value.shape == ids.shape:
             # The target is attended text: attention masks continue with 1, masks of pictures with 0.
             more = 1 if "attention" in name else token_type if name == "token_type_ids" else 0
             full[name] = torch.cat([value, torch.full_like(target, more).to(value)], dim=1)
+        elif value.shape[:2] == ids.shape and "attention_mask" in name:
+            # Which pictures each token sees (Mllama, Idefics): the target sees what the last token saw.
+            full[name] = torch.cat([value, value[:, -1:].repeat_interleave(target.shape[1], 1)], dim=1)
     full["input_ids"] = torch.cat([ids, target], dim=1)
     full["labels"] = torch.cat([torch.full_like(ids, -100), target], dim=1)
     return full
@@ -109,14 +116,7 @@ def record_states(model: nn.Module, inputs: Inputs) -> tuple[dict[str, Tensor], 
         raise ValueError(
             f"inputs={sorted(inputs)}: input_ids are missing, so image and text cannot be told apart."
         )
-    prompt = describe_prompt(
-        ids,
-        inputs.get("attention_mask"),
-        inputs.get("labels"),
-        runtime_of(base).image_ids,
-        tuple(ids.shape),
-        ids.device,
-    )
+    prompt = runtime_of(base).describe(inputs, tuple(ids.shape), ids.device)
     call = {name: value for name, value in inputs.items() if name != "labels"}
     with torch.no_grad(), recording(base) as states:
         base(**call, use_cache=False)
@@ -216,19 +216,20 @@ def _queries(model: nn.Module, name: str, config, samples: Sequence[Inputs]) -> 
     return [_query(model, name, config, *record_states(model, sample)) for sample in samples]
 
 
-def _balancedit_radius(config: BalancEditConfig, positive: list[float], negative: list[float]) -> float:
+def _own_radius(
+    config: DualEditConfig | BalancEditConfig, positive: list[float], negative: list[float]
+) -> float:
     """alpha d(positive) + (1 - alpha) d(negative), of the farthest positive and nearest negative sample."""
     if not positive or not negative:
         raise ValueError(
-            f"positives ({len(positive)}) and negatives ({len(negative)}): BalancEdit sets the radius of "
-            f"an edit between at least one of each. Pass a rephrased prompt and, for instance, the prompt "
+            f"positives ({len(positive)}) and negatives ({len(negative)}): the radius of an edit lies "
+            f"between at least one of each. Pass a rephrased prompt and, for instance, the prompt "
             "with a black image."
         )
     far, near = max(positive), min(negative)
-    radius = config.alpha * far + (1 - config.alpha) * near
+    # A negative sample stays outside whatever alpha is: the widest radius ends just before it.
+    radius = min(config.alpha * far + (1 - config.alpha) * near, near * (1 - 1e-4))
     if far >= near:
-        # Inside the negative sample by construction: the radius that still leaves it alone is just below it.
-        radius = min(radius, near * (1 - 1e-4))
         warnings.warn(
             f"The positive sample (distance {far:.4g}) is not nearer than the negative one ({near:.4g}); "
             f"the radius is clamped to {radius:.4g}. Rewordings of this edit may not be recognised: pass "
@@ -239,7 +240,9 @@ def _balancedit_radius(config: BalancEditConfig, positive: list[float], negative
 
 
 def _dualedit_radius(config: DualEditConfig, positive: list[float], negative: list[float]) -> float:
-    """NaN (the config's threshold), or as far as given positives need and given negatives allow."""
+    """NaN (the config's threshold), its own, or as far as given positives need and negatives allow."""
+    if config.radius == "own":
+        return _own_radius(config, positive, negative)
     if not positive and not negative:
         return float("nan")
     radius = max([1.0 - config.threshold, *positive])
@@ -263,7 +266,13 @@ def _check_image(group: MemoryGroup, prompt: Prompt) -> None:
     wants = any(
         table.endswith("_vision") for memory in group.memories.values() for table in memory.token_tables
     )
-    if wants and (prompt.image is None or not bool(prompt.image.any())):
+    if wants and prompt.image is None:
+        raise ValueError(
+            "The image positions of inputs are unknown: the model's config names no image token. State them "
+            "with dualedit.explicit_masks(model, text, image), or pass image_token_ids=[...] to "
+            "inject_dualedit."
+        )
+    if wants and not bool(prompt.image.any()):
         raise ValueError(
             "inputs hold no image: the edit's image is missing, and this adapter edits image positions. "
             "Pass the image to the processor together with a prompt that has its image placeholder."
@@ -296,7 +305,7 @@ def _add_balancedit(model, name, config, group, inputs, full, positives, negativ
         _distances(key, _queries(model, name, config, samples), config.metric)
         for samples in (positives, negatives)
     )
-    radius = _balancedit_radius(config, positive, negative)
+    radius = _own_radius(config, positive, negative)
     parts, fit = fit_value(model, layer, config, full)
     fit |= {"d_positive": max(positive), "d_negative": min(negative)}
     names = ("weight",) if config.value == "full" else ("down", "up")
@@ -333,8 +342,9 @@ def add_edit(
         model: with an active edit adapter.
         inputs: what a processor returns for the prompt, `input_ids` [1, P], image included.
         target_ids: [T] int64, tokens of the new answer, as they follow the prompt.
-        positives: inputs that must be recognised as this question (BalancEdit needs one).
-        negatives: inputs that must not (BalancEdit needs one).
+        positives: inputs that must be recognised as this question (an own radius, and so BalancEdit, needs
+            one).
+        negatives: inputs that must not (likewise).
         note: kept with the edit; "prompt" and "target" are shown in lists.
 
     Raises:

@@ -22,6 +22,7 @@ from .model import active_group
 from .prompting import Picture, Prompter, open_image
 
 Sample = tuple[Picture | None, str]
+_OTHER_QUESTIONS = 2  # asked about an edit's image to see how far another question is
 
 
 @dataclass(frozen=True)
@@ -84,10 +85,11 @@ class Editor:
             image: PIL image or path; None only for an adapter that edits text positions alone.
             prompt: the question, as a user types it.
             target: the new answer.
-            rephrases: other wordings, or (image, wording) pairs, that must be recognised. BalancEdit sets its
-                radius by them; without any it takes a slightly brighter image and "Question: ..." in front.
-            negatives: images, or (image, question) pairs, that must not be. BalancEdit takes a black image
-                without any.
+            rephrases: other wordings, or (image, wording) pairs, that must be recognised. BalancEdit, and
+                DualEdit with `radius="own"`, set the edit's radius by them; without any they take a slightly
+                brighter image and "Question: ..." in front.
+            negatives: images, or (image, question) pairs, that must not be. Without any, the two take a black
+                image; DualEdit also the questions of other stored edits about this image.
 
         Returns:
             the stored edit.
@@ -102,9 +104,7 @@ class Editor:
                 "image=None: the edit's image is missing. Pass the image that the question is about (only "
                 "a DualEdit adapter with vis_layer=None takes text-only edits)."
             )
-        positives, contrasts = self._samples(
-            picture, prompt, rephrases, negatives, isinstance(config, BalancEditConfig)
-        )
+        positives, contrasts = self._samples(picture, prompt, rephrases, negatives, config)
         inputs = self.prompter.inputs([(picture, prompt)])
         target_ids = self.prompter.target_ids(picture, prompt, target, self._eos())
         note = {"prompt": prompt, "target": target.strip(), "image_sha256": _image_hash(picture)}
@@ -120,17 +120,24 @@ class Editor:
         return edit
 
     def _samples(
-        self, image, prompt, rephrases, negatives, needed: bool
+        self, image, prompt, rephrases, negatives, config: EditConfig
     ) -> tuple[list[Sample], list[Sample]]:
+        balancedit = isinstance(config, BalancEditConfig)
+        needed = balancedit or config.radius == "own"
         positives = [(image, s) if isinstance(s, str) else (open_image(s[0]), s[1]) for s in rephrases or ()]
         contrasts = [
             (open_image(s[0]), s[1]) if isinstance(s, tuple) else (open_image(s), prompt)
             for s in negatives or ()
         ]
         if needed and not positives:
-            positives = [(_brighter(image), prompt), (image, f"Question: {prompt}")]
+            positives = [(image, f"Question: {prompt}")]
+            if image is not None:
+                positives.append((_brighter(image), prompt))
         if needed and not contrasts:
-            contrasts = [(_black(image), prompt)]
+            contrasts = [] if image is None else [(_black(image), prompt)]
+            if not balancedit:
+                asked = dict.fromkeys(edit.prompt for edit in self.edits if edit.prompt not in ("", prompt))
+                contrasts += [(image, other) for other in list(asked)[:_OTHER_QUESTIONS]]
         return positives, contrasts
 
     def _eos(self) -> int | None:

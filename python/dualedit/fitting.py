@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from dualedit_kernels import Full, LowRank
 
@@ -36,6 +37,7 @@ def _new_value(layer: BalancEditLayer, config: BalancEditConfig) -> list[nn.Para
     inputs, outputs = layer.base_layer.in_features, layer.base_layer.out_features
     if config.value == "full":
         weight = layer.base_layer.weight
+        weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
         if not weight.is_floating_point() or weight.shape != (outputs, inputs):
             raise ValueError(
                 f"value='full': {layer.layer_name} is quantised ({weight.dtype}), so there is no whole "

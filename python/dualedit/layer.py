@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dualedit_kernels import Full, LowRank, nearest_key, routed_linear
 
+from . import compiling
 from .config import BalancEditConfig, DualEditConfig, EditConfig
 from .context import Bound, EditRuntime, ForwardPass, Record
 from .memory import EditMemory, MemoryGroup, Snapshot
@@ -27,12 +28,23 @@ def _with_first(output: Any, hidden: Tensor) -> Any:
     return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
-def _place_of(module: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Device and floating dtype of a module's weights."""
+def place_of(module: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Device that a module computes on and floating dtype of its weights.
+
+    Weights that accelerate keeps on the disk, or on the CPU beside a GPU, show as "meta"; its hook knows.
+    """
     parameters = list(module.parameters())
     floating = [p for p in parameters if p.is_floating_point()]
     device = parameters[0].device if parameters else torch.device("cpu")
+    if device.type == "meta":
+        hooks = (getattr(part, "_hf_hook", None) for part in module.modules())
+        places = (getattr(one, "execution_device", None) for hook in hooks for one in _each_hook(hook))
+        device = torch.device(next((place for place in places if place is not None), device))
     return device, floating[0].dtype if floating else torch.float32
+
+
+def _each_hook(hook: Any) -> tuple:
+    return tuple(getattr(hook, "hooks", (hook,)))
 
 
 class EditLayer(nn.Module, BaseTunerLayer):
@@ -47,6 +59,7 @@ class EditLayer(nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         self.layer_name = layer_name
         self.runtime = runtime
+        self.number = compiling.number(self)
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         # A wrapper is born in train mode; gradient checkpointing and dropout below must not notice it.
@@ -60,6 +73,10 @@ class EditLayer(nn.Module, BaseTunerLayer):
             if name == "base_layer" or "base_layer" not in self.__dict__.get("_modules", {}):
                 raise
             return getattr(self.base_layer, name)
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self.number = compiling.number(self)  # a copy is another layer
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Not possible: an edit applies to some inputs only."""
@@ -139,7 +156,7 @@ class DualEditLayer(EditLayer):
         self, adapter_name: str, config: DualEditConfig, role: Role, hidden_size: int, group: MemoryGroup
     ) -> None:
         """Add an adapter: its cross-attentions and an empty memory."""
-        device, dtype = _place_of(self.base_layer)
+        device, dtype = place_of(self.base_layer)
         parts = [name for name, wanted in (("text", role.text), ("vision", role.vision)) if wanted]
         adapters = nn.ModuleDict(
             {
@@ -177,17 +194,23 @@ class DualEditLayer(EditLayer):
 
     def forward(self, *args, **kwargs):
         output = self.base_layer(*args, **kwargs)
+        hidden = _first(output)
+        if compiling.tracing():
+            return _with_first(output, compiling.trace_edit(self.number, hidden, hidden))
+        edited = self.edited(hidden, hidden)
+        return output if edited is hidden else _with_first(output, edited)
+
+    def edited(self, x: Tensor, base: Tensor) -> Tensor:
+        """The base layer's output [B, L, D] with the edits that apply written to it, or itself."""
         mode = self.runtime.mode()
         if isinstance(mode, Record):
-            mode.states[self.layer_name] = _first(output)
-            return output
+            mode.states[self.layer_name] = base
+            return base
         if self.disable_adapters:
-            return output
-        hidden = _first(output)
-        edited = hidden
+            return base
         for name in self._running(self.dualedit_adapter):
-            edited = self._edit(edited, name, mode)
-        return output if edited is hidden else _with_first(output, edited)
+            base = self._edit(base, name, mode)
+        return base
 
     def _edit(self, hidden: Tensor, name: str, bound: Bound | None) -> Tensor:
         edits = None if bound is None else bound.edits.get(self.layer_name)
@@ -247,8 +270,10 @@ class DualEditLayer(EditLayer):
             mask = prompt.text if part == "text" else prompt.image
             if mask is None or (prompt.image is None and self.runtime.image_ids):
                 raise ValueError(
-                    "The image positions are unknown: this call passes embeddings instead of input_ids. Pass "
-                    "input_ids, or state the positions with dualedit.explicit_masks(model, text, image)."
+                    "The image positions are unknown: this call passes embeddings instead of input_ids, or "
+                    "the model has no image token id. Pass input_ids (and image_token_ids=[...] to "
+                    "inject_dualedit), or state the positions with dualedit.explicit_masks(model, text, "
+                    "image)."
                 )
             span = forward.columns(mask).to(hidden.device)
             hidden, _ = adapter(hidden, span, edits[part], route=route.to(hidden.device))
@@ -281,7 +306,7 @@ class BalancEditLayer(EditLayer):
 
     def update_layer(self, adapter_name: str, config: BalancEditConfig, group: MemoryGroup) -> None:
         """Add an adapter: an empty codebook."""
-        device, dtype = _place_of(self.base_layer)
+        device, dtype = place_of(self.base_layer)
         inputs, outputs = self.base_layer.in_features, self.base_layer.out_features
         if config.value == "full":
             values = {"weight": (outputs, inputs)}
@@ -303,6 +328,12 @@ class BalancEditLayer(EditLayer):
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         base = self.base_layer(x, *args, **kwargs)
+        if compiling.tracing():
+            return compiling.trace_edit(self.number, x, base)
+        return self.edited(x, base)
+
+    def edited(self, x: Tensor, base: Tensor) -> Tensor:
+        """The base layer's output for x with the values of the edits that apply in its place, or itself."""
         mode = self.runtime.mode()
         if isinstance(mode, Record):
             forward = self.runtime.current_pass()

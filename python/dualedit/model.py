@@ -128,13 +128,11 @@ class DualEditModel(EditTuner):
     def _targets(self, config: DualEditConfig) -> list[str]:
         model = self.model
         names = []
-        for argument in ("text_layer", "vis_layer"):
+        for argument in ("vis_layer", "text_layer"):
             layer = getattr(config, argument)
             if layer is not None:
                 names.append(architectures.resolve_layer(model, layer, argument))
-        if config.vis_layer is not None:
-            ids = config.image_token_ids or architectures.image_token_ids(model)
-            architectures.check_image_positions(model, ids, config.vis_layer)
+                architectures.check_image_positions(model, config.image_token_ids, layer, argument)
         return sorted(set(names))
 
     def _create_and_replace(
@@ -264,6 +262,8 @@ def inject_dualedit(
     gate: str = "prompt",
     key: str = "last",
     key_dim: int = 128,
+    radius: str = "threshold",
+    alpha: float = 0.5,
     norm_eps: float = 1e-5,
     init_weights: bool = True,
     image_token_ids: list[int] | None = None,
@@ -297,8 +297,8 @@ def inject_dualedit(
     """
     given = dict(
         text_layer=text_layer, vis_layer=vis_layer, mid_dim=mid_dim, num_heads=num_heads, threshold=threshold,
-        gate=gate, key=key, key_dim=key_dim, norm_eps=norm_eps, init_weights=init_weights,
-        image_token_ids=image_token_ids,
+        gate=gate, key=key, key_dim=key_dim, radius=radius, alpha=alpha, norm_eps=norm_eps,
+        init_weights=init_weights, image_token_ids=image_token_ids,
     )  # fmt: skip
     if adapter is not None:
         return _inject_trained(model, adapter, given, adapter_name)

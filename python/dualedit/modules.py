@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from dualedit_kernels import Gate, fold_query, gated_edit_attention
 
@@ -62,8 +63,13 @@ class EditCrossAttention(nn.Module):
 
     def project_edit(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [.., T, M] of edit states [.., T, D], in the adapter's dtype."""
-        states = self.edit_norm(states.to(self.edit_norm.weight.dtype))
-        return self.k_proj(states), self.v_proj(states)
+        norm = self.edit_norm
+        parts = (*norm.parameters(), *self.k_proj.parameters(), *self.v_proj.parameters())
+        # Outside a forward FSDP2 leaves parameters in pieces; every process needs the whole of them.
+        scale, shift, w_k, b_k, w_v, b_v = (p.full_tensor() if isinstance(p, DTensor) else p for p in parts)
+        states = states.to(scale.dtype)
+        states = nn.functional.layer_norm(states, norm.normalized_shape, scale, shift, norm.eps)
+        return nn.functional.linear(states, w_k, b_k), nn.functional.linear(states, w_v, b_v)
 
     def _query_weights(self) -> tuple[Tensor, Tensor]:
         parts = (

@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+# Kosmos does not mark pictures by an id: its processor hands this mask [B, P] to the model.
+IMAGE_MASK = "image_embeds_position_mask"
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -15,7 +18,8 @@ class Prompt:
 
     Attributes:
         text: [B, P] bool, prompt tokens that are not image content (or padding).
-        image: [B, P] bool, prompt tokens that stand for image content; None when the input ids are not known.
+        image: [B, P] bool, prompt tokens that stand for image content; None when nothing says where they are
+            (no input ids, or a model without ids for pictures).
         last: [B] int64, column of the last prompt token.
         last_input: [B] int64, column of the last input token; differs from `last` only when a target follows.
     """
@@ -48,6 +52,7 @@ def describe_prompt(
     image_ids: list[int],
     shape: tuple[int, int],
     device: torch.device,
+    image_mask: Tensor | None = None,
 ) -> Prompt:
     """Sort the columns of a batch into text, image, target and padding.
 
@@ -59,6 +64,8 @@ def describe_prompt(
             prompt.
         image_ids: ids of image content.
         shape: (B, P).
+        image_mask: [B, P], not 0 at image content, where the model's own inputs say so (`IMAGE_MASK`); it
+            goes before the ids.
     """
     attended = torch.ones(shape, dtype=torch.bool, device=device)
     if attention_mask is not None and attention_mask.ndim == 2:
@@ -67,7 +74,9 @@ def describe_prompt(
     if labels is not None and labels.shape == shape:
         prompt = attended & ((labels.to(device) != -100).cumsum(1) == 0)
     image = None
-    if input_ids is not None:
+    if image_mask is not None and image_mask.shape == shape:
+        image = (image_mask.to(device) != 0) & prompt
+    elif input_ids is not None and image_ids:
         ids = torch.tensor(image_ids, dtype=input_ids.dtype, device=input_ids.device)
         image = torch.isin(input_ids, ids).to(device) & prompt
     text = prompt if image is None else prompt & ~image
@@ -80,6 +89,12 @@ class Sequence:
 
     prompt: Prompt
     decisions: dict[Any, Any] = field(default_factory=dict)
+
+    def new_ticket(self) -> Tensor:
+        """An empty tensor that carries the sequence: what a cache keeps, and a compiled graph can hand on."""
+        ticket = torch.empty(0)
+        ticket.sequence = self
+        return ticket
 
     def __deepcopy__(self, memo):
         # A copied cache continues the same text with the same decisions; the tensors are never written to.

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import random
 from functools import cached_property
 
 import torch
 from dualedit import add_edit, inject_dualedit
+from dualedit.architectures import find_decoder_layers
 from dualedit.editing import Edit
 from dualedit.layer import DualEditLayer
 from peft import PeftModel
@@ -50,14 +49,14 @@ class Case:
     """An architecture's tiny model, unedited and edited. Row 0 of three is edited, the others are not.
 
     Attributes:
-        seed: of the weights and the inputs; fresh for each run and printed with every test.
+        seed: of the weights and the inputs.
         rows: three questions with a picture each, of one length.
     """
 
-    def __init__(self, architecture: Architecture):
+    def __init__(self, architecture: Architecture, seed: int):
         self.architecture = architecture
         self.name = architecture.name
-        self.seed = int(os.environ.get("DUALEDIT_SEED", random.SystemRandom().randrange(2**31)))
+        self.seed = seed
         generator = torch.Generator().manual_seed(self.seed)
         self.rows = [architecture.row(generator) for _ in range(3)]
         self.target = torch.randint(3, WORDS, (2,), generator=generator)
@@ -67,6 +66,11 @@ class Case:
     def base(self) -> nn.Module:
         """The unedited model."""
         return self.architecture.build(self.seed)
+
+    @cached_property
+    def layers(self) -> str:
+        """Name of the list of decoder layers."""
+        return find_decoder_layers(self.base)[0]
 
     @cached_property
     def edited(self) -> PeftModel:
@@ -79,13 +83,15 @@ class Case:
         model = self.inject(model)
         return add_edit(model, self.rows[0], self.target), model
 
-    def inject(self, model: nn.Module) -> PeftModel:
-        """Random adapters that write loudly into the residual stream."""
-        layers = dict(text_layer=1, vis_layer=2 if self.architecture.sees == "both" else None)
+    def inject(
+        self, model: nn.Module, vision: bool = True, image_token_ids: list[int] | None = None
+    ) -> PeftModel:
+        """Random adapters that write loudly into the residual stream, the same for the same arguments."""
         torch.manual_seed(self.seed)
         model = inject_dualedit(
-            model, **layers, mid_dim=16, num_heads=2, threshold=0.999, init_weights=False
-        )
+            model, text_layer=1, vis_layer=2 if vision and self.architecture.sees == "both" else None,
+            mid_dim=16, num_heads=2, threshold=0.999, init_weights=False, image_token_ids=image_token_ids,
+        )  # fmt: skip
         with torch.no_grad():
             for module in model.modules():
                 if isinstance(module, DualEditLayer):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import random
+
 import pytest
 
 from .builders import ARCHITECTURES, FIRST
@@ -20,7 +23,7 @@ def pytest_generate_tests(metafunc):
 @pytest.fixture(scope="module")
 def case(request):
     """The architecture's base answers, and the same model with an edit in it."""
-    return Case(request.param)
+    return Case(request.param, int(os.environ.get("DUALEDIT_SEED", random.SystemRandom().randrange(2**31))))
 
 
 @pytest.fixture

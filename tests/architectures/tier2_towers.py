@@ -23,7 +23,8 @@ from .parts import (
 _CLIP = vit("clip_vision_model", projection_dim=16)
 _SIGLIP = vit("siglip_vision_model", vision_use_head=False)
 _PIXTRAL = vit("pixtral", head_dim=8)
-_FINE = vit("siglip_vision_model", vision_use_head=False, patch_size=4)  # sixteen patches, for towers that merge
+# Sixteen patches, for towers that merge them.
+_FINE = vit("siglip_vision_model", vision_use_head=False, patch_size=4)
 
 TOWERS = (
     Architecture(
@@ -79,7 +80,8 @@ TOWERS = (
     ),
     Architecture(
         "granite4_vision",
-        dict(vision_config=_CLIP | dict(hidden_size=64, patch_size=4), text_config=text(None), image_token_id=IMAGE,
+        dict(vision_config=_CLIP | dict(hidden_size=64, patch_size=4), text_config=text(None),
+             image_token_id=IMAGE,
              image_grid_pinpoints=[[16, 16]], qformer_config=qformer("blip_2_qformer"), downsample_rate="1/2",
              deepstack_layer_map=[(-2, 0), (-1, 3)], spatial_target_layers=[1, 2, 3, 3]),
         image=(IMAGE,) * 10, unused=2, pixels=picture(images=(1, 2), image_sizes=[[16, 16]]),
@@ -115,7 +117,8 @@ TOWERS = (
     ),
     Architecture(
         "fuyu",
-        dict(text_config=text("persimmon"), image_token_id=IMAGE, image_size=16, patch_size=8, hidden_size=WIDTH,
+        dict(text_config=text("persimmon"), image_token_id=IMAGE, image_size=16, patch_size=8,
+             hidden_size=WIDTH,
              vocab_size=160),
         linear="layers.2.mlp.dense_h_to_4h",
         pixels=lambda generator: {"image_patches": torch.randn(1, 4, 192, generator=generator)},
@@ -171,7 +174,8 @@ TOWERS = (
              vocabulary_map={"<image>": IMAGE, "<|extra_200|>": VISION_END}
              | {f"<|visual token {i:06d}|>": 120 + i for i in range(16)}),
         # Eight lines of eight codes, each with an end.
-        layers="model.text_model.layers", image=(IMAGE,) * 72, unused=8, pixels=picture(image_sizes=[[16, 16]]),
+        layers="model.text_model.layers", image=(IMAGE,) * 72, unused=None,
+        pixels=picture(image_sizes=[[16, 16]]),
     ),
     Architecture(
         "chameleon",
@@ -180,17 +184,19 @@ TOWERS = (
             vq_config=dict(embed_dim=8, num_embeddings=16, latent_channels=8, base_channels=32, resolution=16,
                            channel_multiplier=[1, 1], num_res_blocks=1, attn_type="none"),
             vocabulary_map={"<image>": IMAGE} | {f"IMGIMG{i:02d}Z": 120 + i for i in range(16)}),
-        layers="model.layers", image=(IMAGE,) * 64, pixels=picture(),
+        layers="model.layers", image=(IMAGE,) * 64, unused=None, pixels=picture(),
     ),
     Architecture(
         "llama4",
         dict(text_config=text("llama4_text", intermediate_size_mlp=48, num_local_experts=2,
                               moe_layers=[1, 3], attn_temperature_tuning=False),
-             vision_config=dict(hidden_size=16, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+             vision_config=dict(hidden_size=16, intermediate_size=64, num_hidden_layers=2,
+                                num_attention_heads=2,
                                 image_size=16, patch_size=4, vision_output_dim=16, projector_input_dim=16,
                                 projector_output_dim=16, pixel_shuffle_ratio=0.5),
              image_token_index=IMAGE, boi_token_index=VISION_START, eoi_token_index=VISION_END),
         layers="language_model.model.layers", linear="layers.2.feed_forward.up_proj", pixels=picture(),
+        base_fails={"beams": "Image features and image tokens do not match"},
     ),
     Architecture(
         "instructblip+opt",
@@ -202,7 +208,8 @@ TOWERS = (
     Architecture(
         "instructblipvideo",
         dict(text_config=text("llama"), vision_config=vit("instructblipvideo_vision_model"),
-             qformer_config=qformer("instructblipvideo_qformer"), num_query_tokens=4, video_token_index=VIDEO),
+             qformer_config=qformer("instructblipvideo_qformer"), num_query_tokens=4,
+             video_token_index=VIDEO),
         layers="language_model.model.layers", image=(VIDEO,) * 8, image_ids=(VIDEO,),
         pixels=picture(images=(1, 2), qformer_input_ids=[[4, 5, 6]], qformer_attention_mask=[[1, 1, 1]]),
     ),
@@ -210,7 +217,8 @@ TOWERS = (
         "mllama",
         dict(text_config=text("mllama_text_model", cross_attention_layers=[3],
                               rope_parameters={"rope_type": "default", "rope_theta": 10000.0}),
-             vision_config=dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_global_layers=1,
+             vision_config=dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+                                num_global_layers=1,
                                 attention_heads=2, image_size=16, patch_size=8, vision_output_dim=32,
                                 intermediate_layers_indices=[0], max_num_tiles=1,
                                 supported_aspect_ratios=[[1, 1]]),
@@ -236,12 +244,14 @@ TOWERS = (
              vision_config=vit(None), latent_query_num=4),
         layers="text_model.model.layers", linear="layers.2.ffn.fc1", image_ids=(), pixels=picture(),
         more=lambda ids: {"image_embeds_position_mask": (ids == IMAGE).long()},
+        base_fails={"static cache": "must match the size of tensor"},
     ),
     Architecture(
         "kosmos-2.5",
         dict(text_config=dict(vocab_size=160, embed_dim=WIDTH, ffn_dim=48, layers=4, attention_heads=4,
                               max_position_embeddings=128, **SPECIAL),
-             vision_config=dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+             vision_config=dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+                                num_attention_heads=2,
                                 head_dim=8, patch_embed_hidden_size=48, max_num_patches=16),
              latent_query_num=4),
         layers="text_model.model.layers", linear="layers.2.ffn.fc1", image_ids=(),

@@ -109,8 +109,29 @@ def test_a_linear_layer_that_does_not_exist(layer):
 def test_models_without_image_positions():
     llama, mllama = tiny_llama(), tiny_mllama()
     refused(llama, lambda: inject_dualedit(llama, 1, 2), "vis_layer=2", "text-only model", "vis_layer=None")
-    refused(mllama, lambda: inject_dualedit(mllama, 1, 2), "vis_layer=2", "cross-attention", "vis_layer=None")
-    assert inject_dualedit(llama, 1, None, mid_dim=16) and inject_dualedit(mllama, 1, None, mid_dim=16)
+    refused(mllama, lambda: inject_dualedit(mllama, 2, 2), "vis_layer=2", "cross-attention", "vis_layer=None")
+    assert inject_dualedit(llama, 1, None, mid_dim=16) and inject_dualedit(mllama, 2, None, mid_dim=16)
+
+
+def test_layers_that_questions_without_a_picture_skip():
+    model = tiny_mllama()
+    refused(model, lambda: inject_dualedit(model, 1, None), "text_layer=1", "cross-attention layer", "[1]")
+    linear = "layers.1.mlp.up_proj"
+    refused(model, lambda: inject_balancedit(model, linear), f"layer={linear!r}", "cross-attention layer")
+
+
+def test_models_that_an_editor_cannot_serve():
+    for kind, words in (("blip", "cross-attention"), ("git", "no id marks them"), ("pi0", "actions")):
+        model = tiny_llama()
+        model.config.model_type = kind
+        refused(model, lambda model=model: inject_dualedit(model, 1, None), "cannot be edited", words)
+        refused(model, lambda model=model: inject_balancedit(model, "layers.1.mlp.up_proj"), words)
+
+
+def test_several_states_for_every_token():
+    model = tiny_llama()
+    model.config.hc_mult = 4
+    refused(model, lambda: inject_dualedit(model, 1, None), "carries 4 states", "inject_balancedit")
 
 
 def test_a_model_without_an_image_token():

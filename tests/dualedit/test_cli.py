@@ -150,7 +150,7 @@ def test_a_model_of_ones_own_with_balancedit(other_model, pictures, tmp_path, ca
         (["sample", "{tmp}/text.png"], "{tmp}/text.png is a file"),
         (["demo", "--edits", "0"], "--edits 0: pass at least 1"),
         (["eval", "--protocol", "batc"], "--protocol batc: choose one of single, batch"),
-        (["eval", "--methods", "dualedit,grace"], "choose from dualedit, balancedit"),
+        (["eval", "--methods", "dualedit,magic"], "choose from dualedit, balancedit"),
         (["eval", "--edits", "1,x"], "--edits 1,x: pass whole numbers"),
         (["demo", "--json", "{tmp}"], "--json {tmp} is a folder"),
     ],

@@ -7,9 +7,9 @@ import threading
 import pytest
 import torch
 from dualedit import add_edit, explicit_masks, remove_edit
-from dualedit import context as context_module
 from dualedit.context import ForwardPass, Sequence, describe_prompt, runtime_of
 from dualedit.editing import append_target
+from dualedit.frames import FRAMES
 from peft import LoraConfig, inject_adapter_in_model
 from tiny_models import (
     BLIP2,
@@ -45,7 +45,7 @@ def method(request):
 @pytest.fixture(autouse=True)
 def no_frames_left():
     yield
-    assert context_module._FRAMES.get() == ()
+    assert FRAMES.get() == ()
 
 
 def generate(model, inputs, **more):
@@ -413,7 +413,7 @@ def _in_threads(work):
         barrier.wait()
         for _ in range(3):
             found[place].append(generate(model, inputs))
-        found[place].append(context_module._FRAMES.get())
+        found[place].append(FRAMES.get())
 
     threads = [threading.Thread(target=run, args=(i, *job)) for i, job in enumerate(work)]
     for thread in threads:
@@ -448,11 +448,11 @@ def test_errors_leave_nothing_behind(where, call, kind, generator):
         model(**inputs) if call == "forward" else generate(model, inputs)
     handle.remove()
     if kind is RuntimeError or call == "generate":
-        assert context_module._FRAMES.get() == ()
+        assert FRAMES.get() == ()
     assert torch.equal(generate(model, inputs), expected)
     with torch.no_grad():
         model(**inputs)
-    assert context_module._FRAMES.get() == ()  # what an interrupted call left is gone with the next one
+    assert FRAMES.get() == ()  # what an interrupted call left is gone with the next one
 
 
 @pytest.mark.parametrize("way", ["deepcopy", "pickle"])

@@ -7,6 +7,7 @@ import torch
 from dualedit import BalancEditConfig, DualEditConfig, Editor, EditRequest
 from dualedit.prompting import Prompter, open_image
 from peft import get_peft_model
+from PIL import Image, ImageEnhance
 from tiny_models import (
     BOS,
     EOS,
@@ -228,6 +229,36 @@ def test_rephrases_and_negatives_set_the_radius(generator):
     narrow = editor.edit(image, BRAND, "lenovo", rephrases=[rephrase], negatives=[(other, BRAND)])
     assert not editor.explain(other, BRAND).fired and editor.explain(image, BRAND).fired
     assert narrow.radius < editor.explain(other, BRAND).distance
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_an_own_radius_lies_between_samples_made_by_the_editor(alpha, generator):
+    """One image and one question: rewording and brighter image inside, black image and other question out."""
+    editor = editor_for("dualedit", radius="own", alpha=alpha)
+    image = random_image(generator)
+    editor.edit(random_image(generator), COLOR, "red")
+    edit = editor.edit(image, BRAND, "lenovo")
+    editor.remove(editor.edits[0].id)
+    black = Image.new("RGB", image.size)
+    bright = ImageEnhance.Brightness(image).enhance(1.1)
+    near = [editor.explain(image, f"Question: {BRAND}"), editor.explain(bright, BRAND)]
+    far = [editor.explain(black, BRAND), editor.explain(image, COLOR)]
+    far_positive, near_negative = max(e.distance for e in near), min(e.distance for e in far)
+    wanted = alpha * far_positive + (1 - alpha) * near_negative
+    assert edit.radius == pytest.approx(min(wanted, near_negative), rel=1e-3)
+    assert not any(e.fired for e in far)
+
+
+def test_an_own_radius_needs_both_kinds_of_samples():
+    with pytest.raises(ValueError, match="radius='wide'.*'threshold', 'own'"):
+        DualEditConfig(radius="wide")
+    with pytest.raises(ValueError, match="alpha=2"):
+        DualEditConfig(alpha=2)
+    editor = editor_for("dualedit", vis_layer=None, radius="own")
+    with pytest.raises(ValueError, match="negatives .0.: the radius of an edit lies"):
+        editor.edit(None, BRAND, "lenovo")
+    assert editor.edits == []
+    assert editor.edit(None, BRAND, "lenovo", negatives=[(None, COLOR)]).radius > 0
 
 
 def test_targets_end_with_eos(generator):

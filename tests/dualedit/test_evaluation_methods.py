@@ -1,5 +1,7 @@
 """The library's editors as methods: what they predict is what they say, and who sees the answer."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from dualedit import Editor, inject_dualedit
@@ -119,6 +121,43 @@ def test_a_forced_batch_by_hand():
         forced_batch(editor.prompter, questions, ["red"])
     with pytest.raises(ValueError, match="target=' '"):
         forced_batch(editor.prompter, questions, ["red", " "])
+
+
+def test_what_runs_along_the_tokens_continues_with_them():
+    """Types, masks of text and masks of pictures; pixels of the same shape stay as they are."""
+
+    class Words:
+        tokenizer = SimpleNamespace(pad_token_id=9)
+
+        def inputs(self, questions):
+            sees = torch.tensor([[[0], [3], [4]], [[5], [6], [7]]])  # which pictures each token sees
+            return {
+                "input_ids": torch.tensor([[9, 1, 2], [3, 4, 5]]),
+                "attention_mask": torch.tensor([[0, 1, 1], [1, 1, 1]]),
+                "token_type_ids": torch.zeros(2, 3, dtype=torch.int64),
+                "mm_token_type_ids": torch.tensor([[0, 1, 0], [1, 1, 0]]),
+                "cross_attention_mask": sees,
+                "pixel_mask": torch.ones(2, 3),
+            }
+
+        def target_ids(self, image, prompt, target, eos):
+            assert eos is None
+            return torch.tensor([int(word) for word in target.split()])
+
+    batch = forced_batch(Words(), [(None, "a"), (None, "b")], ["6 7", "8"], token_type=1)
+    assert {name: value.tolist() for name, value in batch.items() if name != "pixel_mask"} == {
+        "input_ids": [[1, 2, 6, 7], [3, 4, 5, 8]],
+        "attention_mask": [[1] * 4, [1] * 4],
+        "token_type_ids": [[0, 0, 1, 1], [0, 0, 0, 1]],
+        "mm_token_type_ids": [[1, 0, 0, 0], [1, 1, 0, 0]],
+        "cross_attention_mask": [[[3], [4], [4], [4]], [[5], [6], [7], [7]]],
+        "labels": [[-100, -100, 6, 7], [-100, -100, -100, 8]],
+    }
+    assert batch["pixel_mask"].shape == (2, 3)
+    short = forced_batch(Words(), [(None, "a"), (None, "b")], ["6", "8"])
+    assert short["input_ids"].tolist() == [[1, 2, 6, 9], [3, 4, 5, 8]]
+    assert short["attention_mask"].tolist() == [[1, 1, 1, 0], [1] * 4]
+    assert short["token_type_ids"].tolist() == [[0] * 4] * 2
 
 
 def test_the_published_threshold_lies_between_related_and_unrelated(monkeypatch, samples):

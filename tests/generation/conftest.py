@@ -7,7 +7,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "dualedit"))
 
-from dualedit import context as context_module  # noqa: E402
+from dualedit.frames import FRAMES  # noqa: E402
 from tiny_models import FAMILIES, METHODS  # noqa: E402
 
 
@@ -24,4 +24,4 @@ def method(request):
 @pytest.fixture(autouse=True)
 def no_frames_left():
     yield
-    assert context_module._FRAMES.get() == ()
+    assert FRAMES.get() == ()

@@ -1,4 +1,4 @@
-"""The command line: `dualedit demo | ask | edit | list | remove | sample | kernels`."""
+"""The command line: `dualedit demo | ask | edit | list | remove | sample | layers | kernels`."""
 
 from .app import main
 

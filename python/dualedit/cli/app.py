@@ -269,6 +269,19 @@ app.command(name="train")(train.command)
 
 
 @app.command()
+def layers(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Local Hugging Face folder (its config.json), or embedded.")
+    ] = "embedded",
+) -> None:
+    """Say which layers of a model take an edit, from its config alone."""
+    from .layers import show
+
+    with quiet():
+        show(model)
+
+
+@app.command()
 def kernels() -> None:
     """Say which implementation of each operator runs on this machine, and why."""
     from dualedit_kernels.__main__ import report

@@ -63,6 +63,8 @@ def choose_methods(text: str, source: Source) -> tuple[str, ...]:
     known = known_methods()
     if names == ["all"]:
         names = [name for name in known if _lacks(name, source) is None]
+        if not names:
+            raise ValueError("--methods all: with --model, pass --adapter DIR for DualEdit or --layer NAME.")
     unknown = [name for name in names if name not in known]
     if unknown or not names:
         raise ValueError(f"--methods {text}: choose from {', '.join(known)}, or all.")
@@ -89,7 +91,7 @@ def _lacks(name: str, source: Source) -> str | None:
     """What a method would need beside `source`, in words."""
     if source.model is None:
         return None
-    if name == "dualedit" and source.adapter is None:
+    if name in ("dualedit", "visedit") and source.adapter is None:
         return "DualEdit's adapters have to be trained for a model first; pass them with --adapter DIR"
     if name == "balancedit" and source.layer is None:
         return "pass the linear layer to edit with --layer NAME (as layers.20.mlp.up_proj)"
@@ -102,8 +104,7 @@ def _open_editor(name: str, source: Source) -> Method:
     if source.model is None:
         from ..demo.embedded import load_editor
 
-        weights = source.weights
-        vlm, editors = (None, None) if weights is None else (weights / "vlm", weights / "editors")
+        vlm, editors = _folders(source)
         editor = load_editor(name, vlm=vlm, weights=editors)
     else:
         start = Start(name, source.adapter, None) if name == "dualedit" else Start(name, None, source.layer)
@@ -134,12 +135,18 @@ def _baselines() -> tuple[str, ...]:
 
 
 def _open_baseline(name: str, source: Source) -> Method:
-    from ..baselines import open_baseline
+    if source.model is None:
+        from ..demo.embedded_baselines import load_baseline
 
-    if source.weights is not None:
-        from ..demo.vlm import load_embedded
+        vlm, editors = _folders(source)
+        return load_baseline(name, vlm=vlm, weights=editors)
+    from ..baselines import VisEditSettings, open_baseline
 
-        base, processor = load_embedded(source.weights / "vlm")
-    else:
-        base, processor = load_base(source.model)
-    return open_baseline(name, base, processor)
+    settings = VisEditSettings(adapters=source.adapter) if name == "visedit" else None
+    base, processor = load_base(source.model)
+    return open_baseline(name, base, processor, settings)
+
+
+def _folders(source: Source) -> tuple[Path | None, Path | None]:
+    """Folders of the embedded model and its editors, as `demo --retrain` writes them; None: the package's."""
+    return (None, None) if source.weights is None else (source.weights / "vlm", source.weights / "editors")

@@ -142,7 +142,7 @@ def run(recipe: Recipe, options: Options) -> None:
     from ..training.memory import dry_run, explain_out_of_memory
     from ..training.setting import make_ready, open_accelerator
 
-    accelerator = open_accelerator(recipe.precision)  # first: it gives each process its GPU
+    accelerator = open_accelerator()  # first: it gives each process its GPU
     say = print if accelerator.is_main_process else lambda text: None
     samples, held_out = _edits(recipe, say)
     base, processor = _model(recipe, accelerator)

@@ -12,14 +12,22 @@ from ..fitting import to_device
 from ..prompting import Picture, Prompter, open_image
 
 IGNORED = -100
+# Tensors over patches or over a Q-Former's own tokens, which may happen to be as long as the prompt.
+_OTHER_SEQUENCES = ("pixel_", "qformer_")
 
 
 def forced_batch(
-    prompter: Prompter, questions: Sequence[tuple[Picture | None, str]], targets: Sequence[str]
+    prompter: Prompter,
+    questions: Sequence[tuple[Picture | None, str]],
+    targets: Sequence[str],
+    token_type: int = 0,
 ) -> dict[str, Tensor]:
     """Model inputs of prompts with their targets behind them, and labels.
 
     Rows are padded on the right, so that a model without position ids counts from each row's first token.
+
+    Args:
+        token_type: what marks the targets' tokens in token types (`architectures.target_token_type`).
 
     Returns:
         what the processor returns, `input_ids` and all that runs along it as [B, L] with the target's tokens
@@ -37,27 +45,42 @@ def forced_batch(
         prompter.target_ids(image, prompt, target, None).to(ids)
         for (image, prompt), target in zip(opened, targets, strict=True)
     ]
-    along = [name for name, value in inputs.items() if isinstance(value, Tensor) and value.shape == ids.shape]
-    padding = getattr(prompter.tokenizer, "pad_token_id", None) or 0
     batch = dict(inputs)
-    for name in along:
-        # Masks continue with 1, token types with 0: the target is attended text.
-        more = [
-            answer if name == "input_ids" else torch.full_like(answer, int("attention" in name))
-            for answer in answers
-        ]
-        rows = [
-            torch.cat([row[kept], end.to(row)])
-            for row, kept, end in zip(inputs[name], mask, more, strict=True)
-        ]
-        fill = padding if name == "input_ids" else 0
-        batch[name] = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill)
+    for name, value in inputs.items():
+        if (
+            isinstance(value, Tensor)
+            and value.shape[:2] == ids.shape
+            and not name.startswith(_OTHER_SEQUENCES)
+        ):
+            batch[name] = _continued(name, value, mask, answers, prompter, token_type)
     labels = [
         torch.cat([torch.full((int(kept.sum()),), IGNORED), answer])
         for kept, answer in zip(mask, answers, strict=True)
     ]
     batch["labels"] = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=IGNORED)
     return batch
+
+
+def _continued(
+    name: str, value: Tensor, mask: Tensor, answers: Sequence[Tensor], prompter: Prompter, token_type: int
+) -> Tensor:
+    """What runs along `input_ids` [B, P, ...], each row without its padding and with its answer's part."""
+    rows = []
+    for row, kept, answer in zip(value, mask, answers, strict=True):
+        head = row[kept]
+        if name == "input_ids":
+            tail = answer
+        elif "attention" in name and value.ndim > 2:
+            tail = head[-1:].expand(len(answer), *head.shape[1:])  # the pictures that the last token sees
+        else:
+            # The target is attended text: attention masks continue with 1, masks of pictures with 0.
+            one = 1 if "attention" in name else token_type if name == "token_type_ids" else 0
+            tail = torch.full((len(answer), *head.shape[1:]), one)
+        rows.append(torch.cat([head, tail.to(head)]))
+    padding = getattr(prompter.tokenizer, "pad_token_id", None) or 0
+    return nn.utils.rnn.pad_sequence(
+        rows, batch_first=True, padding_value=padding if name == "input_ids" else 0
+    )
 
 
 @torch.no_grad()

@@ -11,8 +11,8 @@ from torch import Tensor
 from ..data import EditSample
 from ..editor import Editor, Explanation, Sample
 from ..model import active_group
-from .forcing import forced_batch, forced_predictions
-from .published import PublishedGate
+from .forcing import forced_predictions
+from .published import PublishedGate, editor_batch
 
 Predictions = list[tuple[Tensor, Tensor]]
 
@@ -98,7 +98,7 @@ class EditorMethod:
         self, questions: Sequence[Sample], targets: Sequence[str], sees_answer: bool = False
     ) -> Predictions:
         model = self.editor.model
-        batch = forced_batch(self.editor.prompter, questions, targets)
+        batch = editor_batch(self.editor, questions, targets)
         if not sees_answer:
             return forced_predictions(model, batch)
         with self._published.routing(batch):

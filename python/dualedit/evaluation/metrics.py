@@ -52,7 +52,8 @@ class Row:
         protocol: "single" (one edit at a time), "batch" or "sequential".
         edits: how many edits were stored at once.
         interval: 95% bootstrap intervals [low, high] of `metrics`.
-        contains: the figures with `contains_match` in place of `exact_match` (free generation).
+        contains, contains_interval: the figures with `contains_match` in place of `exact_match` (free
+            generation), and their intervals.
         end: of the sequential protocol, the figures asked again after the last edit: "metrics", "stderr",
             "interval".
         costs: "edit_seconds" (an edit), "edit_bytes" (what a stored edit occupies), "answer_seconds" (one
@@ -68,6 +69,7 @@ class Row:
     edits: int = 1
     interval: Mapping[str, Sequence[float] | None] | None = None
     contains: Mapping[str, float | None] | None = None
+    contains_interval: Mapping[str, Sequence[float] | None] | None = None
     end: Mapping[str, Mapping] | None = None
     costs: Mapping[str, float | None] | None = None
 
@@ -84,7 +86,7 @@ class Row:
         }  # fmt: skip
         if self.sees_answer:
             row["sees_answer"] = True
-        for name in ("interval", "contains", "end", "costs"):
+        for name in ("interval", "contains", "contains_interval", "end", "costs"):
             if getattr(self, name) is not None:
                 row[name] = dict(getattr(self, name))
         return row

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from typing import Any, Protocol
 
+import torch
+
 
 class Processes(Protocol):
     """This process among the others.
@@ -61,8 +63,10 @@ def join_processes() -> Processes:
 
     Raises:
         ImportError: launched with others, but accelerate is not installed.
+        RuntimeError: the others are not there.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched < 2:
         return Alone()
     try:
         from accelerate import PartialState
@@ -70,4 +74,12 @@ def join_processes() -> Processes:
         raise ImportError(
             "WORLD_SIZE is set, but accelerate is not installed: pip install accelerate, or run one process."
         ) from error
-    return Accelerated(PartialState())
+    wants_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    state = PartialState(cpu=wants_cpu or not torch.accelerator.is_available())  # gloo; else the device's own
+    if state.num_processes != launched:
+        # Each would take itself for the only one, do all the work and write over the others' files.
+        raise RuntimeError(
+            f"WORLD_SIZE is {launched}, but accelerate sees {state.num_processes} processes: start them with "
+            f"accelerate launch."
+        )
+    return Accelerated(state)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dualedit_kernels import nearest_key
 
-from ..architectures import unwrap
+from ..architectures import target_token_type, unwrap
 from ..config import BalancEditConfig
 from ..context import bound
 from ..data import EditSample
@@ -29,6 +29,11 @@ from ..modules import EditKV
 from ..prompting import open_image
 from ..routing import last_state, pool_key
 from .forcing import forced_batch
+
+
+def editor_batch(editor: Editor, questions: Sequence[tuple], targets: Sequence[str]) -> dict[str, Tensor]:
+    """A `forced_batch` as the editor's model reads it."""
+    return forced_batch(editor.prompter, questions, targets, target_token_type(unwrap(editor.model)))
 
 
 class PublishedGate:
@@ -101,7 +106,7 @@ class PublishedGate:
         key = self._with_target([(image, request.prompt)], request.target)
         if not isinstance(config, BalancEditConfig):
             return key, 1.0 - self.threshold
-        groups = self.editor._samples(image, request.prompt, sample.rephrases[:1] or None, None, True)
+        groups = self.editor._samples(image, request.prompt, sample.rephrases[:1] or None, None, config)
         distances = [
             nearest_key(
                 self._with_target(samples, request.target).float(), key.float(),
@@ -110,11 +115,10 @@ class PublishedGate:
             for samples in groups
         ]  # fmt: skip
         far, near = float(distances[0].max()), float(distances[1].min())
-        radius = config.alpha * far + (1 - config.alpha) * near
-        return key, min(radius, near * (1 - 1e-4)) if far >= near else radius
+        return key, min(config.alpha * far + (1 - config.alpha) * near, near * (1 - 1e-4))
 
     def _with_target(self, questions: Sequence[tuple], target: str) -> Tensor:
-        return self._states(forced_batch(self.editor.prompter, questions, [target] * len(questions)))
+        return self._states(editor_batch(self.editor, questions, [target] * len(questions)))
 
 
 def fit_published_threshold(editor: Editor, samples: Sequence[EditSample]) -> float:
@@ -146,7 +150,7 @@ def fit_published_threshold(editor: Editor, samples: Sequence[EditSample]) -> fl
             continue
         targets = [request.target] * len(related) + [probe.answer for probe in others]
         key = gate._with_target([(open_image(request.image), request.prompt)], request.target)
-        query = gate._states(forced_batch(editor.prompter, questions, targets))
+        query = gate._states(editor_batch(editor, questions, targets))
         distances = (1.0 - torch.cosine_similarity(query.double(), key.double())).tolist()
         near += distances[: len(related)]
         far += distances[len(related) :]

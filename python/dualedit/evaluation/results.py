@@ -61,8 +61,10 @@ def evaluate(
     key = (method.name, plan.protocol, len(samples))
     known = {} if journal is None else journal.known(key)
 
+    turn = {place: number % processes.count for number, place in enumerate(plan.places(len(samples)))}
+
     def mine(phase: str, place: int) -> bool:
-        return (phase, place) not in known and place % processes.count == processes.index
+        return (phase, place) not in known and turn[place] == processes.index
 
     found = []
     for unit in measure(method, samples, plan, unedited, mine, progress and processes.index == 0):
@@ -87,6 +89,9 @@ def _result(
     field = _SCORE[scoring]
     more = MORE_PROBED if plan.more else ()
     scores = [_scores(unit, field) for unit in after]
+    contains = [_scores(unit, "contains") for unit in after] if scoring == "free" else None
+    kinder = None if contains is None else figures_of(contains, more)
+    kinder_interval = None if contains is None else intervals(contains, more, plan.seed)
     last = None
     if end:
         late = [_scores(unit, field) for unit in end]
@@ -101,10 +106,8 @@ def _result(
     metrics, stderr = summarise(scores, more)
     row = Row(
         name, len(after), metrics, stderr, scoring, plan.protocol, 1 if plan.protocol == "single" else count,
-        interval=intervals(scores, more, plan.seed),
-        contains=_contains(after, more) if scoring == "free" else None,
-        end=last,
-        costs=_costs(after) if plan.costs else None,
+        interval=intervals(scores, more, plan.seed), contains=kinder, contains_interval=kinder_interval,
+        end=last, costs=_costs(after) if plan.costs else None,
     )  # fmt: skip
     return SingleResult(row, _records(after, end))
 
@@ -115,11 +118,6 @@ def _scores(unit: Mapping, field: str) -> Scores:
         if probe[field] is not None:
             scores.setdefault(probe["metric"], []).append(probe[field])
     return scores
-
-
-def _contains(after: list[Mapping], more: Sequence[str]) -> dict[str, float | None]:
-    asked = tuple(name for name in more if name != "retention")
-    return figures_of([_scores(unit, "contains") for unit in after], asked)
 
 
 def _costs(after: list[Mapping]) -> dict[str, float | None]:

@@ -69,7 +69,7 @@ def evaluate_plainly(
         unedited.fill(before)
     units = list(measure(EditorMethod(editor, method), samples, plan, unedited, progress=progress))
     (found,) = results_of(units, method, plan, len(samples))
-    return replace(found, row=replace(found.row, interval=None, contains=None))
+    return replace(found, row=replace(found.row, interval=None, contains=None, contains_interval=None))
 
 
 def check_fresh(editor: Editor, samples: Sequence[EditSample]) -> None:

@@ -166,8 +166,8 @@ def sweep_alpha(curve: Curve, steps: int = 100) -> Sweep:
     """Every alpha of a BalancEdit curve, from 0 (as far as the negative sample) to 1 (the positive one)."""
 
     def radius(point: Point, alpha: float) -> float:
-        r = alpha * point.positive + (1 - alpha) * point.negative
-        return min(r, point.negative * (1 - 1e-4)) if point.positive >= point.negative else r
+        between = alpha * point.positive + (1 - alpha) * point.negative
+        return min(between, point.negative * (1 - 1e-4))  # as an edit is stored
 
     alphas = [i / steps for i in range(steps + 1)]
     return _sweep("alpha", alphas, [curve.figures(lambda point, a=a: radius(point, a)) for a in alphas])

@@ -92,7 +92,7 @@ def train(
             f"{folder} holds a run that stands at {found[-1].stem}: pass --resume to go on with it, or "
             "another --out."
         )
-    accelerator = open_accelerator(recipe.precision)
+    accelerator = open_accelerator()
     speak = say if accelerator.is_main_process else lambda text: None
     try:
         ready = make_ready(base, processor, samples, held_out, recipe, accelerator)

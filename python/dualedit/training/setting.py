@@ -49,14 +49,29 @@ class Setting:
         return self.accelerator.reduce(values.float().to(self.accelerator.device), "sum").cpu()
 
 
-def open_accelerator(precision: str) -> Any:
-    """accelerate's view of the processes and devices this run has; bf16 as told, or on a GPU that has it."""
+def open_accelerator() -> Any:
+    """accelerate's view of the processes and devices that this run has.
+
+    Raises:
+        ValueError: it was told to compute in fp16, where the losses would overflow.
+    """
     from accelerate import Accelerator, DistributedDataParallelKwargs
 
     gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true"
-    bf16 = precision == "bf16" or (precision == "auto" and gpu and torch.cuda.is_bf16_supported())
-    unused = DistributedDataParallelKwargs(broadcast_buffers=False)
-    return Accelerator(mixed_precision="bf16" if bf16 else "no", cpu=not gpu, kwargs_handlers=[unused])
+    # Buffers are frozen, and the same everywhere.
+    still = DistributedDataParallelKwargs(broadcast_buffers=False)
+    accelerator = Accelerator(cpu=not gpu, kwargs_handlers=[still])
+    if accelerator.mixed_precision not in ("no", "bf16"):
+        raise ValueError(
+            f"accelerate's mixed_precision={accelerator.mixed_precision!r}: choose 'no' or 'bf16'; this "
+            "command's own --precision is enough."
+        )
+    return accelerator
+
+
+def _in_bf16(precision: str, accelerator: Any) -> bool:
+    gpu = accelerator.device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return precision == "bf16" or (precision == "auto" and (gpu or accelerator.mixed_precision == "bf16"))
 
 
 def make_ready(
@@ -76,7 +91,8 @@ def make_ready(
         raise ValueError("samples is empty: there is nothing to train on.")
     torch.manual_seed(recipe.seed)
     base.requires_grad_(False).eval()
-    if accelerator.mixed_precision == "bf16":
+    bf16 = _in_bf16(recipe.precision, accelerator)
+    if bf16:
         for parameter in base.parameters():  # not the buffers: rotary frequencies lose too much in bf16
             parameter.data = parameter.data.to(torch.bfloat16)
     if accelerator.device.type == "cpu" and hasattr(base, "set_attn_implementation"):
@@ -86,7 +102,7 @@ def make_ready(
         base, recipe.text_layer, recipe.vis_layer, recipe.mid_dim, recipe.num_heads, recipe.threshold
     )
     model.eval()
-    step = TrainingStep(model, recipe.recompute)
+    step = TrainingStep(model, recipe.recompute, torch.bfloat16 if bf16 else None)
     for layer in step.upper.layers.values():
         layer.dualedit_adapter[step.adapter].float()
     if accelerator.distributed_type.value != "FSDP":  # which moves the pieces itself

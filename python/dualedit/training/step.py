@@ -10,6 +10,8 @@ be added as a further locality term. Each answer counts by the mean over its tok
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor, nn
 
@@ -36,6 +38,7 @@ class TrainingStep(nn.Module):
     Args:
         model: from `inject_dualedit`, without stored edits.
         recompute: see `Recipe`.
+        autocast: dtype of the adapters' products where their weights are in fp32, or None.
 
     Attributes:
         by_parts: whether the upper layers run on their own; else the whole model runs for every loss. Decided
@@ -45,7 +48,7 @@ class TrainingStep(nn.Module):
         ValueError: the model holds edits, or its active adapter is not DualEdit's.
     """
 
-    def __init__(self, model: nn.Module, recompute: bool = False):
+    def __init__(self, model: nn.Module, recompute: bool = False, autocast: torch.dtype | None = None):
         super().__init__()
         name, config, group = active_group(model)
         if len(group):
@@ -57,6 +60,7 @@ class TrainingStep(nn.Module):
             )
         self.model = model
         self.adapter = name
+        self.autocast = autocast
         self.upper = UpperPart(unwrap(model), layers, name, recompute)
         self.by_parts = True
         model.requires_grad_(False)
@@ -79,7 +83,9 @@ class TrainingStep(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """The sums over its answers of each term's losses, [6] float32 in the order of `TERMS`."""
         batch = on_device(batch, self.base)
-        sums = self._by_parts(batch) if self.by_parts else self._whole(batch)
+        kind, dtype = batch.terms.device.type, self.autocast
+        with torch.autocast(kind, dtype) if dtype is not None else nullcontext():
+            sums = self._by_parts(batch) if self.by_parts else self._whole(batch)
         # A term without questions, or an adapter without a position, must not leave a process without a
         # gradient that the others wait for.
         return sums + 0.0 * sum(parameter.sum() for parameter in self.trained().values())

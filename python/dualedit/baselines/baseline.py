@@ -1,0 +1,192 @@
+"""What every baseline shares: asking, teacher forcing, and the unedited model itself."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from ..data import EditSample
+from ..editing import append_target
+from ..editor import Explanation, generate_answers
+from ..fitting import to_device
+from ..layer import EditLayer
+from ..prompting import Picture, Prompter, open_image
+
+Question = tuple[Picture | None, str]
+
+
+def end_token(model: nn.Module) -> int | None:
+    """The id that ends an answer, or None where the model names none."""
+    eos = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return eos[0] if isinstance(eos, list) else eos
+
+
+def with_answers(inputs: Mapping[str, Tensor], answers: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Left-padded prompts with an answer behind each, padded on the right.
+
+    Args:
+        inputs: of a batch of R prompts, `input_ids` [R, P].
+        answers: R tensors [T] int64.
+
+    Returns:
+        the inputs with `input_ids` and what has its shape [R, P + T] for the longest answer, and `labels`
+        (-100 outside the answers).
+    """
+    ids = inputs["input_ids"]
+    width = max(len(answer) for answer in answers)
+    tail = torch.zeros((len(answers), width), dtype=ids.dtype)
+    real = torch.zeros_like(tail)
+    for row, answer in enumerate(answers):
+        tail[row, : len(answer)], real[row, : len(answer)] = answer, 1
+    full = dict(inputs)
+    for name, value in inputs.items():
+        if isinstance(value, Tensor) and value.shape == ids.shape and name != "input_ids":
+            more = real if "attention" in name else torch.zeros_like(real)  # token types: text
+            full[name] = torch.cat([value, more.to(value)], dim=1)
+    full.setdefault("attention_mask", torch.cat([torch.ones_like(ids), real], dim=1))
+    full["input_ids"] = torch.cat([ids, tail], dim=1)
+    full["labels"] = torch.cat([torch.full_like(ids, -100), tail.masked_fill(real == 0, -100)], dim=1)
+    return full
+
+
+class Baseline(ABC):
+    """An editing method on a Hugging Face VLM; `evaluation.Method` says what each member promises.
+
+    Args:
+        model: the base model, without adapters. It is put into eval mode and its parameters are frozen:
+            PyTorch's matmul rounds otherwise for weights that require a gradient, and "as before" is meant
+            bit for bit.
+        processor: the model's processor.
+        template: see `Prompter`.
+
+    Attributes:
+        name: of the row in a table.
+
+    Raises:
+        ValueError: the model carries adapters.
+    """
+
+    name: str
+
+    def __init__(self, model: nn.Module, processor: Any, template: str | None = None):
+        if isinstance(model, PeftModel) or any(isinstance(m, EditLayer) for m in model.modules()):
+            raise ValueError(
+                f"model is a {type(model).__name__} with adapters: a baseline is measured on the base model. "
+                f"Pass a freshly loaded one, or what model.unload() returns."
+            )
+        self.model = model.eval().requires_grad_(False)
+        self.processor = processor
+        self.prompter = Prompter(processor, template)
+
+    # ------------------------------------------------------------------ what a method defines
+
+    @abstractmethod
+    def edit(self, sample: EditSample) -> None:
+        """Store one edit beside those already stored. Raises ValueError for a sample it cannot take."""
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Forget every edit: the unedited model, bit for bit."""
+
+    @abstractmethod
+    def unedited(self) -> AbstractContextManager[None]:
+        """Answers inside are the unedited model's."""
+
+    @abstractmethod
+    def memory_bytes(self) -> int:
+        """What the stored edits occupy."""
+
+    def asked(self, questions: Sequence[Question]) -> list[Question]:
+        """What the model is asked for these questions."""
+        return list(questions)
+
+    @contextmanager
+    def _applied(self, last: int | None = None) -> Iterator[None]:
+        """Whatever has to be in place around a forward; `last` is the column of the last prompt token, None
+        for the last column of a prompt."""
+        yield
+
+    # ------------------------------------------------------------------ asking
+
+    def answers(self, questions: Sequence[Question], max_new_tokens: int = 20) -> list[str]:
+        """Greedy answers to a batch of questions."""
+        asked = self.asked(questions)
+        with self._applied():
+            return generate_answers(self.model, self.prompter, asked, max_new_tokens)
+
+    def explain(self, questions: Sequence[Question]) -> list[Explanation | None]:
+        """Which edit fires for each question; None, because this method has no gate."""
+        return [None] * len(questions)
+
+    def predictions(
+        self, questions: Sequence[Question], targets: Sequence[str], sees_answer: bool = False
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Teacher forcing: what the model would write at each place of an answer that stands there already.
+
+        Args:
+            questions: R questions.
+            targets: R answers, put behind them.
+            sees_answer: of no effect: no baseline here reads its answers to decide what to edit.
+
+        Returns:
+            for each question the most likely tokens and the answer's, [T] int64 on the CPU, the end token
+            left out.
+
+        Raises:
+            ValueError: no questions, an empty answer, or not one answer for each question.
+        """
+        if len(questions) != len(targets):
+            raise ValueError(
+                f"targets has {len(targets)} answers for {len(questions)} questions: pass one for each."
+            )
+        asked = [(open_image(image), prompt) for image, prompt in self.asked(questions)]
+        inputs = self.prompter.inputs(asked)
+        wanted = [
+            self.prompter.target_ids(image, prompt, target, None)
+            for (image, prompt), target in zip(asked, targets, strict=True)
+        ]
+        full = to_device(with_answers(inputs, wanted), self.model)
+        before = inputs["input_ids"].shape[1]
+        with torch.no_grad(), self._applied(before - 1):
+            best = self._logits(full)[:, before - 1 : -1].argmax(-1).cpu()
+        return [(best[row, : len(ids)], ids) for row, ids in enumerate(wanted)]
+
+    def _logits(self, inputs: dict[str, Tensor]) -> Tensor:
+        """[R, L, V] of inputs with labels."""
+        call = {name: value for name, value in inputs.items() if name != "labels"}
+        return self.model(**call, use_cache=False).logits
+
+    def _lesson(self, sample: EditSample) -> dict[str, Tensor]:
+        """One row of model inputs: an edit's question with the new answer, end token included, and labels."""
+        request = sample.request
+        image = open_image(request.image)
+        inputs = self.prompter.inputs([(image, request.prompt)])
+        target = self.prompter.target_ids(image, request.prompt, request.target, end_token(self.model))
+        return to_device(append_target(inputs, target), self.model)
+
+
+class Unedited(Baseline):
+    """The model as it is: what every other row is compared with. An edit is noted nowhere."""
+
+    name = "base"
+
+    def edit(self, sample: EditSample) -> None:
+        """Nothing."""
+
+    def reset(self) -> None:
+        """Nothing."""
+
+    @contextmanager
+    def unedited(self) -> Iterator[None]:
+        """Nothing changes."""
+        yield
+
+    def memory_bytes(self) -> int:
+        """0."""
+        return 0

@@ -1,0 +1,158 @@
+"""Fine-tuning one layer: of the language model (FT-L) or of the vision tower (FT-V).
+
+FT-L and FT-V are what the papers' tables (VisEdit, DualEdit) call fine-tuning the last layer of the language
+model and of the vision tower. FT-L stems from ROME's comparison (Meng et al. 2022, after Zhu et al. 2020),
+where an L-infinity ball around the old weights bounds each edit (`norm_constraint`), on the down projection
+of one layer (EasyEdit; here `module="layers.21.mlp.down_proj"`). Departures: steps end when the answer is
+likely enough instead of at a loss of 0.01, and from a tuned decoder layer upward only that part of the model
+runs again at each step.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..architectures import find_decoder_layers
+from ..data import EditSample
+from ..replay import Replay
+from .baseline import Baseline
+from .gradient import fit
+from .settings import FineTuneSettings
+
+_VISION = {"vision", "visual", "vit", "image"}
+
+
+def _named_module(model: nn.Module, name: str) -> str:
+    names = [full for full, _ in model.named_modules() if full]
+    if name in names:
+        return name
+    ends = [full for full in names if full.endswith("." + name)]
+    if len(ends) == 1:
+        return ends[0]
+    if ends:
+        listed = ", ".join(ends[:6])
+        raise ValueError(f"module={name!r} is ambiguous: it matches {listed}. Pass one full name.")
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.3) or names[-3:]
+    raise ValueError(f"module={name!r}: no such module. Nearest: {', '.join(near)}.")
+
+
+def vision_layers(model: nn.Module) -> list[str]:
+    """Names of the vision tower's layers, first to last: those of the longest list inside it.
+
+    Raises:
+        ValueError: no list of layers stands under a name that speaks of vision.
+    """
+    lists = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and {token for part in name.split(".") for token in part.split("_")} & _VISION
+        and all(next(child.parameters(), None) is not None for child in module)
+    }
+    if not lists:
+        raise ValueError(
+            f"{type(model).__name__} has no vision tower that can be told by its name: pass "
+            f"FineTuneSettings(module=...) with the name of the module to tune."
+        )
+    name, layers = max(lists.items(), key=lambda item: len(item[1]))
+    return [f"{name}.{i}" for i in range(len(layers))]
+
+
+class FineTune(Baseline):
+    """Adam on the weights of one module, edit after edit.
+
+    Args:
+        vision: whether `settings.module=None` means the vision tower's last layer or the decoder's.
+    """
+
+    def __init__(self, model: nn.Module, processor: Any, template: str | None, settings: FineTuneSettings,
+                 vision: bool):  # fmt: skip
+        super().__init__(model, processor, template)
+        self.name = "ft-v" if vision else "ft-l"
+        self.settings = settings
+        self.vision = vision
+        path, layers = find_decoder_layers(self.model)
+        if settings.module is not None:
+            self._modules = [_named_module(self.model, settings.module)]
+        else:
+            # Some models take the tower's last layer but one; the first edit finds out.
+            self._modules = vision_layers(self.model)[::-1] if vision else [f"{path}.{len(layers) - 1}"]
+        self._decoder = path
+        self._before: dict[str, Tensor] = {}
+
+    def edit(self, sample: EditSample) -> None:
+        """Tune the weights until the question is answered with the target; earlier edits may suffer."""
+        if self.vision and sample.request.image_source is None:
+            raise ValueError("image=None: FT-V tunes the vision tower, which this edit does not use.")
+        inputs = self._lesson(sample)
+        labels = inputs.pop("labels")
+        logits_of = self._upward(inputs)
+        name = self._tuned(logits_of)
+        weights = dict(self.model.get_submodule(name).named_parameters(prefix=name))
+        self._before = self._before or {n: w.detach().clone() for n, w in weights.items()}
+        fit(list(weights.values()), logits_of, labels, self.settings, self._bounded(weights))
+
+    def _upward(self, inputs: dict[str, Tensor]):
+        name = self._modules[0]
+        if name.startswith(self._decoder + "."):
+            return Replay(self.model, inputs, int(name.removeprefix(self._decoder + ".").split(".")[0]))
+        return lambda: self.model(**inputs, use_cache=False).logits
+
+    def _tuned(self, logits_of) -> str:
+        """The module that is tuned: the first candidate on which the answer depends."""
+        while len(self._modules) > 1:
+            weights = list(self.model.get_submodule(self._modules[0]).parameters())
+            for weight in weights:
+                weight.requires_grad_(True)
+            with torch.enable_grad():
+                reached = logits_of().requires_grad
+            for weight in weights:
+                weight.requires_grad_(False)
+            if reached:
+                break
+            self._modules.pop(0)
+        del self._modules[1:]
+        return self._modules[0]
+
+    def _bounded(self, weights: dict[str, nn.Parameter]):
+        bound = self.settings.norm_constraint
+        if bound is None:
+            return None
+        start = {name: weight.detach().clone() for name, weight in weights.items()}
+
+        def clamp() -> None:
+            with torch.no_grad():
+                for name, weight in weights.items():
+                    weight.copy_(weight.clamp(start[name] - bound, start[name] + bound))
+
+        return clamp
+
+    def _write(self, weights: dict[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, value in weights.items():
+                self.model.get_parameter(name).copy_(value)
+
+    def reset(self) -> None:
+        """Put the old weights back, bit for bit."""
+        self._write(self._before)
+        self._before = {}
+
+    @contextmanager
+    def unedited(self) -> Iterator[None]:
+        """The old weights are in place inside."""
+        now = {name: self.model.get_parameter(name).detach().clone() for name in self._before}
+        self._write(self._before)
+        try:
+            yield
+        finally:
+            self._write(now)
+
+    def memory_bytes(self) -> int:
+        """The tuned weights, which have to be kept whole; 0 without an edit."""
+        return sum(value.nbytes for value in self._before.values())
