@@ -10,9 +10,11 @@ from html.parser import HTMLParser
 
 import PIL.Image
 import pytest
+from dualedit import EditRequest, EditSample, Probe
 from dualedit.analysis import markdown_tables, read_results, render_report, settings_of
 from dualedit.analysis.drawing import distances_drawing
 from dualedit.analysis.gate import cause_of, reach_of, worst_first
+from dualedit.analysis.pictures import sources_of
 from dualedit.cli import main
 from dualedit.cli.report import samples_again
 from dualedit.datasets import to_jsonl
@@ -374,6 +376,27 @@ def test_a_sample_that_is_another_one_lends_no_pictures(real, tmp_path):
     file = written(tmp_path / "r.jsonl", *units, head=json.loads(lines[0]))
     page = page_of(file, samples=samples_again)
     assert "base64" not in page and "picture not at hand" in page
+
+
+@pytest.mark.parametrize(
+    ("place", "change"),
+    [(None, {"target": "else"}), (1, {"prompt": "whose ?"}), (1, {"metric": "v_gen"}), (1, {"image": None})],
+)
+def test_pictures_are_those_of_the_same_questions(place, change):
+    edited, again, other = (PIL.Image.new("RGB", (4, 4), (n, 0, 0)) for n in (1, 2, 3))
+    sample = EditSample(
+        EditRequest(edited, "rel ?", "new"),
+        {"t_gen": [Probe(again, "t_gen ?")]},
+        {"hard_question": [Probe(other, "hard_question ?")]},
+    )
+    kinds = ("rel", "t_gen", "hard_question", "no_image", "same_image")
+    probes = [probe(kind, image="<RGB 4x4>") for kind in kinds]
+    probes[3] |= {"prompt": "rel ?", "image": None}
+    probes[4] |= {"prompt": "hard_question ?"}
+    asked = unit(0, probes)
+    assert sources_of(asked, sample) == [edited, again, other, None, edited]
+    (asked if place is None else probes[place]).update(change)
+    assert sources_of(asked, sample) == [None] * 5
 
 
 # ---------------------------------------------------------------------- files
