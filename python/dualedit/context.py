@@ -222,9 +222,10 @@ class EditRuntime:
         hidden = next((value for value in given if value is not None), None)
         if hidden is None:
             raise ValueError("input_ids and inputs_embeds are both None: pass one of them.")
-        packed = [name for name in _PACKED_ARGUMENTS if inputs.get(name) is not None]
-        if packed and any(len(group) for group in self.groups.values()):
-            raise ValueError(_PACKED.format(what=packed[0]))
+        if any(len(group) for group in self.groups.values()):
+            packed = [name for name in _PACKED_ARGUMENTS if inputs.get(name) is not None]
+            if packed or _positions_restart(inputs):
+                raise ValueError(_PACKED.format(what=packed[0] if packed else "position_ids"))
         batch, length = hidden.shape[:2]
         cache = inputs.get("past_key_values")
         start = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
@@ -280,6 +281,15 @@ class EditRuntime:
             mask = None
         image = given.get(IMAGE_MASK)
         return describe_prompt(ids, mask, given.get("labels"), self.image_ids, shape, device, image)
+
+
+def _positions_restart(inputs: Mapping[str, Any]) -> bool:
+    """Whether positions [B, S] begin anew within a row, as padding-free training marks its sequences."""
+    positions = inputs.get("position_ids")
+    if positions is None or positions.ndim != 2 or positions.shape[1] < 2:
+        return False
+    # Padded rows have such positions, too, and a mask.
+    return inputs.get("attention_mask") is None and bool((positions.diff() <= 0).any())
 
 
 def _behind_cache(prompt: Prompt, start: int) -> Prompt:
