@@ -188,8 +188,8 @@ class EditRuntime:
         if hidden is None:
             raise ValueError("input_ids and inputs_embeds are both None: pass one of them.")
         packed = _packed(inputs)
-        if packed and any(len(group) for group in self.groups.values()):
-            raise ValueError(_PACKED.format(what=packed))
+        if any(len(group) for group in self.groups.values()) and (packed or _positions_restart(inputs)):
+            raise ValueError(_PACKED.format(what=packed or "position_ids"))
         batch, length = hidden.shape[:2]
         sequence = self._sequence(inputs, known, start, (batch, length), hidden.device)
         return ForwardPass(sequence, start, batch, length)
@@ -254,6 +254,15 @@ def _goes_on(given: Mapping[str, Any], shape: tuple[int, int]) -> bool:
     labels = given.get("labels")
     all_target = labels is not None and labels.shape == shape and not bool((labels == -100).any())
     return shape[1] <= 1 or all_target
+
+
+def _positions_restart(inputs: Mapping[str, Any]) -> bool:
+    """Whether positions [B, S] begin anew within a row, as padding-free training marks its sequences."""
+    positions = inputs.get("position_ids")
+    if positions is None or positions.ndim != 2 or positions.shape[1] < 2:
+        return False
+    # Padded rows have such positions, too, and a mask.
+    return inputs.get("attention_mask") is None and bool((positions.diff() <= 0).any())
 
 
 def _behind_cache(prompt: Prompt, start: int) -> Prompt:

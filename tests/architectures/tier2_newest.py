@@ -29,6 +29,7 @@ NEWEST = (
                                 patch_size=4, num_patches=16, spatial_merge_size=2),
              projector_hidden_size=24, **QWEN_IDS),
         image=QWEN_IMAGE, image_ids=_BOTH, types="mm_token_type_ids", pixels=patches(48),
+        linear="layers.2.mlp.fc1",
     ),
     Architecture(
         "cohere_compass",
@@ -64,6 +65,7 @@ NEWEST = (
                                 num_key_value_heads=2, patch_size=4),
              projector_hidden_size=24, image_token_id=IMAGE, video_token_id=VIDEO),
         image=QWEN_IMAGE, image_ids=_BOTH, pixels=patches(96),
+        linear="layers.2.feed_forward.w1",
     ),
     Architecture(
         "mistral_large4",

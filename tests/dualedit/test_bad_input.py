@@ -350,6 +350,11 @@ def test_packed_sequences(generator):
         model(**inputs, **packed)  # without edits there is nothing to tell apart
     store(model, inputs, generator)
     refused(model, lambda: model(**inputs, **packed), "cu_seq_lens_q", "padded batches")
+    ids = inputs["input_ids"]
+    again = {**inputs, "position_ids": torch.cat([torch.arange(4), torch.arange(ids.shape[1] - 4)])[None]}
+    del again["attention_mask"]
+    refused(model, lambda: model(**again), "position_ids", "padded batches")
+    model(**again | {"position_ids": torch.arange(3, 3 + ids.shape[1])[None]})  # one sequence, begun later
     refused(model, lambda: model.generate_batch([[1, 5, 6]]), "generate_batch", "padded batches")
     base = model.unload()
     assert "generate_batch" not in vars(base)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import nn
@@ -74,19 +73,19 @@ def describe(model: nn.Module) -> list[tuple[str, str]]:
     from .. import architectures
 
     path, layers = architectures.find_decoder_layers(model)
-    numbers = range(len(layers))
     ids = architectures.image_token_ids(model)
+    whole = _allowed(model, len(layers))
     linear = _linear_names(model, path)
     return [
         ("model", f"{type(model).__name__} ({model.config.model_type})"),
         ("decoder layers", f"{path}.0 to {path}.{len(layers) - 1}"),
         ("hidden size", str(architectures.hidden_size(model))),
         ("image token ids", ", ".join(map(str, ids)) or _without_ids(model)),
-        ("text_layer", _allowed(numbers, lambda n: _takes(model, n, "text_layer"))),
-        ("vis_layer", _allowed(numbers, lambda n: _takes(model, n, "vis_layer"))),
+        ("text_layer", _unplaced(model, "text_layer") or whole),
+        ("vis_layer", _unplaced(model, "vis_layer") or whole),
         ("BalancEdit layer", "layers.N.NAME for N: NAME" if linear else "none: no linear layer to edit"),
         *((f"  {_ranges(found)}", ", ".join(names)) for found, names in linear),
-    ]  # fmt: skip
+    ]
 
 
 def _without_ids(model: nn.Module) -> str:
@@ -101,45 +100,59 @@ def _without_ids(model: nn.Module) -> str:
     return "none in the config: pass image_token_ids=[...]"
 
 
-def _takes(model: nn.Module, number: int, argument: str) -> None:
+def _allowed(model: nn.Module, depth: int) -> str:
+    """The decoder layers that DualEdit can write to, or why there is none."""
     from .. import architectures
 
-    architectures.resolve_layer(model, number, argument)
-    architectures.check_image_positions(model, None, number, argument)
-
-
-def _allowed(numbers: range, check: Callable[[int], Any]) -> str:
-    """The numbers that pass a check, or why none does."""
     allowed, reason = [], ""
-    for number in numbers:
+    for number in range(depth):
         try:
-            check(number)
+            architectures.resolve_layer(model, number)
             allowed.append(number)
         except ValueError as error:
             reason = reason or str(error).partition(": ")[2]
     return _ranges(allowed) if allowed else f"none: {reason}"
 
 
-def _linear_names(model: nn.Module, path: str) -> list[tuple[list[int], list[str]]]:
-    """Names of linear layers inside a decoder layer, by the numbers of the layers that have them."""
+def _unplaced(model: nn.Module, argument: str) -> str:
+    """Why the positions that this layer would edit cannot be told; empty if they can."""
     from .. import architectures
 
+    try:
+        architectures.check_image_positions(model, None, 0, argument)
+    except ValueError as error:
+        return f"none: {str(error).partition(': ')[2]}"
+    return ""
+
+
+def _linear_names(model: nn.Module, path: str) -> list[tuple[list[int], list[str]]]:
+    """Names of linear layers inside a decoder layer, by the numbers of the layers that have them."""
     having: dict[str, list[int]] = {}
+    usable: dict[str, bool] = {}
     for full, module in model.named_modules():
         rest = full.removeprefix(path + ".")
         number, _, name = rest.partition(".")
         # One of several experts sees some tokens only.
         if rest == full or not hasattr(module, "in_features") or "experts" in name.split("."):
             continue
-        try:
-            architectures.resolve_linear(model, full)
-        except ValueError:
-            continue
-        having.setdefault(name, []).append(int(number))
+        if number not in usable:
+            usable[number] = _resolves(model, full)
+        if usable[number]:
+            having.setdefault(name, []).append(int(number))
     grouped: dict[tuple[int, ...], list[str]] = {}
     for name, numbers in having.items():
         grouped.setdefault(tuple(numbers), []).append(name)
     return [(list(numbers), names) for numbers, names in grouped.items()]
+
+
+def _resolves(model: nn.Module, name: str) -> bool:
+    from .. import architectures
+
+    try:
+        architectures.resolve_linear(model, name)
+    except ValueError:
+        return False
+    return True
 
 
 def _ranges(numbers: list[int]) -> str:
