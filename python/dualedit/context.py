@@ -6,6 +6,11 @@ kept in modules: it travels in a context variable for the length of a call, and 
 the length of a sequence, so two threads, two models, or an edit made while a generation runs do not see each
 other.
 
+A sequence over one kept cache may have several turns. Its decision holds while one column follows another;
+a call of several new columns is a new turn, which decides again, for those columns only: what is in the cache
+stays as it was read. So an edit that first applies in a later turn reaches the text of that turn, and images
+of earlier turns no more; a caller who wants all of it edited runs the conversation without the old cache.
+
 The way of a call: `generate` (or the model's forward) states the prompt; the stack that owns the decoder
 layers states how much of the sequence is in the cache already; the wrapped layers read both as a
 `ForwardPass`.

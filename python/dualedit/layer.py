@@ -136,7 +136,9 @@ class DualEditLayer(EditLayer):
     """A decoder layer whose output the adapters may write to.
 
     The edit is applied outside the base layer's `__call__`: inside it, gradient checkpointing would run the
-    edit twice and, with two forwards before one backward, with the wrong state.
+    edit twice and, with two forwards before one backward, with the wrong state. transformers notes
+    `output_hidden_states` inside it, so the entry of an edited layer shows what came before the edit; the
+    entries of the layers above are computed from the edited states.
     """
 
     adapter_layer_names = ("dualedit_adapter", "dualedit_router")
