@@ -208,6 +208,15 @@ def test_an_edit_without_an_image_trains(step, generator):
     assert all(torch.isfinite(g).all() for g in gradients.values())
 
 
+def test_a_batch_without_images_leaves_no_weight_without_a_gradient(step):
+    """Processes that have images in their share wait for those that have none."""
+    request = EditRequest(None, "who made the computer ?", "acer")
+    _, gradients = outcome(step, batch_of([EditSample(request, {}, {})], True))
+    unused = {name for name in gradients if ".vision." in name}
+    assert unused and all(not gradients[name].any() for name in unused)
+    assert all(gradients[name].any() for name in gradients.keys() - unused if "k_proj.bias" not in name)
+
+
 def test_losses_are_means_over_each_answers_tokens():
     logits = torch.randn(5, 7, generator=torch.Generator().manual_seed(3))
     labels = torch.tensor([[-100, 1, 2, 3], [-100, 4, 5, -100]])

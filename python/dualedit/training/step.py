@@ -87,9 +87,18 @@ class TrainingStep(nn.Module):
         kind, dtype = batch.terms.device.type, self.autocast
         with torch.autocast(kind, dtype) if dtype is not None else nullcontext():
             sums = self._by_parts(batch) if self.by_parts else self._whole(batch)
-        # A term without questions, or an adapter without a position, must not leave a process without a
-        # gradient that the others wait for.
-        return sums + 0.0 * sum(parameter.sum() for parameter in self.trained().values())
+        return sums + 0.0 * sum(weight.sum() for weight in self._unused(batch))
+
+    def _unused(self, batch: Batch) -> list[nn.Parameter]:
+        """Weights of the image adapter where no row of a batch has an image.
+
+        They get a gradient of zero: other processes, whose rows may have one, wait for it.
+        """
+        if any(part.prompt.image is not None and bool(part.prompt.image.any()) for part in batch.parts):
+            return []
+        layers = self.upper.layers.values()
+        parts = [part for layer in layers for part in layer.dualedit_adapter[self.adapter].items()]
+        return [weight for name, adapter in parts if name == "vision" for weight in adapter.parameters()]
 
     # ------------------------------------------------------------------ the fast way
 
