@@ -15,7 +15,7 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 
 _ENCODER_DECODER = ("encoder-decoder", False)
-# What is refused: a piece of the reason, and whether BalancEdit works all the same.
+# What is refused: a piece of the reason, and whether DualEdit alone is (BalancEdit has not been tried there).
 REFUSED: dict[str, tuple[str, bool]] = {
     "blip": ("cross-attention", False),
     "git": ("no id marks them", False),

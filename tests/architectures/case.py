@@ -9,6 +9,7 @@ from dualedit import add_edit, inject_dualedit
 from dualedit.architectures import find_decoder_layers
 from dualedit.editing import Edit
 from dualedit.layer import DualEditLayer
+from dualedit.sequence import IMAGE_MASK
 from peft import PeftModel
 from torch import Tensor, nn
 
@@ -16,7 +17,6 @@ from .parts import PAD, VOCAB, WORDS, Architecture, batch
 
 NEVER = 10_000  # no token has this id: generations do not end early
 NEW = 4
-MASK = "image_embeds_position_mask"  # how Kosmos says where the picture stands
 # Generation modes: the arguments of generate, and whether the mode takes a batch.
 MODES: dict[str, tuple[dict[str, object], bool]] = {
     "greedy": ({}, True),
@@ -103,8 +103,8 @@ class Case:
     def marked(self, row: int = 0) -> Tensor:
         """[1, P] bool: where a row's picture stands, by the ids (or the mask) of its inputs."""
         inputs = self.rows[row]
-        if MASK in inputs:
-            return inputs[MASK] != 0
+        if IMAGE_MASK in inputs:
+            return inputs[IMAGE_MASK] != 0
         return torch.isin(inputs["input_ids"], torch.tensor(self.architecture.image_ids))
 
     def inputs(self, mode: str = "greedy") -> tuple[dict[str, Tensor], dict[str, Tensor]]:

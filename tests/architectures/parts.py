@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 import transformers
+from dualedit.sequence import IMAGE_MASK
 from torch import Tensor, nn
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as REGISTERED
@@ -66,6 +67,10 @@ class Architecture:
     @property
     def stated_by(self) -> str:
         """What of its config (or its inputs) says where the picture stands."""
+        if self.sees == "text":
+            return "none"
+        if self.more is not None and IMAGE_MASK in self.more(torch.tensor([[BOS]])):
+            return f"`{IMAGE_MASK}`"
         config = self.config()
         names = [n for n in IMAGE_ID_NAMES if isinstance(getattr(config, n, None), int)]
         seen: dict[int, str] = {}

@@ -29,8 +29,8 @@ bit for bit wherever no edit applies. {ours} architectures pass.
 
 - *yes* in a generation mode: bit for bit the base model's tokens and logits where no edit applies, and the
   edited answer, as greedy decoding gives it wherever the base model's answer is its own greedy one.
-- *own*: the base model's own answer in this mode is not its greedy one, because it reads the prompt otherwise;
-  where no edit applies, it stays bit for bit.
+- *own*: the base model's own answer in this mode is not its greedy one, so the edited one is not compared; where
+  no edit applies, it stays bit for bit.
 - *base* and a number: the base model itself fails in this mode; its error is below the table.
 - *edit image: no*: pictures come in through cross-attention, so that no position of the sequence is one.
 """  # noqa: E501

@@ -129,7 +129,7 @@ def test_generation(case, mode, support):
     assert torch.equal(tokens[1:], base[0][0][1:])
     own = not torch.allclose(base[0][1][0], greedy[0][1][0], atol=1e-4, rtol=1e-4)
     support(mode, "own" if own else "yes")
-    if own:  # the base model reads the prompt otherwise in this mode: so does the gate
+    if own:  # the base model reads the prompt otherwise in this mode, and so may the gate
         assert mode != "greedy"
         return
     # A mode that gives the base model's greedy answer gives the edited model's.

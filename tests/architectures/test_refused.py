@@ -24,10 +24,10 @@ def test_refused_with_the_reason(name, record_property):
     if kind not in REGISTERED:
         pytest.skip(f"{kind} is not in this version of transformers")
     model = on_meta(kind, **({"text_config": {"model_type": text}} if text else {}))
-    reason, balancedit = REFUSED[name]
+    reason, only_dualedit = REFUSED[name]
     with pytest.raises(ValueError, match=reason) as caught:
         inject_dualedit(model, 0, None)
-    if not balancedit:
+    if not only_dualedit:
         with pytest.raises(ValueError, match=reason):
             inject_balancedit(model, "layers.0.mlp.up_proj")
     assert not hasattr(model, "peft_config") and "generate" not in vars(model)

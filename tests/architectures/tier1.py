@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 
 from .parts import (
-    BOS,
-    EOS,
     IMAGE,
     PAD,
     SPECIAL,
@@ -134,6 +132,3 @@ TIER1 = (
         pixels=picture(qformer_input_ids=[[4, 5, 6]], qformer_attention_mask=[[1, 1, 1]]),
     ),
 )  # fmt: skip
-
-# Keeps linters from calling these unused: prompts of other tiers begin and end as here.
-__all__ = ["BOS", "EOS", "QWEN_IDS", "QWEN_IMAGE", "TIER1"]

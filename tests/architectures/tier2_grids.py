@@ -15,7 +15,6 @@ from .parts import (
     Architecture,
     mrope,
     patches,
-    picture,
     text,
     vit,
 )
@@ -201,5 +200,3 @@ GRIDS = (
         },
     ),
 )  # fmt: skip
-
-__all__ = ["GRIDS", "picture"]

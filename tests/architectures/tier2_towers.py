@@ -6,7 +6,6 @@ import torch
 
 from .parts import (
     IMAGE,
-    PAD,
     SPECIAL,
     VIDEO,
     VISION_END,
@@ -264,5 +263,3 @@ TOWERS = (
         more=lambda ids: {"image_embeds_position_mask": (ids == IMAGE).long()},
     ),
 )  # fmt: skip
-
-__all__ = ["PAD", "TOWERS"]
