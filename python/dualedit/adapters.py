@@ -130,6 +130,9 @@ def remove_adapter(model: nn.Module, adapter_name: str) -> None:
         left = [name for name in model.active_adapters if name != adapter_name] or [next(iter(configs))]
         model.base_model.active_adapter, model.active_adapter = left, left[0]
     unwrap_layers(base, only_empty=True)
+    if not configs:  # as transformers' own delete_adapter leaves a model
+        base.__dict__.pop("peft_config", None)
+        base.__dict__.pop("_hf_peft_config_loaded", None)
 
 
 def _delete_adapter(base: nn.Module, adapter_name: str) -> None:

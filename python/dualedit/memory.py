@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import threading
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -85,6 +86,7 @@ class EditMemory(nn.Module):
         self._records: dict[int, dict] = {}
         self._snapshot: Snapshot | None = None
         self._placed: set[str] = set()
+        self._awaited = 0  # edits that room was made for and that have not come
 
     def __setattr__(self, name: str, value: object) -> None:
         super().__setattr__(name, value)
@@ -174,7 +176,7 @@ class EditMemory(nn.Module):
             self._add_rows(edit_id, rows)
         self._records[edit_id] = json.loads(text)
         self._highest_id = max(self._highest_id, edit_id)
-        self._snapshot = None
+        self._snapshot, self._awaited = None, 0
 
     def _add_rows(self, edit_id: int, rows: Mapping[str, Tensor]) -> None:
         tokens = next((int(rows[name].shape[0]) for name in self.token_tables), 0)
@@ -238,6 +240,14 @@ class EditMemory(nn.Module):
 
     def snapshot(self) -> Snapshot:
         """The edits as they are now; later changes of the memory do not show in it."""
+        if self._awaited:
+            warnings.warn(
+                f"The saved folder holds {self._awaited} edits, and none of them was loaded: only its config "
+                f"was read, or transformers' load_adapter came to an editor inside a wrapped layer after the "
+                f"one around it. dualedit.load_edits loads editors in any order.",
+                stacklevel=2,
+            )
+            self._awaited = 0
         if self._snapshot is None:
             n, t = self._num_edits, self._num_tokens
             length = self.edit_lengths[:n]
@@ -274,6 +284,7 @@ class EditMemory(nn.Module):
         for name, size in rows.items():
             table = self._buffers[name]
             self._put(name, table.new_zeros(()).expand(size, *table.shape[1:]))
+        self._awaited = edits
 
     def _record_bytes(self) -> bytes:
         if not self._num_edits:
@@ -328,6 +339,7 @@ class EditMemory(nn.Module):
             self._put(name, found[name].detach().to(place).clone())
         self._records = dict(zip(ids, records, strict=True))
         self._num_edits, self._num_tokens, self._snapshot = len(ids), sum(lengths), None
+        self._awaited = 0
         self._highest_id = max([self._highest_id, *ids])
 
 

@@ -358,6 +358,6 @@ def test_inject_adapter_in_model(config, generator, seed):
         base.generate(**row_of(inputs, 0), max_new_tokens=4, do_sample=False),
         plain.generate(**row_of(inputs, 0), max_new_tokens=4, do_sample=False),
     )
-    base.disable_adapters() if base._hf_peft_config_loaded else None
     remove_adapter(base, "default")
     assert torch.equal(logits_of(base, inputs), theirs) and not edit_layers(base)
+    assert not {"peft_config", "_dualedit_runtime", "generate"} & set(vars(base))

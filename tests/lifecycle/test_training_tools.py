@@ -24,9 +24,12 @@ def empty_dualedit():
 
 
 def empty_beside_lora():
-    """A LoRA that is trained, with DualEdit around two of the layers that it is in."""
+    """A LoRA that is trained, with DualEdit around two of the layers that it is in.
+
+    Both have names: Trainer of transformers 5.17 forgets a "default" that lies beside other adapters.
+    """
     config = LoraConfig(r=2, target_modules=r".*language_model.*\.q_proj", init_lora_weights=False)
-    return inject_dualedit(get_peft_model(LLAVA.build(), config), adapter_name="facts", **DUAL)
+    return inject_dualedit(get_peft_model(LLAVA.build(), config, "style"), adapter_name="facts", **DUAL)
 
 
 @pytest.fixture(params=[empty_dualedit, empty_beside_lora], ids=["dualedit", "beside a lora"])

@@ -136,7 +136,8 @@ def test_room_without_edits(method, family, tmp_path, generator, added):
     other = family.build()
     other.add_adapter(type(config_of(method)).from_pretrained(tmp_path), "fresh")
     assert [len(group) for group in groups_of(other).values()] == [0]
-    assert torch.equal(logits_of(other, inputs), logits_of(family.build(), inputs))
+    with pytest.warns(UserWarning, match="holds 2 edits, and none of them was loaded"):
+        assert torch.equal(logits_of(other, inputs), logits_of(family.build(), inputs))
     other.to(torch.float64).to(torch.float32)
     store(other, row_of(inputs, 2), generator)
     assert lookup(other, row_of(inputs, 2)).fired and [len(g) for g in groups_of(other).values()] == [1]
@@ -192,6 +193,27 @@ def test_set_and_delete_adapter(added, method, family, generator, seed):
     assert [len(group) for group in groups_of(model).values()] == [0]
     store(model, row_of(inputs, 1), generator)
     assert lookup(model, row_of(inputs, 1)).edit_id == 1
+
+
+def test_one_editor_inside_the_other(family, generator, seed, tmp_path):
+    """The inner one first; after the outer one its tensors have no place, which does not go unsaid."""
+    torch.manual_seed(seed)
+    inputs = family.questions(2, generator)
+    for method in METHODS:
+        model = family.build()
+        model.add_adapter(config_of(method))
+        strengthen(model)
+        store(model, row_of(inputs, 0), generator)
+        model.save_pretrained(tmp_path / method)
+    for names, loaded in ((("balancedit", "dualedit"), [1, 1]), (("dualedit", "balancedit"), [1, 0])):
+        model = family.build()
+        for name in names:
+            model.load_adapter(tmp_path / name, adapter_name=f"{name} edits")
+        model.set_adapter([f"{name} edits" for name in names])
+        assert [len(group) for group in groups_of(model).values()] == loaded
+        if 0 in loaded:
+            with pytest.warns(UserWarning, match="dualedit.load_edits loads editors in any order"):
+                logits_of(model, inputs)
 
 
 def test_beside_a_lora(family, generator, seed):
