@@ -71,9 +71,15 @@ def modalities(samples: Sequence[EditSample], unedited: Unedited) -> dict[str, F
     return rows
 
 
-def alphas(samples: Sequence[EditSample], steps: Iterable[float] = ALPHAS) -> dict[str, Figures]:
-    """BalancEdit's radius between positive and negative sample; one measurement gives every alpha."""
-    curve = measure_curve(load_editor("balancedit"), samples, progress=False)
+def alphas(
+    samples: Sequence[EditSample], steps: Iterable[float] = ALPHAS, together: bool = False
+) -> dict[str, Figures]:
+    """BalancEdit's radius between positive and negative sample; one measurement gives every alpha.
+
+    Args:
+        together: with all edits stored at once, where a radius that is too large meets others' questions.
+    """
+    curve = measure_curve(load_editor("balancedit"), samples, together, progress=False)
 
     def radius(point: Point, alpha: float) -> float:
         between = alpha * point.positive + (1 - alpha) * point.negative
@@ -157,7 +163,11 @@ def main(arguments: list[str] | None = None) -> None:
     studies = {
         "gate": lambda: gate(samples, unedited),
         "modalities": lambda: modalities(samples, unedited),
-        "alpha": lambda: alphas(samples),
+        "alpha, one edit at a time": lambda: alphas(samples),
+        f"alpha, {len(samples)} edits stored": lambda: alphas(samples, together=True),
+        "alpha, brands that the model never saw": lambda: alphas(
+            distinct(1, min(60, len(samples)), given.seed)
+        ),
         "negatives": lambda: negatives(samples, unedited),
         "sequence": lambda: sequence(samples, unedited),
         "methods, one edit at a time": lambda: others(samples, unedited),

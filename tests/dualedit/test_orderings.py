@@ -1,8 +1,7 @@
 """The papers' orderings on the embedded model, each with a margin; figures: `python -m benchmarks.orderings`.
 
 What does not hold on this model is not asserted here: fine-tuning is not the worst on locality (in-context
-editing is, because the model obeys any note), GRACE with a tuned radius is as general as BalancEdit, and
-BalancEdit's locality has nothing left to gain from alpha when one edit is stored.
+editing is, because the model obeys any note), and GRACE with a tuned radius is as general as BalancEdit.
 """
 
 import sys
@@ -58,15 +57,16 @@ def test_both_modalities_together_beat_either_half(samples, unedited):
         assert rows["both"]["v_gen"] >= rows[half]["v_gen"] + 5
 
 
-def test_alpha_trades_generality_for_locality(samples):
-    rows = orderings.alphas(samples, (0.0, 0.2, 0.4, 0.6, 0.8, 1.0))
+def test_alpha_trades_generality_for_locality():
+    """With brands that the model never saw: those that it knows lie apart at every alpha."""
+    rows = orderings.alphas(orderings.distinct(1, 24, 0))
     reached = [row["v_gen"] for row in rows.values()]
     kept = [row["loc"] for row in rows.values()]
     # A smaller radius lets less through: exactly monotone, because nothing is measured anew.
     assert reached == sorted(reached, reverse=True) and kept == sorted(kept)
-    assert reached[0] >= reached[-1] + 40
+    assert reached[0] >= reached[-1] + 30 and kept[-1] >= kept[0] + 2
     hm = [row["hm"] for row in rows.values()]
-    assert max(hm[:-1]) >= hm[-1] + 40
+    assert max(hm[1:-1]) > hm[0] and max(hm[1:-1]) >= hm[-1] + 30
 
 
 def test_black_and_white_negatives_are_alike(samples, unedited):
