@@ -1,6 +1,7 @@
 # make setup   .venv with everything the rest needs (the other targets do this by themselves)
 # make demo    an edit before and after, figures over 100 edits, and a page: demo_output/demo.html
 # make test    all tests
+# make test-all   also every architecture, and the tests on the oldest and the newest transformers
 # make fast    tests that take seconds, stopping at the first failure: the inner loop
 # make lint    ruff
 # make gpu     on a machine with a GPU: build, check and time everything there (under 10 minutes)
@@ -27,7 +28,7 @@ STAMP := $(VENV)/.setup-stamp
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 OPERATORS := $(patsubst benchmarks/bench_%.py,%,$(sort $(wildcard benchmarks/bench_*.py)))
 
-.PHONY: setup demo test fast lint bench gpu compile-report readme clean
+.PHONY: setup demo test test-all fast lint bench gpu compile-report readme clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -46,8 +47,13 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(PY) -m pytest -q
 
+test-all: $(STAMP)
+	$(PY) -m pytest -q -m "tier2 or not tier2"
+	PYTHON=$(PY) tests/with_transformers.sh 5.17.0
+	PYTHON=$(PY) tests/with_transformers.sh newest tests/lifecycle
+
 fast: $(STAMP)
-	$(PY) -m pytest -q -x -m "not slow"
+	$(PY) -m pytest -q -x -m "not slow and not tier2"
 
 lint: $(STAMP)
 	$(PY) -m ruff check .
