@@ -303,12 +303,12 @@ def test_demo_json(demo_files):
 @pytest.mark.parametrize("protocol", ["single", "batch"])
 def test_eval_json(protocol, tmp_path, capsys):
     file = tmp_path / "figures.json"
-    options = ["--protocol", protocol, "--edits", "2,3", "--asked", "2", "--json", str(file)]
+    options = ["--protocol", protocol, "--edits", "2,3", "--asked", "3", "--json", str(file)]
     assert main(["eval", "--methods", "balancedit", *options]) == 0
     rows = json.loads(file.read_text())["rows"]
     assert [row["protocol"] for row in rows] == [protocol] * 2
     assert [row["edits"] for row in rows] == ([1, 1] if protocol == "single" else [2, 3])
-    assert [row["n"] for row in rows] == ([2, 3] if protocol == "single" else [2, 2])
+    assert [row["n"] for row in rows] == ([2, 3] if protocol == "single" else [3, 3])
     assert all(row["metrics"]["rel"] == 100 for row in rows)
 
 

@@ -135,6 +135,8 @@ def test_the_sample_is_named_when_a_method_refuses_its_edit():
     ("settings", "says"),
     [
         (dict(protocol="batched"), "protocol='batched': choose one of"),
+        (dict(protocol="batch", together=0), "together=0: pass at least 1"),
+        (dict(together=2), "together=2: pass at least 1, with protocol='batch' only"),
         (dict(scorings=("free", "best")), "choose from"),
         (dict(scorings=()), "choose from"),
         (dict(asked=0), "asked=0"),
@@ -181,6 +183,25 @@ def test_batch_a_look_alike_that_is_edited_too_has_to_get_its_own_answer(scoring
     assert forgetful.row.metrics["rel"] == pytest.approx(100 * (2 * part + 1) / 3)
     assert forgetful.row.metrics["hard_image"] == pytest.approx(100 * (part + 2) / 3)
     assert forgetful.row.metrics["v_gen"] == pytest.approx(100 / 3)
+
+
+def test_a_batch_in_groups_meets_its_own_group_only():
+    """Five facts, two stored at a time; the look-alike of a group's last fact is not edited there."""
+    method = chained(5)
+    plan = Plan("batch", asked=4, together=2, more=False, costs=False)
+    (found,) = evaluate(method, chain(5), plan, progress=False)
+    assert (found.row.edits, found.row.n) == (2, 4)
+    assert found.row.metrics["rel"] == found.row.metrics["hard_image"] == 100
+    # Facts 0, 1 together, then 2, 3; nobody is asked about 4, so it is not stored.
+    edits = [("edit", f"new {i}") for i in range(4)]
+    log = [entry for entry in method.log if entry[0] in ("edit", "reset")]
+    assert [entry for entry in log if entry[0] == "edit"] == edits
+    assert ("reset",) in log[2:-2]
+    expected = [r["expected"] for r in found.records if r["metric"] == "hard_image"]
+    assert expected == ["new 1", "old 2", "new 3", "old 4"]
+    alone = evaluate(chained(5), chain(5), Plan("batch", together=1, more=False), progress=False)[0]
+    single = evaluate(chained(5), chain(5), Plan("single", more=False), progress=False)[0]
+    assert alone.row.edits == 1 and alone.row.metrics == single.row.metrics
 
 
 def test_sequential_asks_after_each_edit_and_again_at_the_end():

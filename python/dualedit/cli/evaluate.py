@@ -6,7 +6,7 @@ import hashlib
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -138,8 +138,10 @@ def run(options: Options) -> None:
     rows: dict[tuple[int, int], list[Row]] = {}
     for number, method in enumerate(open_methods(names, options.source)):
         for place, count in enumerate(counts):
+            taken = samples[: _taken(options, count, asked, len(samples))]
+            grouped = replace(plan, together=count) if plan.protocol == "batch" else plan
             results = evaluate(
-                method, samples[:count], plan, unedited, journal, processes, progress=shows_progress()
+                method, taken, grouped, unedited, journal, processes, progress=shows_progress()
             )
             rows[place, number] = [result.row for result in results]
             for row in rows[place, number]:
@@ -165,6 +167,13 @@ def _tell(console, row: Row, figures: Sequence[str]) -> None:
         console.print(f"  an edit: {told}", soft_wrap=True)
 
 
+def _taken(options: Options, count: int, asked: int | None, there: int) -> int:
+    """How many facts a row is about: few edits are stored in several groups, up to `asked` facts in all."""
+    if options.protocol != "batch" or asked is None or asked <= count:
+        return count
+    return min(-(-asked // count) * count, there // count * count)
+
+
 def _samples(options: Options, console) -> tuple[Sequence[EditSample], tuple[int, ...]]:
     """All facts that are needed, and how many of them each row takes from their beginning."""
     facts = options.facts
@@ -177,7 +186,9 @@ def _samples(options: Options, console) -> tuple[Sequence[EditSample], tuple[int
         counts = options.edits or (_EDITS,)
         if max(counts) > there:
             raise ValueError(f"--edits {max(counts)}: this world has {there} test facts.")
-        return edit_samples(world, "test", max(counts), facts.seed), counts
+        asked = options.asked or _ASKED
+        count = min(there, max(_taken(options, count, asked, there) for count in counts))
+        return edit_samples(world, "test", count, facts.seed), counts
     from ..datasets import load_samples
 
     loaded = load_samples(facts.data, facts.format, facts.images, facts.skip_bad)

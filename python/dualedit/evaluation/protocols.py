@@ -1,7 +1,8 @@
 """The three ways of editing that are measured: one edit at a time, all at once, one after the other.
 
 single      store an edit, ask everything that measures it, take it back.
-batch       store all edits, then ask. Every question can meet every edit, so routing is measured too.
+batch       store all edits, or one group of them after the other, then ask. Every question can meet every
+            edit of its group, so routing is measured too.
 sequential  store the edits one after the other, and ask about an edit directly after it; after the last one,
             ask everything again. What is still right then is "retention".
 
@@ -36,6 +37,8 @@ class Plan:
         scorings: names of `SCORINGS`.
         asked: most facts whose questions are asked; None asks all. Batch takes the first ones, sequential
             takes them evenly from the first edit to the last.
+        together: of a batch, how many edits are stored at once; the samples are taken in groups of so many.
+            None stores all.
         more: also ask the further probes and portability, in batches of their own.
         explain: also note which edit fired and at what distance (one more forward a batch).
         costs: also measure seconds and bytes.
@@ -46,6 +49,7 @@ class Plan:
     protocol: str = "single"
     scorings: tuple[str, ...] = ("free",)
     asked: int | None = None
+    together: int | None = None
     more: bool = True
     explain: bool = False
     costs: bool = True
@@ -59,6 +63,12 @@ class Plan:
             raise ValueError(f"scorings={self.scorings!r}: choose from {SCORINGS}.")
         if self.asked is not None and self.asked < 1:
             raise ValueError(f"asked={self.asked}: pass at least 1, or None for all.")
+        if self.together is not None and (self.together < 1 or self.protocol != "batch"):
+            raise ValueError(f"together={self.together}: pass at least 1, with protocol='batch' only.")
+
+    def stored(self, count: int) -> int:
+        """How many of so many samples are stored at once, which is what a row's `edits` says."""
+        return 1 if self.protocol == "single" else min(count, self.together or count)
 
     def places(self, count: int) -> list[int]:
         """Which of so many samples are asked about."""
@@ -211,15 +221,27 @@ def _single(asker: _Asker, wanted: dict, progress: bool) -> Iterator[dict]:
 
 
 def _batch(asker: _Asker, wanted: dict, progress: bool) -> Iterator[dict]:
-    samples = asker.samples
-    for place in tqdm(
-        range(len(samples)), desc=f"storing {len(samples)} edits", unit="edit", disable=not progress
+    name, count = asker.method.name, len(asker.samples)
+    size = asker.plan.stored(count)
+    groups = [range(begin, min(begin + size, count)) for begin in range(0, count, size)]
+    groups = [group for group in groups if wanted["after"].intersection(group)]
+    with (
+        tqdm(
+            total=sum(map(len, groups)), desc=f"storing {size} edits", unit="edit", disable=not progress
+        ) as storing,
+        tqdm(total=len(wanted["after"]), desc=f"asking {name}", unit="fact", disable=not progress) as asking,
     ):
-        asker.edit(place)
-    edited = _targets(samples)
-    bar = tqdm(sorted(wanted["after"]), desc=f"asking {asker.method.name}", unit="fact", disable=not progress)
-    for place in bar:
-        yield asker.ask(place, "after", len(samples), edited)
+        for group in groups:
+            try:
+                for place in group:
+                    asker.edit(place)
+                    storing.update()
+                edited = _targets(asker.samples[group.start : group.stop])
+                for place in sorted(wanted["after"].intersection(group)):
+                    yield asker.ask(place, "after", len(group), edited)
+                    asking.update()
+            finally:
+                asker.method.reset()
 
 
 def _sequential(asker: _Asker, wanted: dict, progress: bool) -> Iterator[dict]:

@@ -58,7 +58,9 @@ def evaluate(
         raise ValueError(f"{method.name} holds edits already: call reset() first, or pass a fresh one.")
     forced = bool({"teacher_forced", "published"} & set(plan.scorings))
     unedited = unedited or Unedited(samples, plan.more, forced, plan.max_new_tokens)
-    key = (method.name, plan.protocol, len(samples))
+    # A row of single edits is named by how many there are, one of a batch by how many are stored at once.
+    count = len(samples) if plan.protocol == "single" else plan.stored(len(samples))
+    key = (method.name, plan.protocol, count)
     known = {} if journal is None else journal.known(key)
 
     turn = {place: number % processes.count for number, place in enumerate(plan.places(len(samples)))}
@@ -72,7 +74,7 @@ def evaluate(
             journal.write(key, unit)
         found.append(unit)
     units = [*known.values(), *processes.gather(found)]
-    return results_of(units, method.name, plan, len(samples))
+    return results_of(units, method.name, plan, count)
 
 
 def results_of(units: Sequence[Mapping], name: str, plan: Plan, count: int) -> list[SingleResult]:
