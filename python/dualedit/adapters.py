@@ -53,6 +53,8 @@ def lifted_layers(base: nn.Module, but: type[EditLayer] | None = None) -> Iterat
         for name, module in lifted:
             parent, _, child = name.rpartition(".")
             place = base.get_submodule(parent)
+            # OPT's linear layers hang on its decoder layers, which may have been wrapped meanwhile.
+            place = place.base_layer if isinstance(place, EditLayer) else place
             module.base_layer = getattr(place, child)
             setattr(place, child, module)
 

@@ -102,6 +102,13 @@ def _name_of(model: nn.Module, target: nn.Module) -> str:
     return ""
 
 
+def layer_around(model: nn.Module, linear: str) -> tuple[nn.Module, nn.Module]:
+    """The decoder layer that holds a linear layer of this name, unwrapped, and the stack of layers."""
+    path, layers = find_decoder_layers(model)
+    layer = layers[int(linear.removeprefix(path + ".").split(".")[0])]
+    return getattr(layer, "base_layer", layer), unwrap(model).get_submodule(path.rpartition(".")[0])
+
+
 def find_decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The name and the list of the language model's decoder layers.
 

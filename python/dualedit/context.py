@@ -32,6 +32,7 @@ from .frames import Bound, Frame, Record, drop, find, framed, pop, push
 from .sequence import IMAGE_MASK, ForwardPass, Prompt, Sequence, describe_prompt, last_true
 
 _CACHE_ATTRIBUTE = "_dualedit_sequence"
+_CHECKPOINTING = "_gradient_checkpointing_func"
 # Arguments that only calls with packed sequences have (padding-free training, continuous batching).
 _PACKED_ARGUMENTS = ("cu_seq_lens_q", "cu_seqlens", "seq_idx", "block_table")
 _PACKED = (
@@ -114,6 +115,7 @@ class EditRuntime:
         self.image_ids = list(image_ids)
         self.groups: dict[tuple[str, str], Any] = {}
         self._handles: list[Any] = []
+        self._watched: list[nn.Module] = []
         self._model: nn.Module | None = None
 
     def __setstate__(self, state):
@@ -136,11 +138,26 @@ class EditRuntime:
         if hasattr(type(model), "generate_batch"):
             model.generate_batch = GenerateBatchRefused(self)
 
+    def watch(self, *modules: nn.Module) -> None:
+        """Let a decoder layer with an edited linear layer, and what checkpoints it, know whose call it is."""
+        self._watched += [m for m in modules if not any(m is known for known in self._watched)]
+
+    def _frame_checkpoints(self) -> None:
+        """Whoever turned gradient checkpointing on may have done so after the editor came."""
+        for module in self._watched:
+            function = module.__dict__.get(_CHECKPOINTING)
+            if function is not None and not isinstance(function, _Checkpointing):
+                setattr(module, _CHECKPOINTING, _Checkpointing(self, function))
+
     def uninstall(self) -> None:
         """Take the hooks off again; the model is as it was."""
         for handle in self._handles:
             handle.remove()
-        model, self._handles, self._model = self._model, [], None
+        for module in self._watched:
+            function = module.__dict__.get(_CHECKPOINTING)
+            if isinstance(function, _Checkpointing):
+                setattr(module, _CHECKPOINTING, function.previous)
+        model, self._handles, self._watched, self._model = self._model, [], [], None
         if model is None:
             return
         if isinstance(model.__dict__.get("generate"), GenerateWithContext):
@@ -154,7 +171,7 @@ class EditRuntime:
 
     def current_pass(self) -> ForwardPass | None:
         """The stack's running call, or None outside one."""
-        frame = find(self, "pass")
+        frame = find(self, "pass", "again")
         return frame.content if frame else None
 
     def mode(self) -> Record | Bound | None:
@@ -171,12 +188,13 @@ class EditRuntime:
 
     def enter_call(self, given: Mapping[str, Any]) -> None:
         """The model's forward begins: note its arguments."""
-        drop(self, "call", "pass")
+        drop(self, "call", "pass", "again")
         push(Frame(self, "call", given))
 
     def enter_pass(self, inputs: Mapping[str, Any], start: int, known: Sequence | None) -> Sequence:
         """A call of the stack begins, over a cache of `start` columns that belong to `known`."""
         drop(self, "pass")
+        self._frame_checkpoints()
         forward = self._begin_pass(inputs, start, known)
         push(Frame(self, "pass", forward))
         return forward.sequence
@@ -349,6 +367,29 @@ class _PassBegins:
         if cache is not None and sequence is not getattr(ticket, "sequence", None):
             _remember(cache, sequence.new_ticket())
         return None
+
+
+class _Checkpointing:
+    """Stands in for a layer's gradient checkpointing, so that backward runs the layer within its own call.
+
+    Backward comes when the call is long over; without this, an edited linear layer in it would not know whose
+    input it sees. `previous` is what transformers set.
+    """
+
+    def __init__(self, runtime: EditRuntime, previous: Any):
+        self.runtime = runtime
+        self.previous = previous
+
+    def __call__(self, function, *args):
+        frame = find(self.runtime, "pass")
+        if frame is None:
+            return self.previous(function, *args)
+
+        def within(*given):
+            with framed(self.runtime, "again", frame.content):
+                return function(*given)
+
+        return self.previous(within, *args)
 
 
 class _Ends:

@@ -37,7 +37,8 @@ class Bound:
 class Frame:
     """One level of what the running call of a runtime knows.
 
-    `kind`: "generate", "call", "pass", "mode", "masks" or "off" (names of adapters).
+    `kind`: "generate", "call", "pass", "mode", "masks", "off" (names of adapters) or "again" (a
+    pass that backward repeats).
     """
 
     runtime: Any

@@ -117,8 +117,7 @@ class EditLayer(nn.Module, BaseTunerLayer):
         if forward is None and len(memory):
             raise RuntimeError(
                 f"{self.layer_name} ran outside a forward of its model, so the {len(memory)} stored edits "
-                f"cannot tell whose input this is. Call the model itself (recomputing the layer in "
-                f"backward counts as outside: turn gradient checkpointing off), or disable the adapter."
+                f"cannot tell whose input this is. Call the model itself, or disable the adapter."
             )
         return forward
 
@@ -390,7 +389,7 @@ class BalancEditLayer(EditLayer):
         # A decision is made on the prompt; when it went by with the adapter switched off, there is none to
         # make.
         if len(snapshot) and forward.in_prompt:
-            x = self._by_row(x, forward.batch, forward.length)
+            x = self._by_row(x.detach(), forward.batch, forward.length)
             route, _ = route_codebook(x, forward, config.key, config.metric, snapshot)
         decision = Decision(route, snapshots)
         forward.sequence.decisions[self.groups[name]] = decision

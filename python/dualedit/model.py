@@ -196,6 +196,7 @@ class BalancEditModel(EditTuner):
         self._make_room(peft_config, group, layer.layer_name)
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
+        runtime.watch(*architectures.layer_around(self.model, layer.layer_name))
 
 
 def _register() -> None:

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from dualedit import inject_dualedit
 from dualedit.context import bound
 from dualedit.editing import append_target, record_states
 from dualedit.modules import EditKV
-from tiny_models import BLIP2, LLAVA, QWEN, WORDS, edit_layers, editor_of, row_of, store, tiny_opt
+from tiny_models import BLIP2, FAMILIES, LLAVA, QWEN, WORDS, edit_layers, editor_of, row_of, store, tiny_opt
 from torch import nn
 
 
@@ -156,18 +157,53 @@ def test_a_stored_edit_is_the_bound_edit(generator):
         assert torch.allclose(model(**question).logits, trained, rtol=1e-5, atol=1e-5)
 
 
-def test_checkpointing_with_stored_edits_in_a_linear_layer(generator):
-    """A BalancEdit layer that backward runs again cannot know its input's route, and says so."""
-    model = editor_of(LLAVA, "balancedit")
-    inputs = LLAVA.question(generator)
-    store(model, inputs, generator)
+@pytest.mark.parametrize("around", [False, True], ids=["alone", "inside a DualEdit layer"])
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_checkpointing_with_stored_edits_in_a_linear_layer(family, reentrant, around, generator):
+    """Backward runs a BalancEdit layer again with the route of the first time, two forwards before it too."""
+    model = editor_of(family, "balancedit")
+    hit, other = family.questions(2, generator), family.question(generator, words=9)
+    store(model, row_of(hit, 1), generator)
+    if around:
+        number = int(family.linear.split(".")[1])
+        model = inject_dualedit(model, number, None, mid_dim=16, num_heads=2, adapter_name="around")
     base = model.get_base_model()
-    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    base.enable_input_require_grads()
+    soft = {name: torch.nn.Parameter(0.1 * torch.randn(32, generator=generator)) for name in ("hit", "other")}
+
+    def loss(name, inputs):
+        embeddings = base.get_input_embeddings()
+        handle = embeddings.register_forward_hook(lambda module, args, output: output + soft[name])
+        try:
+            return base(**inputs, use_cache=False).logits.square().mean()
+        finally:
+            handle.remove()
+
+    def found():
+        losses = [loss("hit", hit), loss("other", other)]
+        for parameter in soft.values():
+            parameter.grad = None
+        (losses[0] + losses[1]).backward()
+        return [parameter.grad.clone() for parameter in soft.values()]
+
+    with torch.no_grad():
+        assert not torch.equal(base(**hit).logits[1], _without(model, hit)[1])
+    expected = found()
+    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     base.train()
-    loss = base(**inputs, use_cache=False).logits.sum()
-    with pytest.raises(RuntimeError, match="turn gradient checkpointing off"):
-        loss.backward()
+    linear, calls = edit_layers(model)[-1], []
+    assert linear.layer_name.endswith(family.linear)
+    linear.register_forward_pre_hook(lambda *args: calls.append(1))
+    again = found()
+    assert len(calls) == 4  # two forwards, and both again in backward
+    for one, two in zip(again, expected, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)
+    assert base._dualedit_runtime.current_pass() is None
+
+
+def _without(model, inputs):
+    with model.disable_adapter():
+        return model(**inputs).logits
 
 
 def test_gradients_of_something_else(generator):
