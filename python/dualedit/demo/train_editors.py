@@ -24,6 +24,7 @@ from dualedit.editing import edit_layers
 from dualedit.editor import Editor
 from dualedit.evaluation import ask_before
 from dualedit.model import active_group, inject_balancedit, inject_dualedit
+from dualedit.prompting import Prompter
 from dualedit.storage import save_edits
 from dualedit.training import TrainSettings, calibrate_alpha, calibrate_threshold, measure_curve, optimise
 from dualedit.training.calibration import with_threshold
@@ -38,9 +39,6 @@ TEXT_LAYER, VIS_LAYER = 1, 1
 BALANCEDIT_LAYER = "layers.5.mlp.up_proj"
 SETTINGS = TrainSettings(steps=3000, batch_size=16, learning_rate=5e-3, warmup=50, locality_weight=0.05)
 FACTS, CALIBRATION_FACTS = 10_000, 200
-# The second half of a two-token name is learned last, so names come back alone at the end.
-POLISH = TrainSettings(steps=1500, batch_size=16, learning_rate=2e-3, warmup=50, locality_weight=0.05, seed=1)
-POLISH_FACTS = 5_000
 
 
 def balancedit_config(layer: str = BALANCEDIT_LAYER, alpha: float = 0.2) -> dict:
@@ -84,16 +82,6 @@ def training_samples(world: World, count: int, seed: int) -> list:
     return chosen[:count]
 
 
-def polish_samples(world: World, count: int, seed: int) -> list:
-    """Edits of the same entities: two of three are about names, the others about anything."""
-    held_out = held_out_entities(world)
-    drawn = edit_samples(world, "train", 3 * count, seed=3_000_000 + seed)
-    known = [sample for sample in drawn if sample.entity not in held_out]
-    names = [sample for sample in known if sample.family == "brand"]
-    rest = [sample for sample in known if sample.family != "brand"]
-    return [*names[: count - count // 3], *rest[: count // 3]]
-
-
 def _any_target(sample: EditSample, generator: torch.Generator) -> EditSample:
     family = ATTRIBUTES[int(torch.randint(len(ATTRIBUTES), (1,), generator=generator))]
     answers = answer_vocabulary(family)
@@ -107,36 +95,18 @@ def train_dualedit(
     """The embedded model with freshly trained adapters, the two losses of each step, and the seconds."""
     began = time.perf_counter()
     base, processor = load_embedded(vlm)
-    torch.manual_seed(settings.seed)
-    model = inject_dualedit(base, *layers, mid_dim=mid_dim, num_heads=8, threshold=0.8)
-    editor = Editor(model, processor)
-    history = _stage(editor, training_samples(world, facts, settings.seed), settings, "training adapters")
-    return editor, history, time.perf_counter() - began
-
-
-def polish_dualedit(
-    editor: Editor, world: World, settings: TrainSettings, facts: int
-) -> tuple[list[tuple[float, float]], float]:
-    """Train the adapters of `train_dualedit` on; the two losses of each step, and the seconds."""
-    began = time.perf_counter()
-    history = _stage(editor, polish_samples(world, facts, settings.seed), settings, "polishing adapters")
-    return history, time.perf_counter() - began
-
-
-def _stage(editor: Editor, samples: list, settings: TrainSettings, title: str) -> list[tuple[float, float]]:
-    """Train the adapters on samples with a fresh optimiser."""
-    model, base = editor.model, editor.model.get_base_model()
     # On a CPU the fused attention kernel's backward costs several times the plain one's.
     base.set_attn_implementation("eager")
+    torch.manual_seed(settings.seed)
+    model = inject_dualedit(base, *layers, mid_dim=mid_dim, num_heads=8, threshold=0.8)
     name, _, group = active_group(model)
     wrapped = edit_layers(model, group)
-    pool = Pool(model, editor.prompter, wrapped, samples, settings.seed)
+    samples = training_samples(world, facts, settings.seed)
+    pool = Pool(model, Prompter(processor), wrapped, samples, settings.seed)
     parameters = [p for layer in wrapped.values() for p in layer.dualedit_adapter[name].parameters()]
-    for parameter in parameters:
-        parameter.requires_grad_(True)
     generator = torch.Generator().manual_seed(settings.seed)
     draw = _epochs(len(pool), settings.batch_size, generator)
-    with tqdm(total=settings.steps, desc=title, unit="step", mininterval=2) as bar:
+    with tqdm(total=settings.steps, desc="training adapters", unit="step", mininterval=2) as bar:
 
         def report(step: int, change: float, keep: float) -> None:
             bar.update()
@@ -145,7 +115,7 @@ def _stage(editor: Editor, samples: list, settings: TrainSettings, title: str) -
         history = optimise(parameters, lambda step: pool.losses(name, next(draw)), settings, report)
     model.eval()
     base.set_attn_implementation("sdpa")
-    return history
+    return Editor(model, processor), history, time.perf_counter() - began
 
 
 def _epochs(count: int, batch_size: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
@@ -171,30 +141,7 @@ def run(
     """Train, calibrate, save; returns what is written to editors.json."""
     world = World(0)
     editor, history, seconds = train_dualedit(world, vlm, settings, layers, mid_dim, facts)
-    share = settings.steps / SETTINGS.steps  # a shorter run is shorter throughout
-    polish = replace(POLISH, steps=max(1, round(share * POLISH.steps)))
-    polished, more = polish_dualedit(editor, world, polish, max(48, round(facts / FACTS * POLISH_FACTS)))
-    return finish(
-        out, vlm, editor, calibration,
-        {
-            "text_layer": layers[0], "vis_layer": layers[1], "mid_dim": mid_dim,
-            "facts": facts, "stages": [_noted(settings, history, seconds), _noted(polish, polished, more)],
-        },
-    )  # fmt: skip
-
-
-def _noted(settings: TrainSettings, history: list[tuple[float, float]], seconds: float) -> dict:
-    return {
-        "steps": settings.steps, "batch_size": settings.batch_size, "learning_rate": settings.learning_rate,
-        "locality_weight": settings.locality_weight, "seed": settings.seed, "seconds": round(seconds, 1),
-        "loss_change": _tail_mean(history, 0), "loss_keep": _tail_mean(history, 1),
-    }  # fmt: skip
-
-
-def finish(out: Path, vlm: Path | None, editor: Editor, calibration: int, training: dict) -> dict:
-    """Calibrate both editors, save them; returns what is written to editors.json."""
-    world = World(0)
-    samples = calibration_samples(world, held_out_entities(world), calibration, SETTINGS.seed)
+    samples = calibration_samples(world, held_out_entities(world), calibration, settings.seed)
     before = ask_before(editor, samples)
     tau, figures = calibrate_threshold(measure_curve(editor, samples, together=True, before=before))
     with_threshold(editor, tau)
@@ -204,7 +151,14 @@ def finish(out: Path, vlm: Path | None, editor: Editor, calibration: int, traini
     balance = Editor(inject_balancedit(base, **balancedit_config()), processor)
     alpha, balance_figures = calibrate_alpha(measure_curve(balance, samples, together=True, before=before))
     report = {
-        "dualedit": {"threshold": tau, **training, "calibration_figures": figures},
+        "dualedit": {
+            "threshold": tau, "text_layer": layers[0], "vis_layer": layers[1], "mid_dim": mid_dim,
+            "steps": settings.steps, "batch_size": settings.batch_size,
+            "learning_rate": settings.learning_rate, "locality_weight": settings.locality_weight,
+            "facts": facts, "seed": settings.seed, "seconds": round(seconds, 1),
+            "loss_change": _tail_mean(history, 0), "loss_keep": _tail_mean(history, 1),
+            "calibration_figures": figures,
+        },
         "balancedit": {"config": balancedit_config(alpha=alpha), "calibration_figures": balance_figures},
         "calibration_facts": len(samples), "calibration_protocol": "all of them stored at once",
         "torch": torch.__version__, "python": platform.python_version(), "threads": torch.get_num_threads(),
