@@ -5,6 +5,7 @@ import torch
 import transformers
 from dualedit import inject_balancedit, inject_dualedit
 from dualedit.architectures import find_decoder_layers, resolve_layer
+from packaging.version import Version
 from transformers import AutoConfig
 
 from .builders import REFUSED
@@ -23,7 +24,12 @@ def test_refused_with_the_reason(name, record_property):
     kind, _, text = name.partition("+")
     if kind not in REGISTERED:
         pytest.skip(f"{kind} is not in this version of transformers")
-    model = on_meta(kind, **({"text_config": {"model_type": text}} if text else {}))
+    try:
+        model = on_meta(kind, **({"text_config": {"model_type": text}} if text else {}))
+    except Exception as error:  # an older transformers alone: nothing of ours has run
+        if Version(transformers.__version__) >= Version("5.23"):
+            raise
+        pytest.skip(f"its default config does not build: {type(error).__name__}: {str(error).strip()[:100]}")
     reason, only_dualedit = REFUSED[name]
     with pytest.raises(ValueError, match=reason) as caught:
         inject_dualedit(model, 0, None)

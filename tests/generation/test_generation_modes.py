@@ -5,8 +5,10 @@ import warnings
 
 import pytest
 import torch
+import transformers
 from answers import NEW, edited_pair, first_logits, generate, longer
 from dualedit import add_edit
+from packaging.version import Version
 from tiny_models import (
     LLAVA,
     METHODS,
@@ -88,8 +90,16 @@ def test_the_ways_work_on_the_unedited_model(generator):
     """What the test above may skip on BLIP-2 and Qwen, it does not skip on LLaVA."""
     base, inputs = LLAVA.build(), LLAVA.question(generator)
     greedy = generate(base, inputs)
-    for settings in WAYS.values():
-        assert torch.equal(generate(base, inputs, **settings(base)), greedy)
+    refused = set()
+    for way, settings in WAYS.items():
+        try:
+            assert torch.equal(generate(base, inputs, **settings(base)), greedy)
+        except ValueError as error:
+            refused.add((way, "pixel_values" in str(error)))
+    # Older versions of transformers hand the picture on to an assistant that takes none.
+    assert refused <= {("assisted by a plain model", True)}
+    if Version(transformers.__version__) >= Version("5.23"):
+        assert not refused
 
 
 def test_sampling(family, method, generator, seed):

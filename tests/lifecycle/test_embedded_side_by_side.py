@@ -17,8 +17,9 @@ def both():
     before = [editor.answer(image, QUESTION) for image in (logo, look_alike)]
     targets = [next(t for t in ("maria", "leon") if t != answer) for answer in before]
     inject_balancedit(
-        editor.model, layer="layers.5.mlp.up_proj", key="last", learning_rate=1e-2, adapter_name="more"
-    )
+        editor.model, layer="layers.5.mlp.up_proj", alpha=0.6, key="last", learning_rate=1e-2,
+        adapter_name="more",
+    )  # fmt: skip
     with disabled(editor.model, "more"):
         editor.edit(logo, QUESTION, targets[0])
     with disabled(editor.model, "default"):
