@@ -403,7 +403,7 @@ def draw(result: dict, path: Path) -> None:
                 mine = [r for r in rows if (r["key"], r["metric"], r["rule"]) == (key, metric, rule)]
                 if mine and (key, metric) in shown[:2]:
                     panel.plot(
-                        [r["stored"] for r in mine], [r["figures"][name] for r in mine], style, marker="o",
+                        [r["stored"] for r in mine], [r["figures"][name] for r in mine], linestyle=style, marker="o",
                         label=f"{key} {metric}, {rule}",
                     )  # fmt: skip
         panel.set(title=f"{name}: met what it should, %", xlabel="edits stored")
