@@ -24,6 +24,8 @@ from dualedit.evaluation import Method
 from dualedit.evaluation.forcing import forced_batch, forced_predictions
 from tiny_models import LLAVA, edit_layers, random_image, sharp, strengthen, tiny_processor
 
+pytestmark = pytest.mark.slow  # as a whole: together they take longer than an inner loop may
+
 BRAND, COLOR = "what brand is this computer ?", "what color is the cat ?"
 FIT = dict(learning_rate=0.03, max_steps=200, stop_probability=0.6)
 EDITING = tuple(name for name in BASELINES if name != "base")

@@ -26,6 +26,8 @@ from safetensors.torch import load_file
 from tiny_models import LLAVA, random_image, tiny_processor
 from transformers import AutoModelForImageTextToText
 
+pytestmark = pytest.mark.slow  # as a whole: together they take longer than an inner loop may
+
 ROOT = Path(__file__).parents[2]
 SMALL = [
     "--text-layer",

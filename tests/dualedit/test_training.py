@@ -20,6 +20,8 @@ from dualedit.training import TrainSettings, measure_curve, train_adapters
 from dualedit.training.calibration import with_threshold
 from dualedit.training.dualedit import losses, make_batch, teacher_forced, train_step, training_probes
 
+pytestmark = pytest.mark.slow  # as a whole: together they take longer than an inner loop may
+
 
 @pytest.fixture(scope="module")
 def world():

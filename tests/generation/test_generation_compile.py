@@ -10,7 +10,7 @@ from tiny_models import BLIP2, LLAVA, METHODS, WORDS, edit_layers, editor_of, ro
 from torch import _dynamo as dynamo
 from transformers import DynamicCache
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning"), pytest.mark.slow]
 
 
 @pytest.fixture(autouse=True)

@@ -16,6 +16,8 @@ import torch
 from dualedit_kernels import backend, nearest_key
 from dualedit_kernels.testing import assert_nearest, exact_distances
 
+pytestmark = pytest.mark.slow  # as a whole: together they take longer than an inner loop may
+
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}

@@ -19,6 +19,8 @@ from peft.utils.hotswap import hotswap_adapter
 from tiny_models import LLAVA, METHODS, QWEN, edit_layers, editor_of, row_of, store, tiny_llama
 from transformers import AutoModelForImageTextToText
 
+pytestmark = pytest.mark.slow  # as a whole: together they take longer than an inner loop may
+
 
 def logits_of(model, inputs):
     with torch.no_grad():

@@ -11,6 +11,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_models import LLAVA, METHODS, edit_layers, editor_of, row_of, store, strengthen
 from transformers import Trainer, TrainingArguments
 
+pytestmark = pytest.mark.slow  # as a whole: together they take longer than an inner loop may
+
 DUAL = dict(text_layer=1, vis_layer=2, mid_dim=16, num_heads=2, threshold=0.999, init_weights=False)
 
 
