@@ -403,8 +403,8 @@ def draw(result: dict, path: Path) -> None:
                 mine = [r for r in rows if (r["key"], r["metric"], r["rule"]) == (key, metric, rule)]
                 if mine and (key, metric) in shown[:2]:
                     panel.plot(
-                        [r["stored"] for r in mine], [r["figures"][name] for r in mine], linestyle=style, marker="o",
-                        label=f"{key} {metric}, {rule}",
+                        [r["stored"] for r in mine], [r["figures"][name] for r in mine],
+                        linestyle=style, marker="o", label=f"{key} {metric}, {rule}",
                     )  # fmt: skip
         panel.set(title=f"{name}: met what it should, %", xlabel="edits stored")
         panel.set_xscale("log")

@@ -104,7 +104,7 @@ class Editor:
                 "image=None: the edit's image is missing. Pass the image that the question is about (only "
                 "a DualEdit adapter with vis_layer=None takes text-only edits)."
             )
-        positives, contrasts = self._samples(picture, prompt, rephrases, negatives, config)
+        positives, contrasts = self.samples_around(picture, prompt, rephrases, negatives, config)
         inputs = self.prompter.inputs([(picture, prompt)])
         target_ids = self.prompter.target_ids(picture, prompt, target, self._eos())
         note = {"prompt": prompt, "target": target.strip(), "image_sha256": _image_hash(picture)}
@@ -119,9 +119,23 @@ class Editor:
         self._undo.append((group, config, edit.id, [(i, group.rows(snapshots, i), records[i]) for i in lost]))
         return edit
 
-    def _samples(
-        self, image, prompt, rephrases, negatives, config: EditConfig
+    def samples_around(
+        self,
+        image: Image.Image | None,
+        prompt: str,
+        rephrases: Sequence[str | Sample] | None,
+        negatives: Sequence[Picture | Sample] | None,
+        config: EditConfig,
     ) -> tuple[list[Sample], list[Sample]]:
+        """What an edit has to recognise and what not: the given samples, or those made where there are none.
+
+        Args:
+            image, prompt, rephrases, negatives: as in `edit`, the image opened.
+            config: of the adapter that the edit goes to.
+
+        Returns:
+            positives and negatives, as (image, question) pairs.
+        """
         balancedit = isinstance(config, BalancEditConfig)
         needed = balancedit or config.radius == "own"
         positives = [(image, s) if isinstance(s, str) else (open_image(s[0]), s[1]) for s in rephrases or ()]

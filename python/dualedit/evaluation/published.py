@@ -106,7 +106,7 @@ class PublishedGate:
         key = self._with_target([(image, request.prompt)], request.target)
         if not isinstance(config, BalancEditConfig):
             return key, 1.0 - self.threshold
-        groups = self.editor._samples(image, request.prompt, sample.rephrases[:1] or None, None, config)
+        groups = self.editor.samples_around(image, request.prompt, sample.rephrases[:1] or None, None, config)
         distances = [
             nearest_key(
                 self._with_target(samples, request.target).float(), key.float(),

@@ -237,6 +237,24 @@ def optimise(
     return history
 
 
+def trainable_layers(model: nn.Module) -> tuple[str, dict[str, DualEditLayer]]:
+    """The active adapter's name and its layers by name.
+
+    Raises:
+        ValueError: the model holds edits (their keys and values would go stale), or its active adapter is not
+            DualEdit's.
+    """
+    name, config, group = active_group(model)
+    if len(group):
+        raise ValueError(f"model holds {len(group)} edits: train on an adapter without any.")
+    layers = edit_layers(model, group)
+    if not all(isinstance(layer, DualEditLayer) for layer in layers.values()):
+        raise ValueError(
+            f"adapter {name!r} is a {type(config).__name__}: only DualEdit's adapters are trained."
+        )
+    return name, layers
+
+
 def train_adapters(
     model: nn.Module,
     prompter: Prompter,
@@ -257,14 +275,7 @@ def train_adapters(
     Raises:
         ValueError: the model holds edits, or its active adapter is not DualEdit's.
     """
-    name, config, group = active_group(model)
-    if len(group):
-        raise ValueError(f"model holds {len(group)} edits: train on an adapter without any.")
-    layers = edit_layers(model, group)
-    if not all(isinstance(layer, DualEditLayer) for layer in layers.values()):
-        raise ValueError(
-            f"adapter {name!r} is a {type(config).__name__}: only DualEdit's adapters are trained."
-        )
+    name, layers = trainable_layers(model)
     parameters = [p for layer in layers.values() for p in layer.dualedit_adapter[name].parameters()]
     for parameter in parameters:
         parameter.requires_grad_(True)

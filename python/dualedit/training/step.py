@@ -17,13 +17,11 @@ from torch import Tensor, nn
 
 from ..architectures import unwrap
 from ..context import bound, framed, recording, runtime_of
-from ..editing import edit_layers
 from ..fitting import to_device
-from ..layer import DualEditLayer
-from ..model import active_group
 from ..modules import EditKV
 from ..sequence import Prompt
 from .batches import CHANGE, IGNORED, Batch, Part
+from .dualedit import trainable_layers
 from .recipe import TERMS
 from .upper import Lower, UpperPart
 
@@ -51,14 +49,7 @@ class TrainingStep(nn.Module):
 
     def __init__(self, model: nn.Module, recompute: bool = False, autocast: torch.dtype | None = None):
         super().__init__()
-        name, config, group = active_group(model)
-        if len(group):
-            raise ValueError(f"model holds {len(group)} edits: train on an adapter without any.")
-        layers = edit_layers(model, group)
-        if not all(isinstance(layer, DualEditLayer) for layer in layers.values()):
-            raise ValueError(
-                f"adapter {name!r} is a {type(config).__name__}: only DualEdit's adapters are trained."
-            )
+        name, layers = trainable_layers(model)
         self.model = model
         self.adapter = name
         self.autocast = autocast
