@@ -148,6 +148,7 @@ def query_kernel(
     BN: tl.constexpr,
     BH: tl.constexpr,
 ):
+    """Gradient of the projected queries: one program a row, head and block of its tokens."""
     i_b = tl.program_id(1).to(tl.int64)
     first, count = slot_of(i_b, route, start, length, slots)
     if count <= 0:
@@ -216,6 +217,7 @@ def memory_kernel(
     BN: tl.constexpr,
     BH: tl.constexpr,
 ):
+    """Gradients of an edit's keys and values: one program an edit, head and block of its tokens."""
     i_h = tl.program_id(1)
     size = heads * head
     i_n = tl.program_id(0).to(tl.int64) * BN

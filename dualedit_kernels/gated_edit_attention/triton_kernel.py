@@ -195,6 +195,7 @@ def statistics_kernel(
     BT: tl.constexpr,
     BK: tl.constexpr,
 ):
+    """LayerNorm statistics of the span tokens of routed rows: one program a row and block of tokens."""
     i_b = tl.program_id(1).to(tl.int64)
     _, count = slot_of(i_b, route, start, length, slots)
     if count <= 0:
@@ -243,6 +244,7 @@ def project_kernel(
     BO: tl.constexpr,
     BK: tl.constexpr,
 ):
+    """Folded query projection of the normalised span tokens of routed rows."""
     i_b = tl.program_id(1).to(tl.int64)
     _, count = slot_of(i_b, route, start, length, slots)
     if count <= 0:
@@ -300,6 +302,7 @@ def attend_kernel(
     BN: tl.constexpr,
     BH: tl.constexpr,
 ):
+    """Softmax attention of a routed row's queries over its edit's cached keys and values."""
     i_b = tl.program_id(1).to(tl.int64)
     first, count = slot_of(i_b, route, start, length, slots)
     if count <= 0:
@@ -367,6 +370,7 @@ def output_kernel(
     BO: tl.constexpr,
     BK: tl.constexpr,
 ):
+    """Output projection, with the residual added in place on span tokens of routed rows."""
     i_b = tl.program_id(1).to(tl.int64)
     count_o = tl.cdiv(dim, BO)
     i_t, i_o = tl.program_id(0) // count_o, tl.program_id(0) % count_o

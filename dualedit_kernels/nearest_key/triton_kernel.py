@@ -92,6 +92,7 @@ def scan_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
+    """Nearest key of each query within one share of the keys."""
     i_b, i_part = tl.program_id(0), tl.program_id(1)
     o_b = i_b * BB + tl.arange(0, BB)
     m_b = o_b < rows
@@ -165,6 +166,7 @@ def finish_kernel(
     COSINE: tl.constexpr,
     PARTS: tl.constexpr,
 ):
+    """Nearest key over all shares, and whether it lies inside its radius: one program a query."""
     i_b = tl.program_id(0)
     o_part = tl.arange(0, PARTS)
     m_part = o_part < parts

@@ -213,6 +213,7 @@ def shrink_kernel(
     BR: tl.constexpr,
     BK: tl.constexpr,
 ):
+    """The way down of routed rows' low-rank values, in parts of the inputs."""
     i_b, i_part = tl.program_id(1).to(tl.int64), tl.program_id(2)
     # []
     slot = tl.load(index + i_b)
@@ -261,6 +262,7 @@ def expand_kernel(
     BO: tl.constexpr,
     BR: tl.constexpr,
 ):
+    """The way up of routed rows' low-rank values, added to the base output."""
     i_b = tl.program_id(1).to(tl.int64)
     count_o = tl.cdiv(outputs, BO)
     i_t, i_o = tl.program_id(0) // count_o, tl.program_id(0) % count_o
@@ -320,6 +322,7 @@ def project_kernel(
     BO: tl.constexpr,
     BK: tl.constexpr,
 ):
+    """A whole weight of its own for each routed row; the base output where there is none."""
     i_b = tl.program_id(1).to(tl.int64)
     count_o = tl.cdiv(outputs, BO)
     i_t, i_o = tl.program_id(0) // count_o, tl.program_id(0) % count_o
@@ -371,6 +374,7 @@ def outer_kernel(
     BR: tl.constexpr,
     BT: tl.constexpr,
 ):
+    """Gradient of the routed weights: outer products summed over each one's rows and tokens."""
     i_n = tl.program_id(1)
     count_r = tl.cdiv(width, BR)
     i_l, i_r = tl.program_id(0) // count_r, tl.program_id(0) % count_r
