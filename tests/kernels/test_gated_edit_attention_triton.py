@@ -62,15 +62,16 @@ def gradients(case, function, cotangent):
 def compare(case, dtype, seed, factor=3.0):
     """Output and gradients against float64, each within ``factor`` times PyTorch's error.
 
-    In fp32 a score's own rounding is allowed besides. A kernel sums the products of a score in one accumulator,
-    a CPU's BLAS in many, which rounds less: with heads of 128, plain NumPy products were up to 3.4 times
-    PyTorch's error away (6 random cases), and gradients through them up to 12 units in the last place of their
-    largest (60). One accumulator's error grows with the root of the number of products.
+    In fp32 a score's own rounding is allowed besides. A kernel sums the products of a score in one
+    accumulator, a CPU's BLAS in many, which rounds less: with heads of 128, plain NumPy products were up to
+    3.4 times PyTorch's error away (6 random cases), and gradients through them up to 12 units in the last
+    place of their largest (60). One accumulator's error grows with the root of the number of products.
     """
     generator = torch.Generator().manual_seed(seed + 1)
     cotangent = torch.randn(case.hidden.shape, generator=generator, dtype=torch.float64)
     rounded = case.to(dtype)
-    summing = (case.k.shape[1] / case.num_heads) ** 0.5 * torch.finfo(dtype).eps if dtype == torch.float32 else 0
+    products = case.k.shape[1] / case.num_heads if dtype == torch.float32 else 0
+    summing = products**0.5 * torch.finfo(dtype).eps
     exact = gradients(rounded.to(torch.float64), through_reference, cotangent.to(dtype).double())
     plain = gradients(rounded.to(dtype), through_reference, cotangent.to(dtype))
     actual = gradients(there(rounded.to(dtype)), through_operator, cotangent.to(dtype).to(DEVICE))
