@@ -6,7 +6,8 @@ Which implementation runs, and why: ``python -m dualedit_kernels``.
 """
 
 from .gated_edit_attention.op import Gate, fold_query, gated_edit_attention
-from .nearest_key.op import nearest_key
+from .nearest_key.codes import KeyCodes, encode_keys
+from .nearest_key.op import codes_pay, nearest_key
 from .routed_linear.op import Full, LowRank, routed_linear
 
 __version__ = "0.1.0"
@@ -14,7 +15,10 @@ __version__ = "0.1.0"
 __all__ = [
     "Full",
     "Gate",
+    "KeyCodes",
     "LowRank",
+    "codes_pay",
+    "encode_keys",
     "fold_query",
     "gated_edit_attention",
     "nearest_key",

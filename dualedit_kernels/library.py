@@ -18,7 +18,8 @@ _WEIGHTS = "Tensor w_q, Tensor b_q, Tensor w_o, Tensor b_o, int num_heads, float
 
 SCHEMAS = {
     "nearest_key": (
-        "(Tensor query, Tensor keys, Tensor radius, str metric) -> (Tensor index, Tensor distance)"
+        "(Tensor query, Tensor keys, Tensor radius, str metric, Tensor[]? codes=None)"
+        " -> (Tensor index, Tensor distance)"
     ),
     "gated_edit_attention": f"(Tensor hidden, Tensor span, Tensor route, {_MEMORY}, {_WEIGHTS}) -> Tensor",
     "gated_edit_attention_": f"(Tensor(a!) hidden, Tensor span, Tensor route, {_MEMORY}, {_WEIGHTS}) -> ()",
@@ -37,6 +38,10 @@ SCHEMAS = {
         " -> (Tensor base, Tensor x, Tensor weight, Tensor bias)"
     ),
     "nearest_key_cpp": "(Tensor query, Tensor keys, Tensor radius, bool cosine, int isa) -> (Tensor, Tensor)",
+    "nearest_key_coded_cpp": (
+        "(Tensor query, Tensor keys, Tensor radius, bool cosine, int isa, Tensor codes, Tensor scale,"
+        " Tensor square, Tensor error, Tensor centre, Tensor rows, Tensor apart) -> (Tensor, Tensor)"
+    ),
     "nearest_key_cuda": "(Tensor query, Tensor keys, Tensor radius, bool cosine) -> (Tensor, Tensor)",
 }
 

@@ -1,35 +1,17 @@
 // Nearest key on the CPU: chooses the instruction set, splits the keys over torch's threads, applies the radius.
 #include "cpu/nearest_key.h"
 
+#include "cpu/nearest_key_search.h"
+
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
-#include <limits>
-#include <memory>
-#include <tuple>
-#include <vector>
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
-#if defined(__GNUC__) && defined(__x86_64__)
-#define DUALEDIT_X86 1
-#include <immintrin.h>
-#endif
-
-#ifdef __clang__
-#define DUALEDIT_PRAGMA(text) _Pragma(#text)
-#define DUALEDIT_TARGET(features) \
-  DUALEDIT_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
-#define DUALEDIT_TARGET_END _Pragma("clang attribute pop")
-#else
-#define DUALEDIT_PRAGMA(text) _Pragma(#text)
-#define DUALEDIT_TARGET(features) _Pragma("GCC push_options") DUALEDIT_PRAGMA(GCC target(features))
-#define DUALEDIT_TARGET_END _Pragma("GCC pop_options")
-#endif
+#include "cpu/target.h"
 
 namespace dualedit {
 
@@ -75,15 +57,8 @@ Isa best_isa() {
   return Isa::kPortable;
 }
 
-namespace {
-
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-struct Free {
-  void operator()(float* p) const { std::free(p); }
-};
-using Buffer = std::unique_ptr<float, Free>;
 
 Buffer aligned(int64_t floats) {
   size_t bytes = (static_cast<size_t>(floats) * sizeof(float) + 63) / 64 * 64;
@@ -91,6 +66,8 @@ Buffer aligned(int64_t floats) {
   STD_TORCH_CHECK(memory != nullptr, "nearest_key: out of memory for ", bytes, " bytes of queries");
   return Buffer(memory);
 }
+
+namespace {
 
 Scan scan_for(int64_t isa) {
   STD_TORCH_CHECK(
@@ -132,14 +109,6 @@ Buffer pack(const float* query, int64_t batch, int64_t dim, int64_t stride, bool
   }
   return packed;
 }
-
-// The nearest key known of each query: squared distance and index, -1 for none.
-struct Nearest {
-  explicit Nearest(int64_t batch) : squared(batch, std::numeric_limits<float>::infinity()), index(batch, -1) {}
-
-  std::vector<float> squared;
-  std::vector<int64_t> index;
-};
 
 // Lower ``nearest`` by keys 0..count, on torch's threads.
 void search(Scan scan, const Lookup& lookup, int64_t count, Nearest& nearest) {
@@ -191,8 +160,7 @@ void refine(Scan scan, const Lookup& lookup, Nearest& nearest) {
 
 }  // namespace
 
-// query [B, D] fp32, keys [N, D] fp32, bf16 or fp16, radius [N] fp32, all contiguous on the CPU; isa as in Isa.
-std::tuple<Tensor, Tensor> nearest_key(Tensor query, Tensor keys, Tensor radius, bool cosine, int64_t isa) {
+Arguments prepare(const Tensor& query, const Tensor& keys, const Tensor& radius, bool cosine, int64_t isa) {
   STD_TORCH_CHECK(
       query.is_contiguous() && keys.is_contiguous() && radius.is_contiguous(),
       "nearest_key: query, keys and radius must be contiguous");
@@ -205,33 +173,38 @@ std::tuple<Tensor, Tensor> nearest_key(Tensor query, Tensor keys, Tensor radius,
   STD_TORCH_CHECK(query.size(1) > 0, "nearest_key: expected D of at least 1");
   const int64_t batch = query.size(0), dim = query.size(1), count = keys.size(0);
   const int64_t stride = (dim + kLanes - 1) / kLanes * kLanes;
-  Tensor index = torch::stable::new_empty(query, {batch}, ScalarType::Long);
-  Tensor distance = torch::stable::new_empty(query, {batch}, ScalarType::Float);
-  auto* index_out = static_cast<int64_t*>(index.mutable_data_ptr());
-  auto* distance_out = static_cast<float*>(distance.mutable_data_ptr());
-
-  Scan scan = scan_for(isa);
   Buffer packed = pack(static_cast<const float*>(query.const_data_ptr()), batch, dim, stride, cosine);
   // The cosine metric needs the norm of a key first, so it reads all of it anyway.
   const bool prune = !cosine && dim >= 8 * kHead && count >= 256;
   const int64_t head = prune ? (dim / 32 < kHead ? kHead : dim / 32 / kHead * kHead) : 0;
   const Lookup lookup{
       packed.get(), batch, dim, stride, keys.const_data_ptr(), dim, key_type(keys), cosine, batch == 1, head};
-  Nearest nearest(batch);
+  return {std::move(packed), lookup, count, scan_for(isa)};
+}
+
+void look_up(Scan scan, const Lookup& lookup, int64_t count, Nearest& nearest) {
   // A first look at the heads alone finds a near key early, so that the others are soon given up. It is not worth
   // it for rows shorter than two pages, which memory delivers almost as slowly as whole, nor where reading all
   // keys is the whole cost: few queries and more keys than a cache holds.
-  const int64_t row_bytes = dim * (lookup.type == KeyType::kFloat32 ? 4 : 2);
+  const int64_t row_bytes = lookup.dim * (lookup.type == KeyType::kFloat32 ? 4 : 2);
   const bool cached = count <= (int64_t{32} << 20) / row_bytes;
-  if (prune && row_bytes >= 8192 && (batch >= 4 || cached)) {
+  if (lookup.head > 0 && row_bytes >= 8192 && (lookup.batch >= 4 || cached)) {
     Lookup coarse = lookup;
-    coarse.dim = head;
+    coarse.dim = lookup.head;
     coarse.head = 0;
     search(scan, coarse, count, nearest);
     refine(scan, lookup, nearest);
   }
   search(scan, lookup, count, nearest);
+}
 
+std::tuple<Tensor, Tensor> answer(
+    const Tensor& query, const Tensor& radius, bool cosine, const Nearest& nearest) {
+  const int64_t batch = query.size(0);
+  Tensor index = torch::stable::new_empty(query, {batch}, ScalarType::Long);
+  Tensor distance = torch::stable::new_empty(query, {batch}, ScalarType::Float);
+  auto* index_out = static_cast<int64_t*>(index.mutable_data_ptr());
+  auto* distance_out = static_cast<float*>(distance.mutable_data_ptr());
   const auto* radii = static_cast<const float*>(radius.const_data_ptr());
   for (int64_t b = 0; b < batch; ++b) {
     const int64_t found = nearest.index[b];
@@ -240,6 +213,14 @@ std::tuple<Tensor, Tensor> nearest_key(Tensor query, Tensor keys, Tensor radius,
     index_out[b] = found >= 0 && value <= radii[found] ? found : -1;
   }
   return std::make_tuple(index, distance);
+}
+
+// See `prepare` for the arguments and `answer` for the result.
+std::tuple<Tensor, Tensor> nearest_key(Tensor query, Tensor keys, Tensor radius, bool cosine, int64_t isa) {
+  const Arguments arguments = prepare(query, keys, radius, cosine, isa);
+  Nearest nearest(arguments.lookup.batch);
+  look_up(arguments.scan, arguments.lookup, arguments.count, nearest);
+  return answer(query, radius, cosine, nearest);
 }
 
 }  // namespace dualedit

@@ -14,23 +14,60 @@ from ..backend import Implementation
 # Instruction sets as numbered in csrc/cpu/nearest_key.h, best first.
 _SETS = {"avx512": 2, "avx2": 1, "portable": 0}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Below, coding the queries costs more than the keys do.
+FEWEST_KEYS = 64
 
 
 def implementations() -> list[Implementation]:
     """One entry for each instruction set, best first."""
-    merit = "C++ register tiles of exact differences"
     return [
         Implementation(
-            f"cpp-{name}", {"nearest_key": partial(_run, number)}, partial(_refuses, number), merit
+            f"cpp-{name}",
+            {"nearest_key": partial(_run, number), "nearest_key_coded": partial(_run_coded, number)},
+            partial(_refuses, number),
+            f"C++ register tiles of exact differences; codes of keys are read with {_coarse(number)}",
         )
         for name, number in _SETS.items()
     ]
+
+
+def last_coded() -> tuple[int, int]:
+    """Of the last lookup with codes: distances computed exactly, and queries that the codes were no use for.
+
+    For tests and benchmarks; of the whole process, all threads.
+    """
+    counts = (ctypes.c_int64 * 2)()
+    ctypes.CDLL(str(library.COMPILED)).dualedit_last_coded(counts)
+    return counts[0], counts[1]
 
 
 def _run(isa: int, query: Tensor, keys: Tensor, radius: Tensor, metric: str) -> tuple[Tensor, Tensor]:
     return torch.ops.dualedit_kernels.nearest_key_cpp(
         query.to(torch.float32).contiguous(), keys.contiguous(), radius.contiguous(), metric == "cosine", isa
     )
+
+
+def _run_coded(
+    isa: int, query: Tensor, keys: Tensor, radius: Tensor, metric: str, codes: list[Tensor]
+) -> tuple[Tensor, Tensor]:
+    if len(keys) < FEWEST_KEYS:
+        return _run(isa, query, keys, radius, metric)
+    return torch.ops.dualedit_kernels.nearest_key_coded_cpp(
+        query.to(torch.float32).contiguous(),
+        keys.contiguous(),
+        radius.contiguous(),
+        metric == "cosine",
+        isa,
+        *codes,
+    )
+
+
+def _coarse(isa: int) -> str:
+    if library.COMPILED is None:
+        return "what the processor has"
+    name = ctypes.CDLL(str(library.COMPILED)).dualedit_coarse_name
+    name.restype, name.argtypes = ctypes.c_char_p, (ctypes.c_int64,)
+    return name(isa).decode()
 
 
 def _refuses(isa: int, device: str, dtype: torch.dtype) -> str | None:

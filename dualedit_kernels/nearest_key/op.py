@@ -8,12 +8,15 @@ from torch import Tensor
 from .. import backend, checks
 from ..library import LIBRARY, NAMESPACE
 from . import cpp, cuda, triton_backend
+from .codes import METRICS, MOST_DIMENSIONS, KeyCodes, check_codes
 from .reference import nearest_key_reference
 
-METRICS = ("l2", "cosine")
+_MANY_VALUES = 1 << 22
 
 
-def nearest_key(query: Tensor, keys: Tensor, radius: Tensor, metric: str = "l2") -> tuple[Tensor, Tensor]:
+def nearest_key(
+    query: Tensor, keys: Tensor, radius: Tensor, metric: str = "l2", codes: KeyCodes | None = None
+) -> tuple[Tensor, Tensor]:
     """Find the nearest key of each query, then ask whether the query lies within THAT key's radius.
 
     Args:
@@ -22,6 +25,10 @@ def nearest_key(query: Tensor, keys: Tensor, radius: Tensor, metric: str = "l2")
         radius: [N] fp32, in the unit of the distance; inclusive (a query at distance == radius is inside).
         metric: "l2" (Euclidean distance) or "cosine" (1 - cosine similarity; a similarity threshold tau is
             a radius of 1 - tau).
+        codes: of these very keys, from `encode_keys` for this metric. The result is the same with and
+            without, bit for bit; the compiled library on the CPU finds it from fewer bytes, the others do not
+            look at them. Values are not compared: codes of other values give wrong results, of which only
+            some are noticed.
 
     Returns:
         index: [B] int64, the nearest key, or -1 when the query lies outside its radius.
@@ -34,6 +41,7 @@ def nearest_key(query: Tensor, keys: Tensor, radius: Tensor, metric: str = "l2")
 
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape, device or value.
+        RuntimeError: codes contradict an exact distance: the keys changed after they were encoded.
 
     Source: codebook lookup with per-edit radius of GRACE (arXiv:2211.11031) and BalancEdit
     (arXiv:2505.01343); DualEdit's last-token cosine gate (arXiv:2506.13638) is metric="cosine".
@@ -44,15 +52,41 @@ def nearest_key(query: Tensor, keys: Tensor, radius: Tensor, metric: str = "l2")
     checks.tensor("keys", keys, ("N", query.shape[1]), checks.FLOATS, query)
     checks.tensor("radius", radius, (keys.shape[0],), (torch.float32,), query)
     checks.choice("metric", metric, METRICS)
-    return torch.ops.dualedit_kernels.nearest_key(query.detach(), keys.detach(), radius.detach(), metric)
+    tensors = None
+    if codes is not None:
+        check_codes("codes", codes, keys, metric)
+        tensors = codes.tensors()
+    operator = torch.ops.dualedit_kernels.nearest_key
+    return operator(query.detach(), keys.detach(), radius.detach(), metric, tensors)
 
 
-def _run(query: Tensor, keys: Tensor, radius: Tensor, metric: str) -> tuple[Tensor, Tensor]:
+def codes_pay(keys: Tensor) -> bool:
+    """Whether lookups among these keys [N, D] become faster by codes of them.
+
+    They do where the implementation that runs reads codes and there are 2^22 values or more: below, a lookup
+    takes a fraction of a millisecond with and without, and one that finds a very near key is faster without.
+    """
+    if torch.compiler.is_compiling() or keys.device.type != "cpu" or keys.numel() < _MANY_VALUES:
+        return False
+    chosen = backend.explain("nearest_key", "cpu", keys.dtype).implementation
+    return "nearest_key_coded" in chosen.functions and keys.shape[1] <= MOST_DIMENSIONS
+
+
+def _run(
+    query: Tensor, keys: Tensor, radius: Tensor, metric: str, codes: list[Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     wider = query if query.dtype == torch.float64 else keys
-    return backend.run("nearest_key", "nearest_key", wider, query, keys, radius, metric)
+    arguments = (query, keys, radius, metric)
+    if codes is not None:
+        chosen = backend.explain("nearest_key", wider.device.type, wider.dtype).implementation
+        if "nearest_key_coded" in chosen.functions:
+            return backend.run("nearest_key", "nearest_key_coded", wider, *arguments, codes)
+    return backend.run("nearest_key", "nearest_key", wider, *arguments)
 
 
-def _fake(query: Tensor, keys: Tensor, radius: Tensor, metric: str) -> tuple[Tensor, Tensor]:
+def _fake(
+    query: Tensor, keys: Tensor, radius: Tensor, metric: str, codes: list[Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     rows = query.shape[0]
     return query.new_empty((rows,), dtype=torch.int64), query.new_empty((rows,), dtype=torch.float32)
 

@@ -1,0 +1,39 @@
+// 16 keys by R rows of queries, widened to 16 bits: products of bytes in 16 bits would saturate. Included in a
+// namespace compiled for AVX2.
+struct Dots {
+  static constexpr int kRows = 2;  // 2 x 4 accumulators, a key and a row in 16 registers
+
+  template <int R>
+  static void tile(const uint8_t* keys, const int8_t* rows, int64_t quads, int32_t* out) {
+    __m256i total[R][4];  // 4 keys each, two sums a key
+#pragma GCC unroll 2
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+      for (int u = 0; u < 4; ++u) total[r][u] = _mm256_setzero_si256();
+    }
+    for (int64_t t = 0; t < quads; ++t) {
+      __builtin_prefetch(keys + t * 64 + 8192);
+      __m256i q[R];
+#pragma GCC unroll 2
+      for (int r = 0; r < R; ++r) {
+        int32_t bits;
+        __builtin_memcpy(&bits, rows + (t * R + r) * 4, sizeof(bits));
+        q[r] = _mm256_cvtepi8_epi16(_mm_set1_epi32(bits));
+      }
+#pragma GCC unroll 4
+      for (int u = 0; u < 4; ++u) {
+        const __m256i k =
+            _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(keys + t * 64 + u * 16)));
+#pragma GCC unroll 2
+        for (int r = 0; r < R; ++r) total[r][u] = _mm256_add_epi32(total[r][u], _mm256_madd_epi16(k, q[r]));
+      }
+    }
+    for (int r = 0; r < R; ++r) {
+      for (int u = 0; u < 4; ++u) {
+        alignas(32) int32_t lanes[8];
+        _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), total[r][u]);
+        for (int j = 0; j < 4; ++j) out[r * kBlock + u * 4 + j] = lanes[2 * j] + lanes[2 * j + 1];
+      }
+    }
+  }
+};

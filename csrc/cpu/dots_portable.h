@@ -1,0 +1,21 @@
+// 16 keys by R rows of queries in plain C++.
+struct Dots {
+  static constexpr int kRows = 2;
+
+  template <int R>
+  static void tile(const uint8_t* keys, const int8_t* rows, int64_t quads, int32_t* out) {
+    int32_t total[R][kBlock] = {};
+    for (int64_t t = 0; t < quads; ++t) {
+      for (int r = 0; r < R; ++r) {
+        const int8_t* q = rows + (t * R + r) * 4;
+        for (int j = 0; j < kBlock; ++j) {
+          const uint8_t* k = keys + t * 64 + j * 4;
+          total[r][j] += k[0] * q[0] + k[1] * q[1] + k[2] * q[2] + k[3] * q[3];
+        }
+      }
+    }
+    for (int r = 0; r < R; ++r) {
+      for (int j = 0; j < kBlock; ++j) out[r * kBlock + j] = total[r][j];
+    }
+  }
+};

@@ -1,0 +1,309 @@
+"""nearest_key with coded keys: the answer of the lookup without codes, bit for bit, whatever the data."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from dualedit_kernels import KeyCodes, backend, encode_keys, library, nearest_key
+from dualedit_kernels.nearest_key import cpp
+from dualedit_kernels.testing import assert_nearest
+
+IMPLEMENTATIONS = [
+    entry.name for entry in backend.families()["nearest_key"] if entry.refuses("cpu", torch.float32) is None
+]
+CODED = [name for name in IMPLEMENTATIONS if name.startswith("cpp-")]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SHAPES = [(1, 64, 1), (3, 65, 7), (9, 301, 130), (33, 257, 66), (70, 100, 1027)]
+
+
+@pytest.fixture(params=IMPLEMENTATIONS, autouse=True)
+def implementation(request, poison):
+    with backend.use_backend(nearest_key=request.param):
+        yield request.param
+
+
+def same(query, keys, metric="l2", codes=None, radius=None):
+    """Compare with the lookup without codes, the whole batch and its first query alone; return the answer."""
+    codes = encode_keys(keys, metric) if codes is None else codes
+    radius = torch.full((len(keys),), torch.inf) if radius is None else radius
+    for rows in (query[:1], query):
+        want = nearest_key(rows, keys, radius, metric)
+        got = nearest_key(rows, keys, radius, metric, codes)
+        assert torch.equal(got[0], want[0])
+        assert torch.equal(got[1], want[1])
+    return want
+
+
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_same_bits_and_float64(generator, shape, dtype, metric):
+    rows, count, dim = shape
+    query = torch.randn(rows, dim, generator=generator)
+    keys = torch.randn(count, dim, generator=generator).to(dtype)
+    radius = torch.rand(count, generator=generator) * 2 * dim**0.5
+    index, distance = same(query, keys, metric, radius=radius)
+    assert_nearest(index, distance, query, keys, radius, metric)
+
+
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+def test_near_keys_ties_and_neighbours_one_ulp_apart(generator, metric):
+    dim, count = 200, 1000
+    keys = torch.randn(count, dim, generator=generator)
+    keys[500:750] = keys[:250]  # ties
+    keys[750:] = keys[:250]
+    at = torch.randint(0, dim, (250, 1), generator=generator)
+    moved = torch.nextafter(keys[:250].gather(1, at), torch.tensor(torch.inf))
+    keys[750:] = keys[750:].scatter(1, at, moved)
+    order = torch.randperm(count, generator=generator)
+    query = torch.cat([keys[:40], keys[:40] + 1e-3 * torch.randn(40, dim, generator=generator)])
+    same(query, keys[order], metric)
+    same(query, keys, metric)
+
+
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "own"])
+def test_massive_activations(generator, metric, dtype, shared):
+    """A few dimensions of size 1e3, nearest distances of about 1: shared by all keys, or each key's own."""
+    dim, count = 1024, 400
+    keys = torch.randn(count, dim, generator=generator) * 0.3
+    size = torch.tensor([1000.0, -2500.0, 3000.0])
+    keys[:, [7, 500, 900]] += size if shared else size * torch.rand(count, 3, generator=generator)
+    keys = keys.to(dtype)
+    chosen = torch.randint(0, count, (24,), generator=generator)
+    query = keys[chosen].float() + torch.randn(24, dim, generator=generator) * 0.03
+    index, _ = same(query, keys, metric)
+    if metric == "l2":
+        assert torch.equal(index, chosen)
+    same(torch.randn(24, dim, generator=generator), keys, metric)  # queries without them
+
+
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+@pytest.mark.parametrize("width", [1e-6, 1e-2, 0.3])
+def test_clusters(generator, metric, width):
+    centres = torch.randn(12, 96, generator=generator) * 3
+    keys = centres[torch.randint(0, 12, (900,), generator=generator)]
+    keys = keys + width * torch.randn(900, 96, generator=generator)
+    query = centres + width * torch.randn(12, 96, generator=generator)
+    same(query, keys, metric)
+
+
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e-12, 1e12, 1e18, 1e19, 1e30])
+def test_very_small_and_very_large(generator, metric, scale):
+    keys = torch.randn(200, 40, generator=generator)
+    query = torch.cat([torch.randn(5, 40, generator=generator), keys[:5] + 0.01])
+    same(query * scale, keys * scale, metric)
+    same(query, keys * scale, metric)
+    same(query * scale, keys, metric)
+    mixed = keys * torch.where(torch.rand(200, 1, generator=generator) < 0.5, scale, 1.0)
+    same(torch.cat([query, query * scale]), mixed, metric)
+
+
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf, 0.0])
+def test_values_without_a_distance(generator, metric, bad):
+    keys = torch.randn(150, 20, generator=generator)
+    query = torch.cat([torch.randn(4, 20, generator=generator), keys[[3, 100, 149]]])
+    keys[torch.randint(0, 150, (30,), generator=generator)] = bad
+    keys[torch.randint(0, 150, (30,), generator=generator), 11] = bad
+    query[2] = bad
+    same(query, keys, metric)
+    same(query, torch.full_like(keys, bad), metric)
+    keys[:, 5] = bad
+    same(query, keys, metric)
+
+
+def test_zero_width_and_one_key_repeated(generator):
+    query = torch.randn(6, 33, generator=generator)
+    same(query, query[:1].repeat(300, 1))
+    same(query, torch.zeros(300, 33))
+    same(torch.eye(80), torch.eye(80))
+    for metric in ("l2", "cosine"):
+        same(torch.empty(0, 33), torch.randn(100, 33, generator=generator), metric)
+        same(query, torch.empty(0, 33), metric)
+        same(query, torch.randn(3, 33, generator=generator), metric)
+
+
+def test_threads_agree(generator):
+    query, keys = torch.randn(20, 300, generator=generator), torch.randn(6001, 300, generator=generator)
+    keys[4000:] = keys[:2001]
+    torch.set_num_threads(2)
+    try:
+        same(query, keys)
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_large_batches(generator):
+    query, keys = torch.randn(530, 24, generator=generator), torch.randn(500, 24, generator=generator)
+    query[::7] = torch.nan
+    same(query, keys)
+
+
+def test_codes_are_read_and_rule_most_keys_out(generator, implementation):
+    """Guards the others: were the codes left unread, all of them would pass."""
+    if implementation not in CODED:
+        pytest.skip("reads no codes")
+    keys = torch.randn(3000, 768, generator=generator)
+    for rows in (1, 6, 40):
+        for query in (torch.randn(rows, 768, generator=generator), keys[:rows] + 0.1):
+            same(query, keys)
+            exact, given_up = cpp.last_coded()
+            assert given_up == 0
+            assert 0 < exact <= rows * 0.1 * len(keys)
+    # Massive activations, each key's own: kept apart, so the bounds stay narrow.
+    keys[:, [5, 300]] += 2000 * torch.rand(3000, 2, generator=generator)
+    nearest_key(keys[:6] + 0.1, keys, torch.ones(3000), "l2", encode_keys(keys))
+    assert cpp.last_coded()[0] <= 6 * 60
+
+
+def test_bounds_that_are_no_use(generator, implementation):
+    """All keys far from their centre and close together: the lookup goes on without codes."""
+    if implementation not in CODED:
+        pytest.skip("reads no codes")
+    side = torch.where(torch.arange(2000)[:, None] < 1000, 1.0, -1.0)
+    keys = side * torch.randn(1, 256, generator=generator)
+    keys = keys + 1e-4 * torch.randn(2000, 256, generator=generator)
+    query = keys[:5] + 1e-4 * torch.randn(5, 256, generator=generator)
+    same(query, keys)
+    nearest_key(query, keys, torch.ones(2000), "l2", encode_keys(keys))
+    assert cpp.last_coded()[1] == 5
+
+
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+def test_codes_hold_what_they_promise(generator, metric):
+    """||key - decoded key|| <= error, in float64."""
+    keys = torch.randn(90, 77, generator=generator) * torch.rand(90, 1, generator=generator)
+    keys[:, 4] *= 300
+    keys[11] = 0.0
+    keys[12] = torch.nan
+    codes = encode_keys(keys, metric)
+    value = codes.codes.permute(0, 2, 1, 3).reshape(-1, 80)[:90, :77].double() - 128
+    value = value * codes.scale[:90, None]
+    decoded = value + codes.centre
+    decoded[:, codes.apart] = codes.rows.transpose(1, 2).reshape(96, len(codes.apart))[:90].double()
+    exact = keys.double()
+    if metric == "cosine":
+        exact = exact / exact.norm(dim=1, keepdim=True)
+    error = (exact - decoded).norm(dim=1)
+    known = codes.error[:90].isfinite()
+    assert known.tolist() == [i != 12 and (metric == "l2" or i != 11) for i in range(90)]
+    assert (error[known] <= codes.error[:90][known]).all()
+    torch.testing.assert_close(codes.square[:90].double(), value.square().sum(1), rtol=1e-7, atol=0)
+    assert codes.apart.tolist() == [4] or metric == "cosine"
+    assert not codes.centre[codes.apart].any()
+    assert codes.error[90:].isinf().all()
+
+
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+def test_growing(generator, metric):
+    """Codes that grow row by row are codes of all rows; the shorter ones stay valid."""
+    keys = torch.randn(300, 50, generator=generator) + 2
+    query = torch.randn(5, 50, generator=generator) + 2
+    codes, sizes, kept = None, [64, 65, 79, 80, 81, 127, 128, 129, 200, 300], []
+    for size in sizes:
+        codes = encode_keys(keys[:size], metric, codes)
+        assert codes.count == size
+        kept.append(codes)
+    for size, codes in zip(sizes, kept, strict=True):
+        same(query, keys[:size], metric, codes)
+    # Two tables that grow from one: the second must not write over the first.
+    one, other = torch.cat([keys[:65], keys[100:110]]), torch.cat([keys[:65], keys[200:230]])
+    first, second = (encode_keys(table, metric, kept[1]) for table in (one, other))
+    same(query, one, metric, first)
+    same(query, other, metric, second)
+    same(query, keys[:65], metric, kept[1])
+
+
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+def test_codes_of_some_of_the_keys(generator, metric):
+    """Selected codes are those of the selected keys, and can grow."""
+    keys = torch.randn(300, 50, generator=generator)
+    keys[:, 7] *= 1000
+    query = torch.cat([torch.randn(5, 50, generator=generator), keys[:3]])
+    codes = encode_keys(keys, metric)
+    for count in (0, 64, 65, 96, 250):
+        rows = torch.randperm(300, generator=generator)[:count]
+        some = codes.select(rows)
+        if count:
+            same(query, keys[rows], metric, some)
+        longer = torch.cat([keys[rows], keys[:33]])
+        same(query, longer, metric, encode_keys(longer, metric, some))
+        assert torch.equal(some.error[:count], codes.error[rows]) and some.error[count:].isinf().all()
+    same(query, keys, metric, codes)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"keys": torch.ones(99, 8)}, ValueError, "codes were made for keys 100, this lookup has keys 99"),
+        ({"keys": torch.ones(100, 9), "query": torch.ones(2, 9)}, ValueError, "made for dimensions 8"),
+        ({"keys": torch.ones(100, 8).bfloat16()}, ValueError, "made for dtype torch.float32"),
+        ({"metric": "cosine"}, ValueError, "made for metric l2"),
+        ({"codes": torch.ones(3)}, TypeError, "codes must be KeyCodes, got Tensor: make them with"),
+    ],
+)
+def test_codes_of_other_keys_are_refused(change, error, words):
+    arguments = {"query": torch.ones(2, 8), "keys": torch.ones(100, 8), "metric": "l2"}
+    arguments["codes"] = encode_keys(arguments["keys"])
+    arguments |= change
+    with pytest.raises(error, match=words):
+        nearest_key(radius=torch.ones(len(arguments["keys"])), **arguments)
+
+
+def test_codes_on_another_device_are_refused():
+    codes = encode_keys(torch.ones(100, 8))
+    moved = dataclasses.replace(codes, codes=codes.codes.to("meta"))
+    with pytest.raises(ValueError, match="made for device meta, this lookup has device cpu"):
+        nearest_key(torch.ones(2, 8), torch.ones(100, 8), torch.ones(100), "l2", moved)
+
+
+def test_stale_codes_are_noticed_where_a_distance_contradicts_them(generator, implementation):
+    if implementation not in CODED:
+        pytest.skip("reads no codes")
+    keys = torch.randn(200, 64, generator=generator)
+    codes = encode_keys(keys)
+    query = keys[:3].clone()
+    keys[:] = torch.randn(200, 64, generator=generator)
+    with pytest.raises(RuntimeError, match="codes contradict keys"):
+        nearest_key(query, keys, torch.ones(200), "l2", codes)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"keys": [[1.0]]}, TypeError, "keys must be a tensor"),
+        ({"keys": torch.ones(3)}, ValueError, "keys has shape"),
+        ({"keys": torch.ones(3, 0)}, ValueError, "keys has D=0 dimensions: codes hold 1 to 65536"),
+        ({"keys": torch.ones(1, 65537)}, ValueError, "keys has D=65537"),
+        ({"keys": torch.ones(3, 4, dtype=torch.int32)}, TypeError, "keys has dtype"),
+        ({"keys": torch.ones(3, 4), "metric": "dot"}, ValueError, "metric='dot' is unknown"),
+        ({"keys": torch.ones(3, 4), "known": 5}, TypeError, "known must be KeyCodes, got int"),
+    ],
+)
+def test_errors_of_encoding(arguments, error, words):
+    with pytest.raises(error, match=words):
+        encode_keys(**arguments)
+
+
+def test_opcheck_and_compile(generator):
+    query, keys = torch.randn(4, 12, generator=generator), torch.randn(90, 12, generator=generator)
+    codes, radius = encode_keys(keys), torch.ones(90)
+    assert isinstance(codes, KeyCodes) and codes.nbytes() < 90 * (12 + 12) * 1.3 + 12 * 4
+    operator = torch.ops.dualedit_kernels.nearest_key.default
+    torch.library.opcheck(operator, (query, keys, radius, "l2", codes.tensors()))
+    compiled = torch.compile(nearest_key, fullgraph=True, backend="aot_eager")
+    for got, want in zip(
+        compiled(query, keys, radius, "l2", codes), nearest_key(query, keys, radius), strict=True
+    ):
+        assert torch.equal(got, want)
+
+
+def test_the_report_says_how_codes_are_read():
+    if library.COMPILED is None:
+        pytest.skip("the compiled library is not there")
+    reason = backend.families()["nearest_key"][0].merit
+    assert "codes of keys are read with" in reason
