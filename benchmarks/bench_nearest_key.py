@@ -5,19 +5,27 @@
 Every rival answers the same question, the nearest key of each query and its distance. Ours also applies the
 radius. Queries are near a key (a stored edit is asked for; most keys can be given up early), or as far
 from all keys as the keys are from each other. With --massive the keys look like hidden states, with a few
-activations of size 1e3 that all share. A rival whose argmin or distance is wrong is not timed: there, the
+activations of size 1e3 that all share; with --clustered they lie about 50 centres, at a fifth of the distance
+between those; otherwise they are Gaussian. A rival whose argmin or distance is wrong is not timed: there, the
 expansion |q|^2 - 2 q.k + |k|^2 is.
+
+"Coded" rows pass `encode_keys` of the keys, and must agree bit for bit with the rows without. The codes are
+made once, not timed with the lookup, and take a quarter of the bytes of fp32 keys (half of bf16) beside the
+keys themselves; their size, the time that encoding took and the share of the keys whose distance was computed
+exactly are printed with the rows.
 """
 
 from __future__ import annotations
 
 import itertools
+import time
 
 import torch
 from torch import Tensor
 
 from benchmarks.common import Benchmark, Rival, arguments, bandwidth
-from dualedit_kernels import backend, nearest_key
+from dualedit_kernels import KeyCodes, backend, encode_keys, nearest_key
+from dualedit_kernels.nearest_key.cpp import last_coded
 
 SHAPES = [(1_000, 4096), (100_000, 1024), (100_000, 4096)]
 BATCHES = (1, 8, 32)
@@ -29,6 +37,7 @@ def main() -> None:
     parser.add_argument(
         "--massive", action="store_true", help="keys with massive activations, as hidden states have"
     )
+    parser.add_argument("--clustered", action="store_true", help="keys in clusters")
     parser.add_argument("--shapes", help="numbers of keys x dimensions, e.g. 1000x4096,100000x1024")
     options = parser.parse_args()
     benchmark = Benchmark("nearest_key", options)
@@ -37,10 +46,27 @@ def main() -> None:
     if options.shapes is not None:
         shapes = [tuple(int(size) for size in shape.split("x")) for shape in options.shapes.split(",")]
     for count, dim in shapes:
+        codes: dict[torch.dtype, KeyCodes] = {}
         for batch, near in itertools.product(BATCHES, (False, True)):
             shape = {"batch": batch, "keys": count, "dim": dim, "near": near, "massive": options.massive}
-            benchmark.compare(shape, rivals(*problem(shape, options.device), options), floors(shape, speed))
+            if options.clustered:
+                shape["clustered"] = True
+            query, keys = problem(shape, options.device)
+            benchmark.compare(shape, rivals(query, keys, options, codes), floors(shape, speed))
+            report_codes(query, keys, codes)
     benchmark.finish()
+
+
+def report_codes(query: Tensor, keys: Tensor, codes: dict[torch.dtype, KeyCodes]) -> None:
+    """Print what the codes cost and how many exact distances a lookup with them needed."""
+    if torch.float32 not in codes:
+        return
+    held = codes[torch.float32]
+    nearest_key(query, keys, torch.ones(len(keys)), "l2", held)
+    exact_ones, given_up = last_coded()
+    share, size = exact_ones / (len(query) * len(keys)), held.nbytes() / (keys.numel() * 4)
+    print(f"    codes: {size:.1%} of the fp32 keys' bytes; {share:.3%} of the distances computed exactly; "
+          f"{given_up} of {len(query)} queries without codes", flush=True)  # fmt: skip
 
 
 def floors(shape: dict, speed: float | None) -> dict[str, float]:
@@ -60,10 +86,13 @@ def problem(shape: dict, device: str) -> tuple[Tensor, Tensor]:
 
     def states(rows: int) -> Tensor:
         result = torch.randn(rows, dim, generator=generator).mul_(0.05)
+        if shape.get("clustered"):
+            result = result * 0.2 + centres[torch.randint(0, len(centres), (rows,), generator=generator)]
         if shape["massive"]:
             result[:, [dim // 7, dim // 2]] += torch.tensor([1000.0, -2500.0])
         return result
 
+    centres = torch.randn(50, dim, generator=torch.Generator().manual_seed(1)).mul_(0.05)
     keys = states(count).to(torch.bfloat16).float()  # every dtype then holds the same keys
     query = states(batch)
     if shape["near"]:
@@ -72,8 +101,8 @@ def problem(shape: dict, device: str) -> tuple[Tensor, Tensor]:
     return query.to(device), keys.to(device)
 
 
-def rivals(query: Tensor, keys: Tensor, options) -> list[Rival]:
-    """Ours in every dtype and implementation, then the others."""
+def rivals(query: Tensor, keys: Tensor, options, codes: dict[torch.dtype, KeyCodes]) -> list[Rival]:
+    """Ours in every dtype, with and without codes (made where ``codes`` has none), then the others."""
     want_index, want_distance = exact(query, keys)
 
     def wrong(result: tuple[Tensor, Tensor]) -> str | None:
@@ -85,19 +114,20 @@ def rivals(query: Tensor, keys: Tensor, options) -> list[Rival]:
         return f"distance is off by {error:.1%}" if error > 1e-3 else None
 
     radius = torch.full((len(keys),), torch.inf, device=keys.device)
-    narrow = keys.to(torch.bfloat16)
     result = []
-    for dtype, held in (("float32", keys), ("bfloat16", narrow)):
-        choice = backend.explain("nearest_key", keys.device.type, held.dtype)
-        name = f"nearest_key ({choice.implementation.name})"
-        result.append(
-            Rival(
-                f"{name}" if dtype == "float32" else f"{name} bf16 keys",
-                dtype,
-                _ours(query, held, radius),
-                wrong,
-            )
-        )
+    for suffix, held in (("", keys), (" bf16 keys", keys.to(torch.bfloat16))):
+        chosen = backend.explain("nearest_key", keys.device.type, held.dtype).implementation
+        dtype = str(held.dtype).removeprefix("torch.")
+        plain = _ours(query, held, radius)
+        result.append(Rival(f"nearest_key ({chosen.name}){suffix}", dtype, plain, wrong))
+        if "nearest_key_coded" in chosen.functions:
+            if held.dtype not in codes:
+                began = time.thread_time()
+                codes[held.dtype] = encode_keys(held)
+                print(f"    {dtype} keys encoded in {time.thread_time() - began:.2f} s")
+            coded = _ours(query, held, radius, codes[held.dtype])
+            name = f"nearest_key ({chosen.name}, coded){suffix}"
+            result.append(Rival(name, dtype, coded, _not_the_bits_of(plain(), wrong)))
     result += _faiss(query, keys, wrong, options) if keys.device.type == "cpu" else []
     squares = keys.square().sum(1)
     result.append(Rival("torch matmul trick", "float32", lambda: _trick(query, keys, squares), wrong))
@@ -118,8 +148,16 @@ def exact(query: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
     return index, (smallest + query.square().sum(1)).clamp(min=0).sqrt()
 
 
-def _ours(query: Tensor, keys: Tensor, radius: Tensor):
-    return lambda: nearest_key(query, keys, radius)
+def _ours(query: Tensor, keys: Tensor, radius: Tensor, codes: KeyCodes | None = None):
+    return lambda: nearest_key(query, keys, radius, "l2", codes)
+
+
+def _not_the_bits_of(want: tuple[Tensor, Tensor], wrong):
+    def check(result: tuple[Tensor, Tensor]) -> str | None:
+        same = torch.equal(result[0], want[0]) and torch.equal(result[1], want[1])
+        return wrong(result) if same else "the result differs from the lookup without codes"
+
+    return check
 
 
 def _trick(query: Tensor, keys: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
