@@ -11,7 +11,7 @@ KERNELS = ROOT / "dualedit_kernels"
 
 # From the bottom up. Modules of one level do not import each other, except inside one package and as listed.
 LEVELS = [
-    {"sequence", "card", "compiling", "frames"},
+    {"sequence", "card", "compiling", "frames", "key_codes"},
     {"config", "data", "context"},
     {"architectures", "modules", "memory", "prompting", "routing_key"},
     {"routing", "replay"},

@@ -166,7 +166,8 @@ def lookup_many(model: nn.Module, inputs: Inputs) -> list[Lookup]:
     radius = _radii(stored, config)
     keys = stored.tables["key"].to(query.dtype)
     everywhere = torch.full_like(radius, float("inf"))
-    index, distance = nearest_key(query, keys, everywhere, _metric(config))
+    metric = _metric(config)
+    index, distance = nearest_key(query, keys, everywhere, metric, stored.codes(keys, metric))
     radii = radius.tolist()
     return [
         nothing if row < 0 else Lookup(stored.ids[row], far, radii[row], far <= radii[row])
@@ -317,9 +318,10 @@ def _same_question(group: MemoryGroup, key: Tensor, metric: str) -> list[int]:
     """Stored edits with the very same key: another edit of the same image and question."""
     if not len(group):
         return []
-    keys = group.first.snapshot().tables["key"].to(key.dtype)
+    stored = group.first.snapshot()
+    keys = stored.tables["key"].to(key.dtype)
     everywhere = torch.full((keys.shape[0],), float("inf"), device=keys.device)
-    index, distance = nearest_key(key, keys, everywhere, metric)
+    index, distance = nearest_key(key, keys, everywhere, metric, stored.codes(keys, metric))
     scale = float(key.float().norm()) if metric == "l2" else 1.0
     return [group.ids()[int(index[0])]] if float(distance[0]) <= 1e-6 * scale else []
 

@@ -248,7 +248,8 @@ class DualEditLayer(EditLayer):
         image = None if prompt.image is None else forward.columns(prompt.image)
         query = self.route_key(name, hidden.detach(), forward.columns(prompt.text), image, last.clamp(min=0))
         radius = cosine_radius(snapshot.tables["radius"], config.threshold)
-        return nearest_key(query, snapshot.tables["key"].to(query.dtype), radius, "cosine")[0]
+        keys = snapshot.tables["key"].to(query.dtype)
+        return nearest_key(query, keys, radius, "cosine", snapshot.codes(keys, "cosine"))[0]
 
     def route_key(
         self, name: str, hidden: Tensor, text: Tensor, image: Tensor | None, last: Tensor

@@ -11,10 +11,14 @@ import json
 import threading
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+
+from dualedit_kernels import KeyCodes
+
+from .key_codes import TableCodes
 
 _FIRST_CAPACITY = 8
 
@@ -28,15 +32,25 @@ class Snapshot:
             a token table.
         ids: the edits' numbers [N], in the order of the rows.
         start, length: first row and number of rows [N] (int64) of each edit in the token tables.
+        key_codes: what is known of the table "key".
     """
 
     tables: dict[str, Tensor]
     ids: tuple[int, ...]
     start: Tensor
     length: Tensor
+    key_codes: TableCodes = field(default_factory=TableCodes, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def codes(self, keys: Tensor, metric: str) -> KeyCodes | None:
+        """Codes with which `nearest_key` looks among ``keys``; None where it is as well off without.
+
+        Args:
+            keys: the table "key", or a conversion of it (for which there are none).
+        """
+        return self.key_codes.of(keys, metric) if keys is self.tables["key"] else None
 
     def rows(self, edit_id: int, token_tables: Mapping[str, object]) -> dict[str, Tensor]:
         """Copies of one edit's rows, as `EditMemory.add` takes them."""
@@ -85,6 +99,7 @@ class EditMemory(nn.Module):
         self._highest_id = 0
         self._records: dict[int, dict] = {}
         self._snapshot: Snapshot | None = None
+        self._key_codes = TableCodes()
         self._placed: set[str] = set()
         self._awaited = 0  # edits that room was made for and that have not come
 
@@ -232,6 +247,7 @@ class EditMemory(nn.Module):
             for name in self.token_tables:
                 self._put(name, getattr(self, name)[tokens].clone())
         del self._records[edit_id]
+        self._key_codes = self._key_codes.keep(keep)
         self._num_edits -= 1
         self._num_tokens = len(tokens)
         self._snapshot = None
@@ -261,11 +277,13 @@ class EditMemory(nn.Module):
                 ids=tuple(self.ids),
                 start=start,
                 length=length,
+                key_codes=self._key_codes,
             )
         return self._snapshot
 
     def _apply(self, fn, recurse: bool = True):
         self._snapshot = None  # tensors move: what was handed out stays where it was
+        self._key_codes = TableCodes()
         return super()._apply(fn, recurse)
 
     # ------------------------------------------------------------------ saving and loading
@@ -339,6 +357,7 @@ class EditMemory(nn.Module):
             self._put(name, found[name].detach().to(place).clone())
         self._records = dict(zip(ids, records, strict=True))
         self._num_edits, self._num_tokens, self._snapshot = len(ids), sum(lengths), None
+        self._key_codes = TableCodes()
         self._awaited = 0
         self._highest_id = max([self._highest_id, *ids])
 

@@ -68,7 +68,8 @@ def route_codebook(
     """
     prompt = forward.columns(forward.sequence.prompt.prompt())
     query = pool_key(hidden, key, prompt, forward.position(forward.sequence.prompt.last))
-    index, distance = nearest_key(query, edits.tables["key"].float(), edits.tables["radius"].float(), metric)
+    keys, radius = edits.tables["key"].float(), edits.tables["radius"].float()
+    index, distance = nearest_key(query, keys, radius, metric, edits.codes(keys, metric))
     return torch.where(
         prompt.any(dim=1).to(index.device), index, -1
     ), distance  # no prompt, no question, no edit

@@ -1,0 +1,46 @@
+"""Codes of the stored keys: made when a lookup asks for them, kept while the table grows, never saved."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dualedit_kernels import KeyCodes, codes_pay, encode_keys
+
+
+class TableCodes:
+    """Codes of one table of keys, shared by all snapshots of it.
+
+    Appending changes no row that is there, so the codes of a shorter snapshot are the beginning of a longer
+    one's. Whoever moves, replaces or converts the table starts a new one.
+    """
+
+    def __init__(self):
+        self._known: dict[str, KeyCodes] = {}
+
+    def __getstate__(self):
+        return {"_known": {}}  # copies and pickles make their own
+
+    def of(self, keys: Tensor, metric: str) -> KeyCodes | None:
+        """Codes of keys [N, D], the first N rows of the table; None where a lookup is as well off without."""
+        if not codes_pay(keys):
+            return None
+        known = self._known.get(metric)
+        if known is not None and (known.count == 0 or known.dtype != keys.dtype):
+            known = None  # all keys were removed, and others came
+        if known is not None and known.count > len(keys):
+            return None  # a snapshot of before; it is looked up in until its sequence ends, seldom again
+        if known is None or known.count < len(keys):
+            known = self._known[metric] = encode_keys(keys, metric, known)
+        return known
+
+    def keep(self, rows: Sequence[int]) -> TableCodes:
+        """Codes of the table that has only these rows of this one, in ascending order."""
+        result = TableCodes()
+        for metric, known in self._known.items():
+            with torch.inference_mode(False):
+                kept = [row for row in rows if row < known.count]
+                result._known[metric] = known.select(torch.tensor(kept, dtype=torch.int64))
+        return result
