@@ -3,8 +3,9 @@
 struct Dots {
   static constexpr int kRows = 2;  // 2 x 4 accumulators, a key and a row in 16 registers
 
+  // out [R, kBlock]: products over some quads, on top of what is there if ``more``.
   template <int R>
-  static void tile(const uint8_t* keys, const int8_t* rows, int64_t quads, int32_t* out) {
+  static void tile(const uint8_t* keys, const int8_t* rows, int64_t quads, bool more, int32_t* out) {
     __m256i total[R][4];  // 4 keys each, two sums a key
 #pragma GCC unroll 2
     for (int r = 0; r < R; ++r) {
@@ -32,8 +33,18 @@ struct Dots {
       for (int u = 0; u < 4; ++u) {
         alignas(32) int32_t lanes[8];
         _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), total[r][u]);
-        for (int j = 0; j < 4; ++j) out[r * kBlock + u * 4 + j] = lanes[2 * j] + lanes[2 * j + 1];
+        for (int j = 0; j < 4; ++j) {
+          int32_t& to = out[r * kBlock + u * 4 + j];
+          to = (more ? to : 0) + lanes[2 * j] + lanes[2 * j + 1];
+        }
       }
     }
+  }
+
+  // Bit j: not low[j] > edge[j], for NaN, too.
+  static uint32_t not_above(const float* low, const float* edge) {
+    const __m256 a = _mm256_cmp_ps(_mm256_loadu_ps(low), _mm256_loadu_ps(edge), _CMP_NGT_UQ);
+    const __m256 b = _mm256_cmp_ps(_mm256_loadu_ps(low + 8), _mm256_loadu_ps(edge + 8), _CMP_NGT_UQ);
+    return static_cast<uint32_t>(_mm256_movemask_ps(a)) | static_cast<uint32_t>(_mm256_movemask_ps(b)) << 8;
   }
 };

@@ -2,8 +2,9 @@
 struct Dots {
   static constexpr int kRows = 2;
 
+  // out [R, kBlock]: products over some quads, on top of what is there if ``more``.
   template <int R>
-  static void tile(const uint8_t* keys, const int8_t* rows, int64_t quads, int32_t* out) {
+  static void tile(const uint8_t* keys, const int8_t* rows, int64_t quads, bool more, int32_t* out) {
     int32_t total[R][kBlock] = {};
     for (int64_t t = 0; t < quads; ++t) {
       for (int r = 0; r < R; ++r) {
@@ -15,7 +16,14 @@ struct Dots {
       }
     }
     for (int r = 0; r < R; ++r) {
-      for (int j = 0; j < kBlock; ++j) out[r * kBlock + j] = total[r][j];
+      for (int j = 0; j < kBlock; ++j) out[r * kBlock + j] = (more ? out[r * kBlock + j] : 0) + total[r][j];
     }
+  }
+
+  // Bit j: not low[j] > edge[j], for NaN, too.
+  static uint32_t not_above(const float* low, const float* edge) {
+    uint32_t bits = 0;
+    for (int j = 0; j < kBlock; ++j) bits |= static_cast<uint32_t>(!(low[j] > edge[j])) << j;
+    return bits;
   }
 };

@@ -25,7 +25,6 @@ struct Codes {
 };
 
 constexpr int64_t kBlock = 16;  // keys side by side
-constexpr int64_t kMostRows = 16;  // rows of a tile: as many accumulators as any instruction set holds
 constexpr int64_t kMostCodedDim = 65536;  // 255 * 127 * dim, and 255 * 128 * dim, fit 32 bits
 
 // Queries in the same form, q - c = scale * code + residue, their codes 8 bits in one plane or 16 in two

@@ -31,25 +31,40 @@ inline void put(const int8_t* codes, const CodedQueries& coded, int64_t quads, i
   for (int64_t t = 0; t < quads; ++t) __builtin_memcpy(to + t * step, codes + t * 4, 4);
 }
 
-// The sum of squares of x - scale * n (of x where there is no n), in double: over whole registers of 16.
-inline double squares_of(const float* x, const int32_t* n, float scale, int64_t padded) {
+// Sum of squares of n, exactly up to the rounding of doubles: over whole registers of 16.
+inline double squares_of(const int32_t* n, int64_t padded) {
   constexpr int W = 16;
   double total[W] = {};
   for (int64_t d = 0; d < padded; d += W) {
-    double rest[W];
-    for (int j = 0; j < W; ++j) rest[j] = x == nullptr ? 0.0 : static_cast<double>(x[d + j]);
-    if (n != nullptr) {
-      for (int j = 0; j < W; ++j) rest[j] -= static_cast<double>(scale) * n[d + j];
-    }
-    for (int j = 0; j < W; ++j) total[j] += rest[j] * rest[j];
+    for (int j = 0; j < W; ++j) total[j] += static_cast<double>(n[d + j]) * n[d + j];
   }
   double sum = 0.0;
   for (int j = 0; j < W; ++j) sum += total[j];
   return sum;
 }
 
-// Code query b: as in CodedQueries. Everything that rounding could spoil is summed in double. Loops are such that
-// compilers turn them into whole registers. scratch: room for 5/2 of the query.
+// Sum of squares of x - scale * n (of x where there is no n), in 16 lanes.
+inline float squares_of(const float* x, const int32_t* n, float scale, int64_t padded) {
+  constexpr int W = 16;
+  float total[W] = {};
+  if (n == nullptr) {
+    for (int64_t d = 0; d < padded; d += W) {
+      for (int j = 0; j < W; ++j) total[j] += x[d + j] * x[d + j];
+    }
+  } else {
+    for (int64_t d = 0; d < padded; d += W) {
+      float rest[W];
+      for (int j = 0; j < W; ++j) rest[j] = x[d + j] - scale * static_cast<float>(n[d + j]);
+      for (int j = 0; j < W; ++j) total[j] += rest[j] * rest[j];
+    }
+  }
+  float sum = 0.0f;
+  for (int j = 0; j < W; ++j) sum += total[j];
+  return sum;
+}
+
+// Code query b: as in CodedQueries. Loops are such that compilers turn them into whole registers. scratch: room for
+// 5/2 of the query.
 void code(const Codes& codes, const float* query, CodedQueries& coded, int64_t b, float* scratch) {
   const int64_t padded = (codes.dim + kLanes - 1) / kLanes * kLanes;
   float* own = coded.apart + b * codes.apart;
@@ -72,7 +87,7 @@ void code(const Codes& codes, const float* query, CodedQueries& coded, int64_t b
   }
   float most;
   __builtin_memcpy(&most, &top, sizeof(most));
-  const double squares = squares_of(scratch, nullptr, 0.0f, padded);
+  const float squares = squares_of(scratch, nullptr, 0.0f, padded);
   const float scale = most / (coded.planes == 1 ? 127.0f : 127.0f * 256.0f);
   // Beyond these sizes squares could overflow, or scales lose their precision. NaN compares false.
   const bool fine = squares <= 1e37 && apart <= 1e37 && (most == 0.0f || scale >= 1e-18f);
@@ -102,17 +117,21 @@ void code(const Codes& codes, const float* query, CodedQueries& coded, int64_t b
     coded.offset[b * coded.planes + p] = 128 * sum;
   }
   coded.scale[b] = fine ? scale : 0.0f;
-  coded.square[b] = fine ? static_cast<float>(squares_of(nullptr, whole, scale, padded)) : 0.0f;
-  // The subtraction of the centre rounds by 2^-24 of each value.
-  const double rest = squares_of(scratch, whole, scale, padded);
-  const double error = __builtin_sqrt(rest) * (1 + 1e-6) + __builtin_sqrt(squares) * 1.2e-7;
+  coded.square[b] =
+      fine ? static_cast<float>(static_cast<double>(scale) * scale * squares_of(whole, padded)) : 0.0f;
+  // Subtracting the centre and the coded value rounds by 2^-24 of the value each, summing squares by another 2^-24
+  // for each addition to a lane, and squares that underflow amount to less than 1e-16 in length.
+  const double summing = 1 + (static_cast<double>(padded) / 16 + 32) * 6.1e-8;
+  const double left = __builtin_sqrt(static_cast<double>(squares_of(scratch, whole, scale, padded)));
+  const double rounded_off = __builtin_sqrt(static_cast<double>(squares)) * 2.5e-7;
+  const double error = (left + rounded_off) * summing + 1e-16;
   coded.error[b] = fine ? static_cast<float>(error * (1 + 1e-6)) : __builtin_inff();
 }
 
-inline void dots(int64_t height, const uint8_t* keys, const int8_t* rows, int64_t quads, int32_t* out) {
-#define DUALEDIT_CASE(R)                                                      \
-  case R:                                                                     \
-    if constexpr (R <= Dots::kRows) Dots::tile<R>(keys, rows, quads, out);    \
+inline void dots(int64_t height, const uint8_t* keys, const int8_t* rows, int64_t quads, bool more, int32_t* out) {
+#define DUALEDIT_CASE(R)                                                          \
+  case R:                                                                         \
+    if constexpr (R <= Dots::kRows) Dots::tile<R>(keys, rows, quads, more, out);  \
     break
   switch (height) {
     DUALEDIT_CASE(1);
@@ -140,11 +159,17 @@ inline void dots(int64_t height, const uint8_t* keys, const int8_t* rows, int64_
 void block(const Codes& codes, const CodedQueries& coded, int64_t at, const float* limit, Bounds* bounds) {
   const uint8_t* keys = codes.codes + at * codes.quads * 4 * kBlock;
   const int64_t rows = coded.batch * coded.planes;
-  int64_t first = 0;
-  for (int64_t t = 0; t < tiles_of(rows); ++t) {
-    const int64_t height = height_of(rows, t);
-    dots(height, keys, coded.codes + first * codes.quads * 4, codes.quads, coded.product + first * kBlock);
-    first += height;
+  // A part of the keys stays in the first-level cache while the tiles pass.
+  const int64_t part = tiles_of(rows) == 1 ? codes.quads : 256;
+  for (int64_t quad = 0; quad < codes.quads; quad += part) {
+    const int64_t quads = codes.quads - quad < part ? codes.quads - quad : part;
+    int64_t first = 0;
+    for (int64_t t = 0; t < tiles_of(rows); ++t) {
+      const int64_t height = height_of(rows, t);
+      const int8_t* own = coded.codes + (first * codes.quads + quad * height) * 4;
+      dots(height, keys + quad * 4 * kBlock, own, quads, quad > 0, coded.product + first * kBlock);
+      first += height;
+    }
   }
   const float* scale = codes.scale + at * kBlock;
   const float* square = codes.square + at * kBlock;
@@ -169,17 +194,13 @@ void block(const Codes& codes, const CodedQueries& coded, int64_t at, const floa
     const float twice = 2.0f * coded.scale[b];
     const float within = limit[b];
     Bounds& own = bounds[b];
-    int32_t near[kBlock];
+    float low[kBlock], edge[kBlock];
     for (int j = 0; j < kBlock; ++j) {
-      const float total = sum[j] - twice * scale[j] * dot[j];
-      const float spread = sum[j] * kShare + kTiny;
-      const float edge = within + error[j];
-      own.total[j] = total;
-      own.spread[j] = spread;
-      near[j] = !(total - spread > edge * edge * 1.000001f);
+      own.total[j] = sum[j] - twice * scale[j] * dot[j];
+      own.spread[j] = sum[j] * kShare + kTiny;
+      low[j] = own.total[j] - own.spread[j];
     }
-    uint32_t bits = 0;
-    for (int j = 0; j < kBlock; ++j) bits |= static_cast<uint32_t>(near[j]) << j;
-    own.near = bits;
+    for (int j = 0; j < kBlock; ++j) edge[j] = (within + error[j]) * (within + error[j]) * 1.000001f;
+    own.near = Dots::not_above(low, edge);
   }
 }

@@ -174,13 +174,13 @@ struct Coding {
     }
   }
 
-  // Whether the error of the queries widens the bounds more than that of the keys does.
+  // Whether the error of the queries widens the bounds far more than that of the keys does.
   bool coarse(const Codes& codes, int64_t count) const {
     double keys = 0.0, own = 0.0;
     const int64_t some = count < 64 ? count : 64;
     for (int64_t n = 0; n < some; ++n) keys += std::isfinite(codes.error[n]) ? codes.error[n] : 0.0;
     for (int64_t b = 0; b < queries.batch; ++b) own += std::isfinite(queries.error[b]) ? queries.error[b] : 0.0;
-    return own / static_cast<double>(queries.batch) > keys / static_cast<double>(some);
+    return own / static_cast<double>(queries.batch) > 2 * keys / static_cast<double>(some);
   }
 
   Buffer bytes;
@@ -210,7 +210,7 @@ void look_up_coded(
   std::vector<std::vector<Shortlist>> lists(parts, std::vector<Shortlist>(batch));
   std::atomic<bool> right{true};
   // One distance after the other costs several times what it costs in the tiles of a large batch.
-  const size_t worth = static_cast<size_t>(batch <= 4 ? count / 3 : count / 12);
+  const size_t worth = static_cast<size_t>(batch <= 8 ? count / 4 : count / 6);
   auto scan_part = [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
       const int64_t last = (p + 1) * share < blocks ? (p + 1) * share : blocks;
