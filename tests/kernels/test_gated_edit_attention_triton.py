@@ -60,9 +60,18 @@ def gradients(case, function, cotangent):
 
 
 def compare(case, dtype, seed, factor=3.0):
+    """Output and gradients against float64, each within ``factor`` times PyTorch's error.
+
+    In fp32 a score's own rounding is allowed besides. A kernel sums the products of a score in one
+    accumulator, a CPU's BLAS in many, which rounds less: with heads of 128, plain NumPy products were up to
+    3.4 times PyTorch's error away (6 random cases), and gradients through them up to 12 units in the last
+    place of their largest (60). One accumulator's error grows with the root of the number of products.
+    """
     generator = torch.Generator().manual_seed(seed + 1)
     cotangent = torch.randn(case.hidden.shape, generator=generator, dtype=torch.float64)
     rounded = case.to(dtype)
+    products = case.k.shape[1] / case.num_heads if dtype == torch.float32 else 0
+    summing = products**0.5 * torch.finfo(dtype).eps
     exact = gradients(rounded.to(torch.float64), through_reference, cotangent.to(dtype).double())
     plain = gradients(rounded.to(dtype), through_reference, cotangent.to(dtype))
     actual = gradients(there(rounded.to(dtype)), through_operator, cotangent.to(dtype).to(DEVICE))
@@ -72,7 +81,7 @@ def compare(case, dtype, seed, factor=3.0):
         if name != "hidden" and not true.any():  # one key: its softmax is 1, whatever the query
             assert max_error(got, true) <= 1e-5 * float(exact[1][2].abs().max()), f"d_{name}"
         else:
-            assert_as_exact(f"d_{name}", got, low, true, factor)
+            assert_as_exact(f"d_{name}", got, low, true, factor, summing * float(true.abs().max()))
     unchanged = ~(case.span & (case.route >= 0)[:, None])
     assert torch.equal(actual[0][unchanged], rounded.hidden[unchanged])
 
