@@ -1,8 +1,8 @@
 """Training questions of the embedded model, run through its frozen lower layers once.
 
-Below the first edited layer nothing ever changes, so what enters it is computed once a question and kept; a
-training step runs the layers from there on only. The general way, for any model, is
-`training.train_adapters`.
+Below the first edited layer nothing ever changes, so what enters it is computed once a question, many
+questions at a time, without gradients; a training step runs the layers from there on only. The general way,
+for any model, is `training.train_adapters`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from dualedit.architectures import unwrap
 from dualedit.context import Bound, ForwardPass, Prompt, describe_prompt, framed, recording, runtime_of
@@ -104,7 +103,7 @@ class Pool:
         generator = torch.Generator().manual_seed(seed)
         rows, edits = [], []
         eos = self.base.generation_config.eos_token_id
-        for begin in tqdm(range(0, len(samples), 16), desc="lower layers", unit="batch", mininterval=5):
+        for begin in range(0, len(samples), 16):
             edit_inputs, batch = make_batch(prompter, samples[begin : begin + 16], eos, generator)
             edits.append(self._edits(edit_inputs))
             rows.append(self._rows(batch, begin))
