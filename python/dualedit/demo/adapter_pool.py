@@ -24,6 +24,8 @@ from dualedit.training.dualedit import Batch, make_batch
 
 # Columns of a kept question: 36 image tokens and the longest wording in front, the longest answer behind.
 PROMPT, ANSWER = 56, 4
+# Of a token that is right for certain, beside 1 of one that is wrong for certain.
+LEAST_WEIGHT = 0.05
 
 
 @dataclass
@@ -166,8 +168,12 @@ class Pool:
             keep=batch.keep,
         )
 
-    def losses(self, name: str, chosen: Tensor) -> tuple[Tensor, Tensor]:
-        """Cross-entropy of what must change and KL of what must stay, for the chosen samples [K] int64."""
+    def losses(self, name: str, chosen: Tensor, by_difficulty: bool = False) -> tuple[Tensor, Tensor]:
+        """Cross-entropy of what must change and KL of what must stay, of the chosen samples [K] int64.
+
+        by_difficulty: an answer is right only if all of its tokens are, and most of them are learned early;
+            so each weighs by how wrong it still is (focal loss, Lin et al., ICCV 2017, gamma 1, normalised).
+        """
         picked = torch.cat([self.rows_of[i] for i in chosen.tolist()])
         rows = self.rows.take(picked)
         place = torch.full((len(self),), -1, dtype=torch.int64)
@@ -176,7 +182,11 @@ class Pool:
         labels = rows.labels[:, PROMPT:]
         target = labels != -100
         change, same = target & ~rows.keep[:, None], target & rows.keep[:, None]
-        rel = nn.functional.cross_entropy(logits[change], labels[change])
+        missed = nn.functional.cross_entropy(logits[change], labels[change], reduction="none")
+        weight = torch.ones_like(missed)
+        if by_difficulty:
+            weight = 1.0 - (-missed.detach()).exp() + LEAST_WEIGHT
+        rel = (weight * missed).sum() / weight.sum()
         kept = rows.take(rows.keep.nonzero()[:, 0])
         with torch.no_grad():
             before = self._upper(kept, kept.edit, {})[target[rows.keep]]
