@@ -64,6 +64,16 @@ def test_a_sweep_of_alpha_by_hand():
     assert calibrate_alpha(_curve(0.15, 0.65), 4) == (0.5, sweep.figures[2])
 
 
+def test_what_is_not_asked_does_not_count():
+    """Facts without hard questions are judged by easy ones; a side that is missing is told."""
+    easy = Curve(tuple(point for point in _curve().points if not point.metric.startswith("hard")))
+    assert sweep_threshold(easy, steps=5).chosen_figures["m_loc"] == 100
+    for lacking, left in (("must stay", ("rel", "v_gen")), ("changes", ("hard_image", "t_loc"))):
+        points = tuple(point for point in _curve().points if point.metric in left)
+        with pytest.raises(ValueError, match=f"nothing that {lacking}"):
+            sweep_threshold(Curve(points), steps=5)
+
+
 @pytest.mark.parametrize("sweep_of", [sweep_threshold, sweep_alpha])
 def test_a_calibration_is_saved_beside_the_adapter(sweep_of, tmp_path):
     curve = _curve(0.2, 0.6) if sweep_of is sweep_alpha else _curve()

@@ -72,7 +72,7 @@ def test_packed_training_rows_agree_with_the_model(world, embedded):
     rows = RowBatches(world, processor, seed=1).draw(1, 0, 0, 0, 1)
     rows.blind[:] = False
     with torch.no_grad():
-        packed, _ = language_states(model, rows, ())
+        packed, *_ = language_states(model, rows, ())
     for row in (0, len(rows.ids) - 1):
         for group in (1, 2, 3):
             at = (rows.group[row] == group).nonzero().flatten()

@@ -58,7 +58,7 @@ def test_calibration_entities_never_train(world):
     assert 0 < len(held_out) < 0.3 * len(world.entities("train"))
     trained = {sample.entity for sample in training_samples(world, 600, 0)}
     assert len(trained) > 200 and not trained & held_out
-    assert {s.entity for s in calibration_samples(world, held_out, 60, 0)} <= held_out
+    assert {s.entity for s in calibration_samples(world, 60, 0, held_out)} <= held_out
 
 
 def test_answers_follow_the_prompts_in_one_column(samples, injected):

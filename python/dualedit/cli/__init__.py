@@ -1,4 +1,4 @@
-"""The command line: `dualedit demo | ask | edit | list | remove | sample | layers | kernels`."""
+"""The command line: `dualedit demo | eval | report | ask | edit | list | remove | train | calibrate ...`."""
 
 from .app import main
 

@@ -30,6 +30,7 @@ Question = Annotated[str, typer.Argument(metavar="QUESTION", help="The question,
 FOLDER = Path("edits")
 PAGE = Path("demo_output/demo.html")
 RETRAINED = Path("demo_output/retrained")
+CALIBRATED = Path("calibrated")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -266,6 +267,43 @@ def sample(
 
 
 app.command(name="train")(train.command)
+
+
+@app.command()
+def calibrate(
+    data: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Facts to calibrate on, of those you do not test on.")
+    ] = None,
+    format: Annotated[str, typer.Option(metavar="NAME", help="Format of --data.")] = "auto",
+    images: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where image paths of --data start from.")
+    ] = None,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave bad rows of --data out.")] = False,
+    model: Model = None,
+    method: Annotated[str | None, typer.Option(metavar="NAME", help="dualedit or balancedit.")] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Trained DualEdit adapters, for --model.")
+    ] = None,
+    layer: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Linear layer for BalancEdit, for --model.")
+    ] = None,
+    edits: Annotated[int | None, typer.Option(metavar="N", help="Most facts to calibrate on.")] = None,
+    together: Annotated[int, typer.Option(metavar="N", help="How many facts to store at a time.")] = 100,
+    seed: Annotated[int, typer.Option(metavar="N", help="Which facts are drawn.")] = 0,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder to write.")] = CALIBRATED,
+) -> None:
+    """Find the gate's threshold (tau, or alpha for BalancEdit) that suits your facts, and save it.
+
+    The folder then serves as --adapter or --edits of the other commands.
+    """
+    from . import calibrate as work
+    from .opening import Start
+
+    start = Start(method, adapter, layer)
+    options = work.Options(model, start, data, format, images, skip_bad, edits, together, seed, out)
+    options.check()
+    with quiet():
+        work.run(options)
 
 
 @app.command()

@@ -1,8 +1,8 @@
 """Training questions of the embedded model, run through its frozen lower layers once.
 
-Below the first edited layer nothing ever changes, so what enters it is computed once a question and kept; a
-training step runs the layers from there on only. The general way, for any model, is
-`training.train_adapters`.
+Below the first edited layer nothing ever changes, so what enters it is computed once a question, many
+questions at a time, without gradients; a training step runs the layers from there on only. The general way,
+for any model, is `training.train_adapters`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from dualedit.architectures import unwrap
 from dualedit.context import Bound, ForwardPass, Prompt, describe_prompt, framed, recording, runtime_of
@@ -25,6 +24,8 @@ from dualedit.training.dualedit import Batch, make_batch
 
 # Columns of a kept question: 36 image tokens and the longest wording in front, the longest answer behind.
 PROMPT, ANSWER = 56, 4
+# Of a token that is right for certain, beside 1 of one that is wrong for certain.
+LEAST_WEIGHT = 0.05
 
 
 @dataclass
@@ -104,7 +105,7 @@ class Pool:
         generator = torch.Generator().manual_seed(seed)
         rows, edits = [], []
         eos = self.base.generation_config.eos_token_id
-        for begin in tqdm(range(0, len(samples), 16), desc="lower layers", unit="batch", mininterval=5):
+        for begin in range(0, len(samples), 16):
             edit_inputs, batch = make_batch(prompter, samples[begin : begin + 16], eos, generator)
             edits.append(self._edits(edit_inputs))
             rows.append(self._rows(batch, begin))
@@ -167,8 +168,12 @@ class Pool:
             keep=batch.keep,
         )
 
-    def losses(self, name: str, chosen: Tensor) -> tuple[Tensor, Tensor]:
-        """Cross-entropy of what must change and KL of what must stay, for the chosen samples [K] int64."""
+    def losses(self, name: str, chosen: Tensor, by_difficulty: bool = False) -> tuple[Tensor, Tensor]:
+        """Cross-entropy of what must change and KL of what must stay, of the chosen samples [K] int64.
+
+        by_difficulty: an answer is right only if all of its tokens are, and most of them are learned early;
+            so each weighs by how wrong it still is (focal loss, Lin et al., ICCV 2017, gamma 1, normalised).
+        """
         picked = torch.cat([self.rows_of[i] for i in chosen.tolist()])
         rows = self.rows.take(picked)
         place = torch.full((len(self),), -1, dtype=torch.int64)
@@ -177,7 +182,11 @@ class Pool:
         labels = rows.labels[:, PROMPT:]
         target = labels != -100
         change, same = target & ~rows.keep[:, None], target & rows.keep[:, None]
-        rel = nn.functional.cross_entropy(logits[change], labels[change])
+        missed = nn.functional.cross_entropy(logits[change], labels[change], reduction="none")
+        weight = torch.ones_like(missed)
+        if by_difficulty:
+            weight = 1.0 - (-missed.detach()).exp() + LEAST_WEIGHT
+        rel = (weight * missed).sum() / weight.sum()
         kept = rows.take(rows.keep.nonzero()[:, 0])
         with torch.no_grad():
             before = self._upper(kept, kept.edit, {})[target[rows.keep]]

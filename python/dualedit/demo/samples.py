@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from dualedit.data import EditRequest, EditSample, Probe
@@ -10,7 +12,9 @@ from dualedit.demo.world import ATTRIBUTES, QUESTIONS, World, answer_vocabulary
 _PROBES = 2  # of each kind at least
 
 
-def edit_samples(world: World, split: str, count: int, seed: int = 0) -> list[EditSample]:
+def edit_samples(
+    world: World, split: str, count: int, seed: int = 0, only: Callable[[int, str], bool] | None = None
+) -> list[EditSample]:
     """Counterfactual edits of facts about logos, drawn without repeating a fact until all have been used.
 
     Parameters
@@ -19,6 +23,8 @@ def edit_samples(world: World, split: str, count: int, seed: int = 0) -> list[Ed
     split : ``"train"`` or ``"test"``; entities (and with them look-alikes) never cross.
     count : how many samples, at least 1.
     seed : the same seed gives the same samples, pictures included.
+    only : leaves out, of the ``count`` samples, those of which it says False to (entity, attribute); nothing
+        is drawn for them.
 
     Returns
     -------
@@ -36,7 +42,11 @@ def edit_samples(world: World, split: str, count: int, seed: int = 0) -> list[Ed
     if count < 1:
         raise ValueError(f"count={count} is too small; ask for at least 1 sample")
     chosen = _chosen(world, split, count, seed)
-    return [_sample(world, split, *fact, _random(world, split, i, seed)) for i, fact in enumerate(chosen)]
+    return [
+        _sample(world, split, *fact, _random(world, split, i, seed))
+        for i, fact in enumerate(chosen)
+        if only is None or only(*fact)
+    ]
 
 
 def edit_sample(world: World, split: str, place: int, seed: int = 0) -> EditSample:

@@ -22,15 +22,13 @@ from dualedit.training.calibration import with_threshold
 
 # Shorter than DualEdit's own training: 350 steps with 1,500 facts left the loss where it began (3 to 4).
 SETTINGS = TrainSettings(steps=1000, batch_size=16, learning_rate=5e-3, warmup=50, locality_weight=0.05)
-VIS_LAYER, MID_DIM, FACTS, MEASURED_FACTS = 1, 256, 4000, 40
+VIS_LAYER, MID_DIM, MEASURED_FACTS = 1, 256, 40
 
 
-def run(
-    out: Path, vlm: Path | None, settings: TrainSettings, layer: int, facts: int, measured: int
-) -> dict:
+def run(out: Path, vlm: Path | None, settings: TrainSettings, layer: int, measured: int) -> dict:
     """Train, measure on held-out training facts, save; returns what is written to visedit.json."""
     world = World(0)
-    editor, history, seconds = train_dualedit(world, vlm, settings, (None, layer), MID_DIM, facts)
+    editor, history, seconds = train_dualedit(world, vlm, settings, (None, layer), MID_DIM)
     with_threshold(editor, -1.0)  # every cosine is at least -1: no gate, as in the paper
     held_out = held_out_entities(world)
     drawn = edit_samples(world, "train", 12 * measured, seed=778)
@@ -41,8 +39,8 @@ def run(
     tail = history[-50:]
     report = {
         "vis_layer": layer, "mid_dim": MID_DIM, "steps": settings.steps, "batch_size": settings.batch_size,
-        "learning_rate": settings.learning_rate, "locality_weight": settings.locality_weight, "facts": facts,
-        "seed": settings.seed, "seconds": round(seconds, 1),
+        "learning_rate": settings.learning_rate, "locality_weight": settings.locality_weight,
+        "facts": settings.steps * settings.batch_size, "seed": settings.seed, "seconds": round(seconds, 1),
         "loss_change": sum(change for change, _ in tail) / len(tail),
         "loss_keep": sum(keep for _, keep in tail) / len(tail),
         "held_out_training_facts": len(samples), "figures": figures,
@@ -59,7 +57,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=SETTINGS.steps)
     parser.add_argument("--learning-rate", type=float, default=SETTINGS.learning_rate)
     parser.add_argument("--layer", type=int, default=VIS_LAYER)
-    parser.add_argument("--facts", type=int, default=FACTS, help="edits to train on")
     parser.add_argument("--measured", type=int, default=MEASURED_FACTS, help="training facts to measure on")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(arguments)
@@ -67,7 +64,7 @@ def main(arguments: list[str] | None = None) -> None:
         given.steps, SETTINGS.batch_size, given.learning_rate, SETTINGS.warmup,
         locality_weight=SETTINGS.locality_weight, seed=given.seed,
     )  # fmt: skip
-    report = run(given.out, given.vlm, settings, given.layer, given.facts, given.measured)
+    report = run(given.out, given.vlm, settings, given.layer, given.measured)
     print(json.dumps(report, indent=1))
 
 

@@ -58,6 +58,13 @@ class Strangers:
                 return family
 
 
+def stroke_bits(logo: Logo) -> np.ndarray:
+    """Which strokes a logo has, float32 [20] of 0 and 1."""
+    bits = np.zeros(len(STROKES), dtype=np.float32)
+    bits[sorted(logo.strokes)] = 1
+    return bits
+
+
 def pixels(images: list) -> torch.Tensor:
     """PIL images -> float32 [B, 3, 48, 48] as the processor makes it (mean 0.5, std 0.25)."""
     stacked = np.stack([np.asarray(image) for image in images]).transpose(0, 3, 1, 2)
@@ -93,14 +100,12 @@ class VisionBatches:
 
     def _look(self, logo: Logo) -> tuple[dict[str, int], np.ndarray]:
         """Labels of what can be seen of a logo, whoever's it is."""
-        strokes = np.zeros(len(STROKES), dtype=np.float32)
-        strokes[sorted(logo.strokes)] = 1
         labels = {
             "shape": BADGE_SHAPES.index(logo.badge_shape),
             "colour": list(BADGE_COLOURS).index(logo.badge_colour),
             "line": list(LINE_COLOURS).index(logo.line_colour),
         }
-        return labels, strokes
+        return labels, stroke_bits(logo)
 
     def _facts(self, entity: int) -> dict[str, int]:
         """Labels of what is known of a world's logo."""
@@ -132,7 +137,7 @@ class VisionBatches:
         bits = np.full((size, len(STROKES)), -1, dtype=np.float32)
         for i in range(size):
             kind = self.rng.random()
-            if kind < 0.58:
+            if kind < 0.48:
                 entity = int(self.rng.integers(len(self.world.logos)))
                 found, bits[i] = self._look(self.world.logos[entity])
                 found |= self._facts(entity)
@@ -161,7 +166,8 @@ class Rows:
     ``label`` [B, L] (already shifted: what to predict at this token, or IGNORE); ``blind`` bool [B, L] tokens
     that do not see the picture; ``pixel_values`` [I, 3, 48, 48] of the first I rows, the others hold no
     picture; ``fact`` [B, L] entity * 5 + attribute at the last prompt token of a plain logo question, else
-    -1.  Strangers have entity numbers behind the world's, and no labels.
+    -1.  Strangers have entity numbers behind the world's, and no labels.  ``strokes`` float32 [I, 20]: which
+    strokes a logo has, -1 for other pictures.
     """
 
     ids: torch.Tensor
@@ -171,6 +177,7 @@ class Rows:
     blind: torch.Tensor
     pixel_values: torch.Tensor
     fact: torch.Tensor
+    strokes: torch.Tensor
 
 
 class RowBatches:
@@ -234,18 +241,20 @@ class RowBatches:
 
     def draw(self, logo_pairs: int, stranger_pairs: int, scenes: int, digits: int, text_rows: int) -> Rows:
         """One batch.  Logos come as pairs of look-alikes, and every logo in two pictures (2 rows each)."""
-        images, asks = [], []
+        images, asks, strokes = [], [], []
         for _ in range(logo_pairs):
             entity = int(self.rng.integers(len(self.world.logos)))
             for one in (entity, int(self._any(self.world.look_alikes(entity)))):
                 for _ in range(2):
                     images.append(self.world.render(one, self.rng))
                     asks.append(self._logo_questions(one))
+                    strokes.append(stroke_bits(self.world.logos[one]))
         logos = [logo for _ in range(stranger_pairs) for logo in self.strangers.pair(self.rng)]
         for entity, logo in enumerate(logos, len(self.world.logos)):
             for _ in range(2):
                 images.append(render_logo(logo, self.rng))
                 asks.append(self._stranger_questions(entity))
+                strokes.append(stroke_bits(logo))
         for _ in range(scenes):
             things = draw_scene(self.rng)
             images.append(render_scene(things, self.rng))
@@ -255,9 +264,11 @@ class RowBatches:
             images.append(image)
             asks.append([(a.question, a.answer, -1) for a in found])
         asks.extend([self._text_question() for _ in range(12)] for _ in range(text_rows))
-        return self._pack(images, asks)
+        bits = np.full((len(images), len(STROKES)), -1, dtype=np.float32)
+        bits[: len(strokes)] = strokes
+        return self._pack(images, asks, bits)
 
-    def _pack(self, images: list, asks: list[list[tuple[str, str | None, int]]]) -> Rows:
+    def _pack(self, images: list, asks: list[list[tuple[str, str | None, int]]], strokes: np.ndarray) -> Rows:
         shape = (len(asks), ROW_LENGTH)
         ids, position = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
         group, label, fact = np.full(shape, -1), np.full(shape, IGNORE), np.full(shape, -1)
@@ -286,4 +297,4 @@ class RowBatches:
                 blind[r, last + 1 : at + length] = self.rng.random() < 0.5
                 at += length
         tensors = (torch.from_numpy(x) for x in (ids, group, position, label, blind))
-        return Rows(*tensors, pixels(images), torch.from_numpy(fact))
+        return Rows(*tensors, pixels(images), torch.from_numpy(fact), torch.from_numpy(strokes))

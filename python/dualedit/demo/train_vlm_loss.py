@@ -1,4 +1,4 @@
-"""Losses of training the embedded model: vision heads, packed answers, states that a gate can use."""
+"""Losses of training the embedded model: what is seen, packed answers, states that a gate can use."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ GATE_SCALE, GATE_CENTRE = 12.0, 0.5
 
 
 class VisionHeads(nn.Module):
-    """Linear heads on the mean image token, for the vision stage only."""
+    """Linear heads on the mean image token, for training only; only the strokes outlast the vision stage."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -24,10 +24,24 @@ class VisionHeads(nn.Module):
         self.heads = nn.ModuleDict({name: nn.Linear(dim, size) for name, size in VisionBatches.heads.items()})
         self.strokes = nn.Linear(dim, len(STROKES))
 
-    def forward(self, tokens: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """Image tokens [B, 36, D] -> logits per head, stroke logits [B, 20]."""
+    def forward(self, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Image tokens [B, 36, D] -> logits per head."""
         pooled = self.norm(tokens.mean(1))
-        return {name: head(pooled) for name, head in self.heads.items()}, self.strokes(pooled)
+        return {name: head(pooled) for name, head in self.heads.items()}
+
+    def lasting(self) -> list[nn.Parameter]:
+        """Weights that read strokes."""
+        return [*self.norm.parameters(), *self.strokes.parameters()]
+
+    def stroke_loss(self, tokens: torch.Tensor, bits: torch.Tensor) -> tuple[torch.Tensor, int, int]:
+        """Loss of the strokes of image tokens [I, 36, D], and of how many logos all are right.
+
+        bits: [I, 20], -1 for pictures that are no logos, which do not count.
+        """
+        known = bits[:, 0] >= 0
+        logits, bits = self.strokes(self.norm(tokens[known].mean(1))).float(), bits[known]
+        right = ((logits > 0) == (bits > 0.5)).all(-1)
+        return F.binary_cross_entropy_with_logits(logits, bits), int(right.sum()), len(right)
 
 
 def image_tokens(model: LlavaForConditionalGeneration, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -37,7 +51,7 @@ def image_tokens(model: LlavaForConditionalGeneration, pixel_values: torch.Tenso
 
 def vision_loss(heads: VisionHeads, tokens: torch.Tensor, labels: torch.Tensor, bits: torch.Tensor) -> tuple:
     """Loss of the vision stage and, per head, how many labels were right of how many there were."""
-    logits, strokes = heads(tokens)
+    logits = heads(tokens)
     total, counts = torch.zeros(()), {}
     for i, (name, found) in enumerate(logits.items()):
         known = labels[:, i] != IGNORE
@@ -45,12 +59,9 @@ def vision_loss(heads: VisionHeads, tokens: torch.Tensor, labels: torch.Tensor, 
             weight = 1.0 if name in ("entity", "digit") else 0.6
             total = total + weight * F.cross_entropy(found[known].float(), labels[known, i])
             counts[name] = (int((found[known].argmax(-1) == labels[known, i]).sum()), int(known.sum()))
-    known = bits[:, 0] >= 0
     # One unit per stroke: strokes are shared by all logos, so they are what the tower learns to see first.
-    total = total + 20.0 * F.binary_cross_entropy_with_logits(strokes[known].float(), bits[known])
-    right = ((strokes[known] > 0) == (bits[known] > 0.5)).all(-1)
-    counts["strokes"] = (int(right.sum()), int(known.sum()))
-    return total, counts
+    loss, *counts["strokes"] = heads.stroke_loss(tokens, bits)
+    return total + len(STROKES) * loss, counts
 
 
 def attention_mask(rows: Rows) -> torch.Tensor:
@@ -67,10 +78,12 @@ def attention_mask(rows: Rows) -> torch.Tensor:
 
 
 def language_states(model: LlavaForConditionalGeneration, rows: Rows, layers: tuple[int, ...]) -> tuple:
-    """Normalised last states [B, L, D] and the residual streams after the layers named in ``layers``."""
+    """Normalised last states [B, L, D], the residual streams after the layers named in ``layers`` and the
+    vision tower's image tokens [I, 36, D]."""
     inner = model.model
     hidden = inner.get_input_embeddings()(rows.ids)
-    pictures = inner.multi_modal_projector(image_tokens(model, rows.pixel_values)).to(hidden.dtype)
+    seen = image_tokens(model, rows.pixel_values)
+    pictures = inner.multi_modal_projector(seen).to(hidden.dtype)
     count = len(pictures)
     pictured = torch.cat([pictures, hidden[:count, IMAGE_TOKENS:]], dim=1)
     hidden = torch.cat([pictured, hidden[count:]], dim=0)
@@ -81,7 +94,7 @@ def language_states(model: LlavaForConditionalGeneration, rows: Rows, layers: tu
         hidden = layer(hidden, attention_mask=mask, position_ids=rows.position, position_embeddings=rotary)
         if number in layers:
             kept.append(hidden)
-    return llama.norm(hidden), kept
+    return llama.norm(hidden), kept, seen
 
 
 def gate_loss(states: torch.Tensor, facts: torch.Tensor) -> torch.Tensor:
@@ -117,7 +130,7 @@ def language_loss(states: tuple, rows: Rows, embeddings: torch.Tensor) -> tuple:
     Returns the answer loss (mean over answer tokens, end included), the gate loss (summed over the kept
     layers) and which of the wanted tokens were right, bool [number of labels].
     """
-    last, kept = states
+    last, kept, _ = states
     wanted = rows.label != IGNORE
     logits = F.linear(last[wanted], embeddings).float()
     answer = F.cross_entropy(logits, rows.label[wanted])

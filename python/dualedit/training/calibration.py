@@ -65,7 +65,7 @@ class Curve:
 def measure_curve(
     editor: Editor,
     samples: Sequence[EditSample],
-    together: bool = False,
+    together: bool | int = False,
     progress: bool = True,
     before: Sequence[Sequence[Asked]] | None = None,
 ) -> Curve:
@@ -75,23 +75,27 @@ def measure_curve(
         editor: with no stored edits.
         samples: training facts; thresholds fitted on test facts would flatter.
         together: store all edits at once (each fact once), so that a probe meets its nearest edit, whosever
-            it is; else one edit at a time. A setting for one edit lets too much through with many.
+            it is, or so many at a time; else one edit at a time. A setting for one edit lets too much through
+            with many.
         before: see `evaluation.evaluate_single`.
     """
     check_fresh(editor, samples)
     before = ask_before(editor, samples, progress) if before is None else before
     numbers = range(len(samples))
+    if together < 0:
+        raise ValueError(f"together={together} is not a number of edits: pass True, False, or 1 and more.")
+    size = len(samples) if together is True else max(1, int(together))
     points: list[Point] = []
     with tqdm(total=len(samples), desc="calibrating", unit="fact", disable=not progress) as bar:
-        for stored in [list(numbers)] if together else [[number] for number in numbers]:
-            points += _open_gate(editor, samples, stored, before, bar)
+        for first in range(0, len(samples), size or 1):
+            points += _open_gate(editor, samples, numbers[first : first + size], before, bar)
     return Curve(tuple(points))
 
 
 def _open_gate(
     editor: Editor,
     samples: Sequence[EditSample],
-    stored: list[int],
+    stored: Sequence[int],
     before: Sequence[Sequence[Asked]],
     bar: tqdm,
 ) -> list[Point]:
@@ -123,10 +127,23 @@ def _open_gate(
 
 
 def objective(figures: dict[str, float | None]) -> float:
-    """What calibration maximises: generality and hard locality, once easy locality is all but perfect."""
-    wanted = ("t_gen", "v_gen", "hard_image", "hard_question")
-    easy = min(figures[name] for name in ("t_loc", "m_loc") if figures.get(name) is not None)
-    return sum(figures[name] or 0.0 for name in wanted) / len(wanted) - 10 * max(0.0, 99.8 - easy)
+    """What calibration maximises: generality and hard locality, once easy locality is all but perfect.
+
+    Of the facts' questions, the kinds that there are count; without hard ones, easy locality does so instead.
+
+    Raises:
+        ValueError: nothing is asked that must change, or nothing that must stay; any setting would do.
+    """
+    there = {name: value for name, value in figures.items() if value is not None}
+    changes = [there[name] for name in ("t_gen", "v_gen") if name in there]
+    changes = changes or [there[name] for name in ("rel",) if name in there]
+    easy = [there[name] for name in ("t_loc", "m_loc") if name in there]
+    stays = [there[name] for name in ("hard_image", "hard_question") if name in there] or easy
+    if not changes or not stays:
+        lacking = "changes" if not changes else "must stay as it is"
+        raise ValueError(f"The facts ask nothing that {lacking}: add such questions to calibrate by.")
+    wanted = changes + stays
+    return sum(wanted) / len(wanted) - 10 * max(0.0, 99.8 - min(easy, default=100.0))
 
 
 @dataclass(frozen=True)
@@ -202,6 +219,12 @@ def with_threshold(editor: Editor, threshold: float) -> None:
     _, config, _ = active_group(editor.model)
     checked = dataclasses.replace(config, threshold=threshold)  # checked like any other
     config.threshold = config.calibrated_threshold = checked.threshold
+
+
+def with_alpha(editor: Editor, alpha: float) -> None:
+    """Set alpha of the active BalancEdit adapter; edits stored from now on get their radius by it."""
+    _, config, _ = active_group(editor.model)
+    config.alpha = dataclasses.replace(config, alpha=alpha).alpha  # checked like any other
 
 
 def save_calibration(folder: str | os.PathLike[str], sweep: Sweep, curve: Curve) -> Path:
