@@ -149,11 +149,21 @@ def test_predictions_are_the_models_own_at_the_answers_tokens(name, adapters, qu
 
 
 @pytest.mark.parametrize("name", ["ft-l", "ft-v", "lora", "grace"])
-def test_what_was_fitted_is_predicted_and_answered(name, adapters, questions):
+def test_what_was_fitted_is_predicted_and_answered(name, adapters, generator):
+    """On a picture that can be fitted: in a random model 200 steps of FT-V are too few for one in six."""
     method = opened(name, adapters)
-    question = [questions[0]]
     target = "dell" if name == "grace" else "old dell"  # GRACE writes to one place of a random model only
-    method.edit(fact(questions[0][0], target=target))
+    for _ in range(8):
+        question = [(random_image(generator), BRAND)]
+        method.reset()
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            method.edit(fact(question[0][0], target=target))
+        # GRACE answers so, if with less than the asked probability.
+        if name == "grace" or not any("did not take" in str(warning.message) for warning in told):
+            break
+    else:
+        pytest.fail("none of eight pictures could be fitted")
     best, wanted = method.predictions(question, [target])[0]
     assert best.tolist() == wanted.tolist()
     assert method.answers(question)[0].startswith(target)
