@@ -169,14 +169,21 @@ class TrainingStep(nn.Module):
 
     @torch.no_grad()
     def choose_way(self, batch: Batch) -> bool:
-        """Set `by_parts` by whether the upper part alone reproduces the model on a batch; returns it."""
+        """Set `by_parts` by whether the upper part alone reproduces the model on a batch; returns it.
+
+        With its last layer narrowed if that gives the model's logits, else with the whole of it.
+        """
         batch = on_device(batch, self.base)
-        try:
-            self.by_parts = all(self._reproduced(part) for part in batch.parts)
-        except (TypeError, ValueError, RuntimeError, KeyError, IndexError) as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
-            self.by_parts = False
+        for narrow in (True, False):
+            self.upper.narrow = narrow
+            try:
+                self.by_parts = all(self._reproduced(part) for part in batch.parts)
+            except (TypeError, ValueError, RuntimeError, KeyError, IndexError) as error:
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise
+                self.by_parts = False
+            if self.by_parts:
+                break
         return self.by_parts
 
     def _reproduced(self, part: Part) -> bool:

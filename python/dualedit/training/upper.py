@@ -3,13 +3,14 @@
 Nothing below the first edited layer depends on the adapters, so its states are computed once a batch. Above
 it two runs are needed at most: one without the edits (what the model would have said, and the states that
 become keys and values) and one with them. Only the positions whose next token counts go through the last
-layer's feed-forward part, the final norm and the output head.
+layer (see `narrow.py`; where it cannot be narrowed, through its feed-forward part), the final norm and the
+output head.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from ..architectures import find_decoder_layers
 from ..context import Bound, framed, recording, runtime_of
 from ..layer import DualEditLayer
 from ..sequence import ForwardPass, Prompt, Sequence
+from .narrow import can_narrow, run_narrow
 
 
 class _Seen(Exception):
@@ -74,12 +76,16 @@ class UpperPart:
         layers: its wrapped layers by name.
         adapter: name of the adapter.
         recompute: keep nothing of the upper layers for the backward pass.
+
+    Attributes:
+        narrow: whether the last layer is entered at the needed positions only, where it can be.
     """
 
     def __init__(
         self, base: nn.Module, layers: Mapping[str, DualEditLayer], adapter: str, recompute: bool = False
     ):
         self.base, self.layers, self.adapter, self.recompute = base, dict(layers), adapter, recompute
+        self.narrow = True
         self.runtime = runtime_of(base)
         path, self.decoder = find_decoder_layers(base)
         self.stack = base.get_submodule(path.rpartition(".")[0])
@@ -165,22 +171,25 @@ class UpperPart:
         layers = len(self.decoder) - 1 - self.first
         # Where the last layer is a wrapped one, its states are noted at every position.
         top = layers - 1 if self.last < len(self.decoder) - 1 else None
+        narrow = False
         for number, (module, args, kwargs) in enumerate(lower.calls[:layers]):
-            narrow = at if number == top else None
+            only = at if number == top else None
+            narrow = only is not None and self.narrow and can_narrow(module, args, kwargs, at)
 
-            def run(states, module=module, args=args, kwargs=kwargs, narrow=narrow):
+            def run(states, module=module, args=args, kwargs=kwargs, only=only, narrow=narrow):
                 # Frames are set here and not outside: a recomputation in backward has to find them too.
-                with self._passing(prompt), _only_at(module, narrow):
-                    if mode is None:
-                        return _first(module(states, *args, **kwargs))
-                    with framed(self.runtime, "mode", mode):
+                inside = framed(self.runtime, "mode", mode) if mode is not None else nullcontext()
+                with self._passing(prompt), inside:
+                    if narrow:
+                        return run_narrow(module, states, kwargs, only)
+                    with _only_at(module, only):
                         return _first(module(states, *args, **kwargs))
 
             if self.recompute and torch.is_grad_enabled():
                 hidden = checkpoint(run, hidden, use_reentrant=False)
             else:
                 hidden = run(hidden)
-        wanted = hidden[at][None]  # [1, K, D]
+        wanted = (hidden if narrow else hidden[at])[None]  # [1, K, D]
         for module, args, kwargs in lower.calls[layers:]:
             wanted = _first(module(wanted, *args, **kwargs))
         return self.base.get_output_embeddings()(wanted)[0]
