@@ -16,15 +16,16 @@ from transformers.models.llama.modeling_llama import eager_attention_forward as 
 FAMILIES = pytest.mark.parametrize("family", [LLAVA, QWEN, BLIP2], ids=lambda family: family.name)
 
 
-def attention_of(call, q, k, v, mask, layer, upstream):
+def attention_of(call, q, k, v, mask, layer, scaling, upstream):
     q, k, v = (t.clone().requires_grad_() for t in (q, k, v))
-    out = call(layer, q, k, v, mask, scaling=0.3)[0]
+    out = call(layer, q, k, v, mask, scaling=scaling)[0]
     return out.detach(), torch.autograd.grad(out, (q, k, v), upstream)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("masked", ["none", "causal", "rows", "heads"])
-def test_by_head_is_as_near_to_the_truth_as_eager(dtype, masked, generator):
+@pytest.mark.parametrize("scaling", [0.25, 0.3])  # a power of two goes another way
+def test_by_head_is_as_near_to_the_truth_as_eager(dtype, masked, scaling, generator):
     rows, heads, groups, queries, keys = 2, 4, 2, 130, 140
 
     def numbers(*shape):
@@ -44,17 +45,13 @@ def test_by_head_is_as_near_to_the_truth_as_eager(dtype, masked, generator):
         None if closed is None else torch.zeros(closed.shape, dtype=d).masked_fill(closed, lowest)
         for d in (dtype, torch.float64)
     )
-    wide = [t.double() for t in (q, k, v)]
-    weights = wide[0] @ wide[1].repeat_interleave(2, 1).transpose(2, 3) * 0.3
-    leaves = [t.requires_grad_() for t in wide]
-    weights = leaves[0] @ leaves[1].repeat_interleave(2, 1).transpose(2, 3) * 0.3
+    leaves = [t.double().requires_grad_() for t in (q, k, v)]
+    weights = leaves[0] @ leaves[1].repeat_interleave(2, 1).transpose(2, 3) * scaling
     weights = (weights if exact is None else weights + exact).softmax(-1)
     true = (weights @ leaves[2].repeat_interleave(2, 1)).transpose(1, 2)
     true = true.detach(), torch.autograd.grad(true, leaves, upstream.double())
-    found = attention_of(attend_by_head, q, k, v, mask, layer, upstream)
-    plain = attention_of(eager, q, k, v, mask, layer, upstream)
-    if dtype == torch.bfloat16:
-        assert torch.equal(found[0], plain[0])
+    found = attention_of(attend_by_head, q, k, v, mask, layer, scaling, upstream)
+    plain = attention_of(eager, q, k, v, mask, layer, scaling, upstream)
 
     def errors(some):
         return [

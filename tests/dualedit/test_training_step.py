@@ -161,8 +161,8 @@ def test_recomputing_changes_no_gradient(step, generator):
 def test_a_model_whose_layers_do_not_run_alone_runs_whole(step, generator, monkeypatch):
     batch = batch_of(facts(2, generator), True)
     sums, _ = outcome(step, batch)
-    run = step.upper._run
-    monkeypatch.setattr(step.upper, "_run", lambda *args, **more: 2 * run(*args, **more))
+    head = step.upper._head
+    monkeypatch.setattr(step.upper, "_head", lambda *args: 2 * head(*args))
     assert not step.choose_way(batch) and not step.by_parts
     again, _ = outcome(step, batch)
     torch.testing.assert_close(again, sums, rtol=1e-4, atol=1e-5)

@@ -136,10 +136,10 @@ class UpperPart:
     def unedited(
         self, lower: Lower, prompt: Prompt, at: Tensor | None
     ) -> tuple[dict[str, Tensor], Tensor | None]:
-        """What the wrapped layers see without an edit, by layer name, and logits [K, V] at some positions.
+        """What the wrapped layers see without an edit, by layer name, and the last states [K, D] somewhere.
 
         Args:
-            at: [R, L] bool, or None: no logits, only as far as the last wrapped layer.
+            at: [R, L] bool, the positions; or None: only as far as the last wrapped layer.
         """
         with torch.no_grad(), recording(self.base) as states:
             states[self.first_name] = lower.states
@@ -154,7 +154,7 @@ class UpperPart:
     def edited(
         self, lower: Lower, prompt: Prompt, at: Tensor, route: Tensor, edits: Mapping[str, Any]
     ) -> Tensor:
-        """Logits [K, V] at the positions `at` with each row's edit written into it, gradients included."""
+        """Last states [K, D] at the positions `at` with each row's edit written into it, with gradients."""
         hidden = lower.states
         for part, adapter in self.layers[self.first_name].dualedit_adapter[self.adapter].items():
             span = prompt.text if part == "text" else prompt.image
@@ -189,10 +189,25 @@ class UpperPart:
                 hidden = checkpoint(run, hidden, use_reentrant=False)
             else:
                 hidden = run(hidden)
-        wanted = (hidden if narrow else hidden[at])[None]  # [1, K, D]
-        for module, args, kwargs in lower.calls[layers:]:
-            wanted = _first(module(wanted, *args, **kwargs))
-        return self.base.get_output_embeddings()(wanted)[0]
+        return hidden if narrow else hidden[at]
+
+    def logits(self, lowers: list[Lower], states: list[Tensor]) -> list[Tensor]:
+        """Logits [K, V] of the last states [K, D] of some rows each.
+
+        For all rows together: for few positions the output head costs what reading its weights costs.
+        """
+        layers = len(self.decoder) - 1 - self.first
+        if any(args or kwargs for lower in lowers for _, args, kwargs in lower.calls[layers:]):
+            return [self._head(*pair) for pair in zip(lowers, states, strict=True)]
+        if not states:
+            return []
+        return list(self._head(lowers[0], torch.cat(states)).split([len(each) for each in states]))
+
+    def _head(self, lower: Lower, states: Tensor) -> Tensor:
+        hidden = states[None]  # [1, K, D]
+        for module, args, kwargs in lower.calls[len(self.decoder) - 1 - self.first :]:
+            hidden = _first(module(hidden, *args, **kwargs))
+        return self.base.get_output_embeddings()(hidden)[0]
 
 
 def _leave(module: nn.Module, args: tuple, output: Any) -> None:
