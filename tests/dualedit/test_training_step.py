@@ -13,7 +13,8 @@ from dualedit.sequence import describe_prompt
 from dualedit.training.batches import Batch, Feed, Part, make_batch, questions_of, untrained_terms
 from dualedit.training.checkpoint import Checkpoint, full, optimizer_state, restore, weights_of
 from dualedit.training.frozen import quick_products
-from dualedit.training.recipe import TERMS
+from dualedit.training.recipe import TERMS, Recipe
+from dualedit.training.setting import adamw
 from dualedit.training.step import TrainingStep, term_sums
 from tiny_models import BLIP2, EOS, IMAGE, LLAVA, QWEN, WORDS, random_image, strengthen, tiny_processor
 from torch import nn
@@ -265,6 +266,19 @@ def test_quick_products_change_rounding_at_most(generator):
         assert torch.equal(trained(x), nn.functional.linear(x, trained.weight, trained.bias))
         raise KeyError
     assert "forward" not in big.__dict__ and torch.equal(big(x).detach(), expected)
+
+
+def test_a_quick_update_counts_as_a_change(step, generator):
+    """What was folded from the weights before an update must not be taken for current behind it."""
+    optimizer = adamw(step, Recipe(learning_rate=0.1), quick=True)
+    outcome(step, batch_of(facts(2, generator), True))
+    adapter = next(iter(step.upper.layers.values())).dualedit_adapter["default"]["text"]
+    with torch.no_grad():
+        before = adapter.query_weights()[0].clone()
+        optimizer.step()
+        found = adapter.query_weights()[0].clone()
+        adapter.eval()  # forgets what it folded
+        assert not torch.equal(found, before) and torch.equal(found, adapter.query_weights()[0])
 
 
 def feed(count, **more):

@@ -124,9 +124,14 @@ def adamw(step: TrainingStep, recipe: Recipe, quick: bool) -> torch.optim.AdamW:
     """
     betas = (recipe.beta1, recipe.beta2)
     parameters = list(step.trained().values())
-    return torch.optim.AdamW(
+    optimizer = torch.optim.AdamW(
         parameters, recipe.learning_rate, betas=betas, weight_decay=recipe.weight_decay, fused=quick or None
     )
+    if quick:
+        # The one-pass update does not count as a change of the weights, and what was computed from them
+        # before (`EditCrossAttention.query_weights`) would be taken for current.
+        optimizer.register_step_post_hook(lambda *_: torch.autograd.graph.increment_version(parameters))
+    return optimizer
 
 
 def _feeds(step, prompter, samples, held_out, recipe, accelerator):
