@@ -86,9 +86,13 @@ class Benchmark:
         Returns the milliseconds of each turn, by implementation: the same turn of two is a pair.
         """
         self.shapes.append(shape)
-        right = [rival for rival in rivals if self._is_right(shape, rival)]
+        checked = {rival.impl: self._check(shape, rival) for rival in rivals}
+        right = [rival for rival in rivals if checked[rival.impl] is not None]
         order = list(right)
-        repeats = {rival.impl: self._repeats(rival) for rival in right}
+        # A call of seconds is warm after its check, and fills a turn.
+        repeats = {
+            rival.impl: 1 if checked[rival.impl] > 1 else self._repeats(rival) for rival in right
+        }  # fmt: skip
         times: dict[str, list[float]] = {rival.impl: [] for rival in right}
         for _ in range(turns or (3 if self.options.quick else 7)):
             right.reverse()  # nobody is always the one who runs behind a certain other
@@ -137,16 +141,21 @@ class Benchmark:
             self.options.json.parent.mkdir(parents=True, exist_ok=True)
             self.options.json.write_text(json.dumps(content, indent=1) + "\n")
 
-    def _is_right(self, shape: dict[str, object], rival: Rival) -> bool:
+    def _check(self, shape: dict[str, object], rival: Rival) -> float | None:
+        """The seconds a rival's first call took, or None if its result is wrong."""
         rival.around(True)
-        reason = rival.wrong(rival.run())
+        begin = self.clock()
+        result = rival.run()
+        self._synchronize()
+        seconds = self.clock() - begin
+        reason = rival.wrong(result)
         rival.around(False)
         if reason is not None:
             self.refused.append(
                 {"op": self.op, "impl": rival.impl, "dtype": rival.dtype, "shape": shape, "reason": reason}
             )
             print(f"    {rival.impl:<34} {rival.dtype:<9} NOT TIMED, its result is wrong: {reason}")
-        return reason is None
+        return seconds if reason is None else None
 
     def _repeats(self, rival: Rival) -> int:
         self._turn(rival, 1)  # caches, allocator and page tables are cold once

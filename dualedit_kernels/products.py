@@ -24,10 +24,12 @@ class Products:
 
     linear: x [P, I], weight [O, I], bias [O] or None -> x @ weight.T + bias.
     attend: q [R, H, P, K], k and v [R, H, S, K], mask [R, 1, 1, S] bool or None -> [R, H, P, K].
+    by_head: whether attention's backward goes head by head too.
     """
 
     linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     attend: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+    by_head: bool = False
 
 
 def onednn_refuses(device: str, dtype: torch.dtype) -> str | None:
@@ -69,4 +71,4 @@ def _onednn_attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tens
 
 
 PLAIN = Products(F.linear, F.scaled_dot_product_attention)
-ONEDNN = Products(_onednn_linear, _onednn_attend)
+ONEDNN = Products(_onednn_linear, _onednn_attend, by_head=True)

@@ -18,6 +18,8 @@ from .reference import at_least_fp32
 
 # Attention scores [rows, heads, queries, keys] that are alive at once.
 _SCORES = 1 << 23
+# Scores of one head [queries, keys] from which a CPU takes backward head by head.
+_HEAD = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -198,7 +200,7 @@ def backward(
     normal = normal.to(g.dtype)
     q = products.linear(normal, w_q, b_q)
     d_o = products.linear(g, w_o.t(), None)
-    o, d_q, d_k, d_v = _attention_backward(plan, q, d_o, k, v, num_heads, needs)
+    o, d_q, d_k, d_v = _attention_backward(plan, q, d_o, k, v, num_heads, needs, products)
     if needs[0]:
         d_normal = products.linear(d_q, w_q.t(), None).to(wide)
         d_x = torch.ops.aten.native_layer_norm_backward(
@@ -217,7 +219,14 @@ def backward(
 
 
 def _attention_backward(
-    plan: Plan, q: Tensor, d_o: Tensor, k: Tensor, v: Tensor, num_heads: int, needs: list[bool]
+    plan: Plan,
+    q: Tensor,
+    d_o: Tensor,
+    k: Tensor,
+    v: Tensor,
+    num_heads: int,
+    needs: list[bool],
+    products: Products,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(o [P, M], d_q [P, M], d_k [T, M], d_v [T, M]) of q, d_o [P, M]; d_k, d_v are empty if not needed."""
     wide = at_least_fp32(q.dtype)
@@ -231,16 +240,57 @@ def _attention_backward(
         k_c, v_c = (chunk.memory(t, num_heads).contiguous() for t in (k, v))
         if chunk.query_mask is not None:
             d_o_c.mul_(chunk.query_mask[:, None, :, None])
-        scores = (q_c @ k_c.transpose(-1, -2)).to(wide)
-        if chunk.key_mask is not None:
-            scores.masked_fill_(~chunk.key_mask, -torch.inf)
-        p = torch.softmax(scores, -1)  # [R, H, queries, keys]
-        narrow = p.to(q.dtype)
-        d_p = (d_o_c @ v_c.transpose(-1, -2)).to(wide)
-        d_s = torch.ops.aten._softmax_backward_data(d_p, p, -1, wide).to(q.dtype)
+        block = _by_head if products.by_head and chunk.queries * chunk.keys >= _HEAD else _all_heads
+        o_c, d_q_c, d_k_c, d_v_c = block(q_c, k_c, v_c, d_o_c, chunk.key_mask, needs, products)
         if needs[1]:
-            chunk.add_memory(d_k, d_s.transpose(-1, -2) @ q_c)
+            chunk.add_memory(d_k, d_k_c)
         if needs[2]:
-            chunk.add_memory(d_v, narrow.transpose(-1, -2) @ d_o_c)
-        o[chunk.tokens], d_q[chunk.tokens] = chunk.unpad(narrow @ v_c), chunk.unpad(d_s @ k_c)
+            chunk.add_memory(d_v, d_v_c)
+        o[chunk.tokens], d_q[chunk.tokens] = chunk.unpad(o_c), chunk.unpad(d_q_c)
     return o, d_q.mul_((q.shape[1] // num_heads) ** -0.5), d_k.to(k.dtype), d_v.to(v.dtype)
+
+
+def _all_heads(
+    q: Tensor, k: Tensor, v: Tensor, d_o: Tensor, mask: Tensor | None, needs: list[bool], products: Products
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """(o, d_q [R, H, P, K], d_k, d_v [R, H, S, K]) of q (scaled), d_o [R, H, P, K] and k, v [R, H, S, K].
+
+    mask: [R, 1, 1, S] bool or None. d_k and d_v are None if not needed.
+    """
+    wide = at_least_fp32(q.dtype)
+    scores = (q @ k.transpose(-1, -2)).to(wide)
+    if mask is not None:
+        scores.masked_fill_(~mask, -torch.inf)
+    p = torch.softmax(scores, -1)  # [R, H, P, S]
+    narrow = p.to(q.dtype)
+    d_p = (d_o @ v.transpose(-1, -2)).to(wide)
+    d_s = torch.ops.aten._softmax_backward_data(d_p, p, -1, wide).to(q.dtype)
+    d_k = d_s.transpose(-1, -2) @ q if needs[1] else None
+    d_v = narrow.transpose(-1, -2) @ d_o if needs[2] else None
+    return narrow @ v, d_s @ k, d_k, d_v
+
+
+def _by_head(
+    q: Tensor, k: Tensor, v: Tensor, d_o: Tensor, mask: Tensor | None, needs: list[bool], products: Products
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """As `_all_heads`; the scores of one head stay in the processor's cache."""
+    wide, linear = at_least_fp32(q.dtype), products.linear
+    o, d_q = torch.empty_like(q), torch.empty_like(q)
+    d_k = torch.empty_like(k) if needs[1] else None
+    d_v = torch.empty_like(v) if needs[2] else None
+    for row in range(q.shape[0]):
+        for head in range(q.shape[1]):
+            at = row, head
+            scores = linear(q[at], k[at], None).to(wide)  # [P, S]
+            if mask is not None:
+                scores.masked_fill_(~mask[row, 0], -torch.inf)
+            p = torch.softmax(scores, -1)
+            narrow = p.to(q.dtype)
+            d_p = linear(d_o[at], v[at], None).to(wide)
+            d_s = torch.ops.aten._softmax_backward_data(d_p, p, -1, wide).to(q.dtype)
+            o[at], d_q[at] = linear(narrow, v[at].t(), None), linear(d_s, k[at].t(), None)
+            if d_k is not None:
+                d_k[at] = linear(d_s.t(), q[at].t(), None)
+            if d_v is not None:
+                d_v[at] = linear(narrow.t(), d_o[at].t(), None)
+    return o, d_q, d_k, d_v

@@ -13,7 +13,8 @@ from dualedit.sequence import describe_prompt
 from dualedit.training.batches import Batch, Feed, Part, make_batch, questions_of, untrained_terms
 from dualedit.training.checkpoint import Checkpoint, full, optimizer_state, restore, weights_of
 from dualedit.training.frozen import quick_products
-from dualedit.training.recipe import TERMS
+from dualedit.training.recipe import TERMS, Recipe
+from dualedit.training.setting import adamw
 from dualedit.training.step import TrainingStep, term_sums
 from tiny_models import BLIP2, EOS, IMAGE, LLAVA, QWEN, WORDS, random_image, strengthen, tiny_processor
 from torch import nn
@@ -161,8 +162,8 @@ def test_recomputing_changes_no_gradient(step, generator):
 def test_a_model_whose_layers_do_not_run_alone_runs_whole(step, generator, monkeypatch):
     batch = batch_of(facts(2, generator), True)
     sums, _ = outcome(step, batch)
-    run = step.upper._run
-    monkeypatch.setattr(step.upper, "_run", lambda *args, **more: 2 * run(*args, **more))
+    head = step.upper._head
+    monkeypatch.setattr(step.upper, "_head", lambda *args: 2 * head(*args))
     assert not step.choose_way(batch) and not step.by_parts
     again, _ = outcome(step, batch)
     torch.testing.assert_close(again, sums, rtol=1e-4, atol=1e-5)
@@ -265,6 +266,19 @@ def test_quick_products_change_rounding_at_most(generator):
         assert torch.equal(trained(x), nn.functional.linear(x, trained.weight, trained.bias))
         raise KeyError
     assert "forward" not in big.__dict__ and torch.equal(big(x).detach(), expected)
+
+
+def test_a_quick_update_counts_as_a_change(step, generator):
+    """What was folded from the weights before an update must not be taken for current behind it."""
+    optimizer = adamw(step, Recipe(learning_rate=0.1), quick=True)
+    outcome(step, batch_of(facts(2, generator), True))
+    adapter = next(iter(step.upper.layers.values())).dualedit_adapter["default"]["text"]
+    with torch.no_grad():
+        before = adapter.query_weights()[0].clone()
+        optimizer.step()
+        found = adapter.query_weights()[0].clone()
+        adapter.eval()  # forgets what it folded
+        assert not torch.equal(found, before) and torch.equal(found, adapter.query_weights()[0])
 
 
 def feed(count, **more):

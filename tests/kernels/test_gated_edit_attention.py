@@ -273,3 +273,22 @@ def test_errors_name_the_argument(generator, change, error, words):
     case = attention_case(generator, **CASES["mixed"]).to(torch.float32)
     with pytest.raises(error, match=words):
         gated_edit_attention(**case.public() | change)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_backward_by_head_is_backward_of_all_heads(dtype, generator):
+    """Large enough that float32 products take oneDNN; the last keys of row 1 are padding."""
+
+    def numbers(*shape):
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    q, d_o, k, v = (numbers(2, 3, size, 96) for size in (150, 150, 170, 170))
+    mask = torch.ones(2, 1, 1, 170, dtype=torch.bool)
+    mask[1, ..., 160:] = False
+    exact = eager._all_heads(*(t.double() for t in (q, k, v, d_o)), mask, [True] * 7, products.PLAIN)
+    wanted = eager._all_heads(q, k, v, d_o, mask, [True] * 7, products.PLAIN)
+    found = eager._by_head(q, k, v, d_o, mask, [True] * 7, products.ONEDNN)
+    for one, two, true in zip(found, wanted, exact, strict=True):
+        assert one.dtype == dtype
+        assert float((one - true).norm()) <= 1.5 * float((two - true).norm()) + 1e-6 * float(true.norm())
+    assert eager._by_head(q, k, v, d_o, mask, [False] * 7, products.ONEDNN)[2:] == (None, None)

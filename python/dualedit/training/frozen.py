@@ -1,8 +1,8 @@
-"""Frozen linear layers on a CPU, at the speed that the processor has.
+"""A frozen model's layers on a CPU, at the speed that the processor has.
 
 A training step is mostly products with the frozen model's weights. In fp32 PyTorch hands them to MKL, which
 on AMD processors runs at half of what oneDNN reaches (see `dualedit_kernels.products`). In bf16 PyTorch takes
-oneDNN by itself.
+oneDNN by itself. What is left is attention; see `attention.py`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from dualedit_kernels.products import ONEDNN, onednn_refuses
+
+from .attention import attention_by_head
 
 
 class _FrozenLinear(torch.autograd.Function):
@@ -59,3 +61,13 @@ def quick_products(base: nn.Module) -> Iterator[int]:
     finally:
         for module in changed:
             del module.forward
+
+
+@contextmanager
+def quick_layers(base: nn.Module) -> Iterator[None]:
+    """Inside the block, a frozen model's linear layers and its eager attention are quick on the CPU.
+
+    The training loop runs in it. Results differ by rounding at most; another model is not touched.
+    """
+    with quick_products(base), attention_by_head(base):
+        yield

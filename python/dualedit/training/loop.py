@@ -31,7 +31,7 @@ from .checkpoint import (
     weights_of,
     write_checkpoint,
 )
-from .frozen import quick_products
+from .frozen import quick_layers
 from .logbook import Logbook
 from .memory import explain_out_of_memory
 from .recipe import TERMS, Recipe, changed_settings, learning_rate_at, recipe_text
@@ -104,7 +104,7 @@ def train(
             run.resume(read_checkpoint(found[-1]))
         elif resume:
             speak(f"{folder} holds no checkpoint: starting at step 0.")
-        with quick_products(base):
+        with quick_layers(base):
             return run.go()
     except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
         told = explain_out_of_memory(error, recipe)

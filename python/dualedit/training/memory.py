@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .frozen import quick_products
+from .frozen import quick_layers
 from .recipe import Recipe
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def dry_run(ready: Setting, steps: int = 3) -> Estimate:
     gpu = ready.accelerator.device.type == "cuda"
     if gpu:
         torch.cuda.reset_peak_memory_stats()
-    with quick_products(ready.step.base):
+    with quick_layers(ready.step.base):
         return _measure(ready, steps, gpu)
 
 

@@ -105,20 +105,33 @@ def make_ready(
     step = TrainingStep(model, recipe.recompute, torch.bfloat16 if bf16 else None)
     for layer in step.upper.layers.values():
         layer.dualedit_adapter[step.adapter].float()
-    if accelerator.distributed_type.value != "FSDP":  # which moves the pieces itself
+    sharded = accelerator.distributed_type.value == "FSDP"
+    if not sharded:  # FSDP moves the pieces itself
         base.to(accelerator.device)
     feeds, notes = _feeds(step, Prompter(processor, recipe.template), samples, held_out, recipe, accelerator)
-    optimizer = _adamw(step, recipe)
+    optimizer = adamw(step, recipe, quick=accelerator.device.type == "cpu" and not sharded)
     module, wrapped = accelerator.prepare(step, optimizer)
     return Setting(
         recipe, accelerator, model, step, module, wrapped.optimizer, *feeds, _fingerprint(samples), notes
     )
 
 
-def _adamw(step: TrainingStep, recipe: Recipe) -> torch.optim.AdamW:
+def adamw(step: TrainingStep, recipe: Recipe, quick: bool) -> torch.optim.AdamW:
+    """The optimiser of the adapters' weights.
+
+    Args:
+        quick: update each weight in one pass; for whole weights on a CPU.
+    """
     betas = (recipe.beta1, recipe.beta2)
     parameters = list(step.trained().values())
-    return torch.optim.AdamW(parameters, recipe.learning_rate, betas=betas, weight_decay=recipe.weight_decay)
+    optimizer = torch.optim.AdamW(
+        parameters, recipe.learning_rate, betas=betas, weight_decay=recipe.weight_decay, fused=quick or None
+    )
+    if quick:
+        # The one-pass update does not count as a change of the weights, and what was computed from them
+        # before (`EditCrossAttention.query_weights`) would be taken for current.
+        optimizer.register_step_post_hook(lambda *_: torch.autograd.graph.increment_version(parameters))
+    return optimizer
 
 
 def _feeds(step, prompter, samples, held_out, recipe, accelerator):

@@ -23,7 +23,7 @@ from ..sequence import Prompt
 from .batches import CHANGE, IGNORED, Batch, Part
 from .dualedit import trainable_layers
 from .recipe import TERMS
-from .upper import Lower, UpperPart
+from .upper import UpperPart
 
 # How far apart two ways of computing the same logits may be at any position, in standard deviations of the
 # logits: rounding stays far below, a mask or a position that is wrong comes to about 1.
@@ -95,27 +95,26 @@ class TrainingStep(nn.Module):
 
     def _by_parts(self, batch: Batch) -> Tensor:
         lowers = [self.upper.lower(part.inputs, part.prompt) for part in batch.parts]
-        before: list[Tensor | None] = []
-        states = []
-        for part, lower in zip(batch.parts, lowers, strict=True):
-            found, old = self._unedited(part, lower, batch)
-            before.append(old)
-            if part.edit_columns is not None:
-                states.append((part, found))
+        states, last = [], {}
+        for place, (part, lower) in enumerate(zip(batch.parts, lowers, strict=True)):
+            if part.keeps or part.edit_columns is not None:
+                at = foretelling(part) if part.keeps else None
+                found, last[place] = self.upper.unedited(lower, part.prompt, at)
+                if part.edit_columns is not None:
+                    states.append((part, found))
+        kept = [place for place in last if batch.parts[place].keeps]
+        with torch.no_grad():
+            logits = self.upper.logits([lowers[place] for place in kept], [last[place] for place in kept])
+        before = dict(zip(kept, logits, strict=True))
         edits = self._project(states, batch)
+        edited = [
+            self.upper.edited(lower, part.prompt, foretelling(part), part.route, edits)
+            for part, lower in zip(batch.parts, lowers, strict=True)
+        ]
         sums = torch.zeros(len(TERMS), device=batch.terms.device)
-        for part, lower, old in zip(batch.parts, lowers, before, strict=True):
-            at = foretelling(part)
-            logits = self.upper.edited(lower, part.prompt, at, part.route, edits)
-            sums = sums + term_sums(logits, old, part, batch)
+        for place, logits in enumerate(self.upper.logits(lowers, edited)):
+            sums = sums + term_sums(logits, before.get(place), batch.parts[place], batch)
         return sums
-
-    def _unedited(self, part: Part, lower: Lower, batch: Batch) -> tuple[dict[str, Tensor], Tensor | None]:
-        if part.keeps:
-            return self.upper.unedited(lower, part.prompt, foretelling(part))
-        if part.edit_columns is not None:
-            return self.upper.unedited(lower, part.prompt, None)
-        return {}, None
 
     def _project(
         self, states: list[tuple[Part, dict[str, Tensor]]], batch: Batch
@@ -169,19 +168,26 @@ class TrainingStep(nn.Module):
 
     @torch.no_grad()
     def choose_way(self, batch: Batch) -> bool:
-        """Set `by_parts` by whether the upper part alone reproduces the model on a batch; returns it."""
+        """Set `by_parts` by whether the upper part alone reproduces the model on a batch; returns it.
+
+        With its last layer narrowed if that gives the model's logits, else with the whole of it.
+        """
         batch = on_device(batch, self.base)
-        try:
-            self.by_parts = all(self._reproduced(part) for part in batch.parts)
-        except (TypeError, ValueError, RuntimeError, KeyError, IndexError) as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
-            self.by_parts = False
+        for narrow in (True, False):
+            self.upper.narrow = narrow
+            try:
+                self.by_parts = all(self._reproduced(part) for part in batch.parts)
+            except (TypeError, ValueError, RuntimeError, KeyError, IndexError) as error:
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise
+                self.by_parts = False
+            if self.by_parts:
+                break
         return self.by_parts
 
     def _reproduced(self, part: Part) -> bool:
         lower = self.upper.lower(part.inputs, part.prompt)
-        found = self.upper.unedited(lower, part.prompt, foretelling(part))[1]
+        (found,) = self.upper.logits([lower], [self.upper.unedited(lower, part.prompt, foretelling(part))[1]])
         with framed(runtime_of(self.base), "masks", part.prompt), recording(self.base):
             wanted = self.base(**part.inputs, use_cache=False).logits[foretelling(part)]
         return close(found, wanted)

@@ -3,13 +3,14 @@
 Nothing below the first edited layer depends on the adapters, so its states are computed once a batch. Above
 it two runs are needed at most: one without the edits (what the model would have said, and the states that
 become keys and values) and one with them. Only the positions whose next token counts go through the last
-layer's feed-forward part, the final norm and the output head.
+layer (see `narrow.py`; where it cannot be narrowed, through its feed-forward part), the final norm and the
+output head.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from ..architectures import find_decoder_layers
 from ..context import Bound, framed, recording, runtime_of
 from ..layer import DualEditLayer
 from ..sequence import ForwardPass, Prompt, Sequence
+from .narrow import can_narrow, run_narrow
 
 
 class _Seen(Exception):
@@ -74,12 +76,16 @@ class UpperPart:
         layers: its wrapped layers by name.
         adapter: name of the adapter.
         recompute: keep nothing of the upper layers for the backward pass.
+
+    Attributes:
+        narrow: whether the last layer is entered at the needed positions only, where it can be.
     """
 
     def __init__(
         self, base: nn.Module, layers: Mapping[str, DualEditLayer], adapter: str, recompute: bool = False
     ):
         self.base, self.layers, self.adapter, self.recompute = base, dict(layers), adapter, recompute
+        self.narrow = True
         self.runtime = runtime_of(base)
         path, self.decoder = find_decoder_layers(base)
         self.stack = base.get_submodule(path.rpartition(".")[0])
@@ -130,10 +136,10 @@ class UpperPart:
     def unedited(
         self, lower: Lower, prompt: Prompt, at: Tensor | None
     ) -> tuple[dict[str, Tensor], Tensor | None]:
-        """What the wrapped layers see without an edit, by layer name, and logits [K, V] at some positions.
+        """What the wrapped layers see without an edit, by layer name, and the last states [K, D] somewhere.
 
         Args:
-            at: [R, L] bool, or None: no logits, only as far as the last wrapped layer.
+            at: [R, L] bool, the positions; or None: only as far as the last wrapped layer.
         """
         with torch.no_grad(), recording(self.base) as states:
             states[self.first_name] = lower.states
@@ -148,7 +154,7 @@ class UpperPart:
     def edited(
         self, lower: Lower, prompt: Prompt, at: Tensor, route: Tensor, edits: Mapping[str, Any]
     ) -> Tensor:
-        """Logits [K, V] at the positions `at` with each row's edit written into it, gradients included."""
+        """Last states [K, D] at the positions `at` with each row's edit written into it, with gradients."""
         hidden = lower.states
         for part, adapter in self.layers[self.first_name].dualedit_adapter[self.adapter].items():
             span = prompt.text if part == "text" else prompt.image
@@ -165,25 +171,43 @@ class UpperPart:
         layers = len(self.decoder) - 1 - self.first
         # Where the last layer is a wrapped one, its states are noted at every position.
         top = layers - 1 if self.last < len(self.decoder) - 1 else None
+        narrow = False
         for number, (module, args, kwargs) in enumerate(lower.calls[:layers]):
-            narrow = at if number == top else None
+            only = at if number == top else None
+            narrow = only is not None and self.narrow and can_narrow(module, args, kwargs, at)
 
-            def run(states, module=module, args=args, kwargs=kwargs, narrow=narrow):
+            def run(states, module=module, args=args, kwargs=kwargs, only=only, narrow=narrow):
                 # Frames are set here and not outside: a recomputation in backward has to find them too.
-                with self._passing(prompt), _only_at(module, narrow):
-                    if mode is None:
-                        return _first(module(states, *args, **kwargs))
-                    with framed(self.runtime, "mode", mode):
+                inside = framed(self.runtime, "mode", mode) if mode is not None else nullcontext()
+                with self._passing(prompt), inside:
+                    if narrow:
+                        return run_narrow(module, states, kwargs, only)
+                    with _only_at(module, only):
                         return _first(module(states, *args, **kwargs))
 
             if self.recompute and torch.is_grad_enabled():
                 hidden = checkpoint(run, hidden, use_reentrant=False)
             else:
                 hidden = run(hidden)
-        wanted = hidden[at][None]  # [1, K, D]
-        for module, args, kwargs in lower.calls[layers:]:
-            wanted = _first(module(wanted, *args, **kwargs))
-        return self.base.get_output_embeddings()(wanted)[0]
+        return hidden if narrow else hidden[at]
+
+    def logits(self, lowers: list[Lower], states: list[Tensor]) -> list[Tensor]:
+        """Logits [K, V] of the last states [K, D] of some rows each.
+
+        For all rows together: for few positions the output head costs what reading its weights costs.
+        """
+        layers = len(self.decoder) - 1 - self.first
+        if any(args or kwargs for lower in lowers for _, args, kwargs in lower.calls[layers:]):
+            return [self._head(*pair) for pair in zip(lowers, states, strict=True)]
+        if not states:
+            return []
+        return list(self._head(lowers[0], torch.cat(states)).split([len(each) for each in states]))
+
+    def _head(self, lower: Lower, states: Tensor) -> Tensor:
+        hidden = states[None]  # [1, K, D]
+        for module, args, kwargs in lower.calls[len(self.decoder) - 1 - self.first :]:
+            hidden = _first(module(hidden, *args, **kwargs))
+        return self.base.get_output_embeddings()(hidden)[0]
 
 
 def _leave(module: nn.Module, args: tuple, output: Any) -> None:

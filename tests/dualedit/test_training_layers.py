@@ -1,0 +1,160 @@
+"""What makes a training step quick changes its rounding at most: attention by head, a narrow last layer."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from dualedit.training.attention import _NAME, attend_by_head, attention_by_head
+from dualedit.training.narrow import can_narrow, run_narrow
+from tiny_models import BLIP2, LLAVA, QWEN
+from torch import nn
+from transformers import LlamaConfig
+from transformers.models.gemma2.modeling_gemma2 import Gemma2Attention, eager_attention_forward
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import eager_attention_forward as eager
+
+FAMILIES = pytest.mark.parametrize("family", [LLAVA, QWEN, BLIP2], ids=lambda family: family.name)
+
+
+def attention_of(call, q, k, v, mask, layer, scaling, upstream):
+    q, k, v = (t.clone().requires_grad_() for t in (q, k, v))
+    out = call(layer, q, k, v, mask, scaling=scaling)[0]
+    return out.detach(), torch.autograd.grad(out, (q, k, v), upstream)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("masked", ["none", "causal", "rows", "heads"])
+@pytest.mark.parametrize("scaling", [0.25, 0.3])  # a power of two goes another way
+def test_by_head_is_as_near_to_the_truth_as_eager(dtype, masked, scaling, generator):
+    rows, heads, groups, queries, keys = 2, 4, 2, 130, 140
+
+    def numbers(*shape):
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    q, k = numbers(rows, queries, heads, 32).transpose(1, 2), numbers(rows, groups, keys, 32)
+    v, upstream = numbers(rows, groups, keys, 24), numbers(rows, queries, heads, 24)
+    closed = {
+        "none": None,
+        "causal": torch.ones(1, 1, queries, keys, dtype=torch.bool).triu(11),
+        "rows": torch.rand(rows, 1, queries, keys, generator=generator) < 0.5,
+        "heads": torch.rand(1, heads, queries, keys, generator=generator) < 0.5,
+    }[masked]
+    layer = SimpleNamespace(num_key_value_groups=heads // groups, training=False)
+    lowest = torch.finfo(dtype).min
+    mask, exact = (
+        None if closed is None else torch.zeros(closed.shape, dtype=d).masked_fill(closed, lowest)
+        for d in (dtype, torch.float64)
+    )
+    leaves = [t.double().requires_grad_() for t in (q, k, v)]
+    weights = leaves[0] @ leaves[1].repeat_interleave(2, 1).transpose(2, 3) * scaling
+    weights = (weights if exact is None else weights + exact).softmax(-1)
+    true = (weights @ leaves[2].repeat_interleave(2, 1)).transpose(1, 2)
+    true = true.detach(), torch.autograd.grad(true, leaves, upstream.double())
+    found = attention_of(attend_by_head, q, k, v, mask, layer, scaling, upstream)
+    plain = attention_of(eager, q, k, v, mask, layer, scaling, upstream)
+
+    def errors(some):
+        return [
+            float((a - b).norm() / b.norm())
+            for a, b in zip((some[0], *some[1]), (true[0], *true[1]), strict=True)
+        ]
+
+    for ours, theirs in zip(errors(found), errors(plain), strict=True):
+        assert ours <= 1.5 * theirs + 1e-7
+
+
+def test_what_changes_the_result_is_left_to_the_model(generator):
+    q, k, v = (torch.randn(1, 2, 140, 16, generator=generator) for _ in range(3))
+    layer = object.__new__(Gemma2Attention)
+    nn.Module.__init__(layer)
+    layer.num_key_value_groups = 1
+    found = attend_by_head(layer, q, k, v, None, scaling=0.3, softcap=2.0)
+    wanted = eager_attention_forward(layer, q, k, v, None, scaling=0.3, softcap=2.0)
+    assert torch.equal(found[0], wanted[0]) and found[1] is not None
+    assert not torch.allclose(found[0], attend_by_head(layer, q, k, v, None, scaling=0.3)[0])
+    doubles = [t.double() for t in (q, k, v)]
+    assert attend_by_head(layer, *doubles, None, scaling=0.3)[1] is not None
+    with pytest.raises(ValueError, match="has no eager attention"):
+        attend_by_head(nn.Linear(1, 1), *doubles, None, scaling=0.3)
+
+
+@FAMILIES
+def test_a_models_attention_by_head(family, generator, monkeypatch):
+    monkeypatch.setattr("dualedit.training.attention._WORTH_IT", 0)
+    torch.manual_seed(int(torch.randint(1 << 30, (), generator=generator)))
+    model = family.build().eval()
+    rows = family.questions(3, generator)
+    with torch.no_grad():
+        with attention_by_head(model) as count:
+            assert count == 0  # this model's attention is the fused one
+        model.set_attn_implementation("eager")
+        wanted = model(**rows).logits
+        taken = []
+        monkeypatch.setattr(
+            "dualedit.training.attention.attend_by_head",
+            lambda *args, **more: taken.append(1) or attend_by_head(*args, **more),
+        )
+        with pytest.raises(KeyError), attention_by_head(model) as count:
+            found = model(**rows).logits
+            raise KeyError
+    assert count > 0 and taken
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    kinds = {m.config._attn_implementation for m in model.modules() if hasattr(m, "config")}
+    assert kinds == {"eager"} and _NAME not in kinds
+
+
+@pytest.fixture
+def layer(generator):
+    """A decoder layer with what it is called with: 3 rows of 9 tokens, the first 2 of row 1 padding."""
+    torch.manual_seed(int(torch.randint(1 << 30, (), generator=generator)))
+    config = LlamaConfig(
+        hidden_size=16, intermediate_size=24, num_attention_heads=4, num_key_value_heads=2,
+        attn_implementation="eager",
+    )  # fmt: skip
+    states = torch.randn(3, 9, 16, generator=generator)
+    closed = torch.ones(3, 1, 9, 9, dtype=torch.bool).triu(1)
+    closed[1, ..., :2] = True
+    positions = torch.arange(9)[None]
+    kwargs = {
+        "attention_mask": torch.zeros(3, 1, 9, 9).masked_fill(closed, torch.finfo(torch.float32).min),
+        "position_ids": positions,
+        "position_embeddings": LlamaRotaryEmbedding(config)(states, positions),
+        "past_key_values": None,
+        "use_cache": False,
+    }
+    at = torch.zeros(3, 9, dtype=torch.bool)
+    at[0, 8] = at[1, 4] = at[1, 6] = at[1, 7] = at[2, 0] = True
+    return LlamaDecoderLayer(config, 0).eval(), states, kwargs, at
+
+
+def test_a_narrow_layer_gives_what_the_whole_one_gives(layer):
+    module, states, kwargs, at = layer
+    assert can_narrow(module, (), kwargs, at)
+    seen = []
+    module.mlp.register_forward_pre_hook(lambda m, args: seen.append(args[0].shape[:2].numel()))
+    results = []
+    for run in (lambda x: run_narrow(module, x, kwargs, at), lambda x: module(x, **kwargs)[at]):
+        x = states.clone().requires_grad_()
+        out = run(x)
+        results.append((out.detach(), *torch.autograd.grad((out * out.detach().cos()).sum(), x)))
+    assert seen == [9, 27]  # rows x the most positions of one, and all
+    for found, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"attention_mask": None},
+        {"attention_mask": torch.zeros(3, 9)},
+        {"past_key_values": object()},
+        {"rates": torch.ones(3)},
+        {"position_embeddings": torch.ones(3, 9, 4)},
+    ],
+)
+def test_a_layer_that_cannot_be_cut_runs_whole(change, layer):
+    module, _, kwargs, at = layer
+    assert not can_narrow(module, (), kwargs | change, at)
+    assert not can_narrow(module, (torch.ones(1),), kwargs, at)
+    without = {name: value for name, value in kwargs.items() if name != "past_key_values"}
+    assert not can_narrow(module, (), without, at)
