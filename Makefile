@@ -2,7 +2,7 @@
 # make demo    an edit before and after, figures over 100 edits, and a page: demo_output/demo.html
 # make test    all tests
 # make test-all   also every architecture, and the tests on the oldest and the newest transformers
-# make fast    tests that take seconds, stopping at the first failure: the inner loop
+# make fast    tests that take seconds, on all cores, stopping at the first failure: the inner loop (under 2 minutes)
 # make lint    ruff
 # make gpu     on a machine with a GPU: build, check and time everything there (under 10 minutes)
 # make compile-report   registers, spills and shared memory of every GPU kernel, without a GPU
@@ -53,7 +53,7 @@ test-all: $(STAMP)
 	PYTHON=$(PY) tests/with_transformers.sh newest tests/lifecycle
 
 fast: $(STAMP)
-	$(PY) -m pytest -q -x -m "not slow and not tier2"
+	$(PY) -m pytest -q -x -m "not slow and not tier2" -n auto --dist worksteal
 
 lint: $(STAMP)
 	$(PY) -m ruff check .
