@@ -86,7 +86,7 @@ def fill(editor: Editor, count: int) -> None:
         for tables in rows.values():
             if "key" in tables:
                 key = torch.randn(tables["key"].shape, generator=generator)
-                # Three times as long: at a key's own length some lie within a copied L2 radius of the question.
+                # Three times as long: at a key's own length some lie within the copied L2 radius.
                 tables["key"] = key * (3 * tables["key"].float().norm() / key.norm())
         group.add(rows, {})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 
 import torch
@@ -19,27 +20,31 @@ class TableCodes:
 
     def __init__(self):
         self._known: dict[str, KeyCodes] = {}
+        self._lock = threading.Lock()  # of threads that ask at once, one encodes and the others wait for it
 
-    def __getstate__(self):
-        return {"_known": {}}  # copies and pickles make their own
+    def __reduce__(self):
+        return TableCodes, ()  # copies and pickles make their own
 
     def of(self, keys: Tensor, metric: str) -> KeyCodes | None:
         """Codes of keys [N, D], the first N rows of the table; None where a lookup is as well off without."""
         if not codes_pay(keys):
             return None
-        known = self._known.get(metric)
-        if known is not None and (known.count == 0 or known.dtype != keys.dtype):
-            known = None  # all keys were removed, and others came
-        if known is not None and known.count > len(keys):
-            return None  # a snapshot of before; it is looked up in until its sequence ends, seldom again
-        if known is None or known.count < len(keys):
-            known = self._known[metric] = encode_keys(keys, metric, known)
-        return known
+        with self._lock:
+            known = self._known.get(metric)
+            if known is not None and (known.count == 0 or known.dtype != keys.dtype):
+                known = None  # all keys were removed, and others came
+            if known is not None and known.count > len(keys):
+                return None  # a snapshot of before; it is looked up in until its sequence ends, seldom again
+            if known is None or known.count < len(keys):
+                known = self._known[metric] = encode_keys(keys, metric, known)
+            return known
 
     def keep(self, rows: Sequence[int]) -> TableCodes:
         """Codes of the table that has only these rows of this one, in ascending order."""
         result = TableCodes()
-        for metric, known in self._known.items():
+        with self._lock:
+            there = dict(self._known)
+        for metric, known in there.items():
             with torch.inference_mode(False):
                 kept = [row for row in rows if row < known.count]
                 result._known[metric] = known.select(torch.tensor(kept, dtype=torch.int64))

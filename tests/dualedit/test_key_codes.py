@@ -1,9 +1,13 @@
 """Codes of the stored keys: right after every change of the memory, shared by its snapshots, never saved."""
 
 import copy
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from dualedit import key_codes
 from dualedit.key_codes import TableCodes
 from dualedit.memory import EditMemory
 
@@ -116,6 +120,28 @@ def test_other_devices_and_compiled_models_go_without(generator, monkeypatch):
     check(memory, generator, reads=False)
     monkeypatch.undo()
     assert TableCodes().of(torch.empty(1 << 12, 1 << 12, device="meta"), "l2") is None
+
+
+def test_threads_that_ask_at_once_encode_once(generator, monkeypatch):
+    if not coded():
+        pytest.skip("the implementation that runs reads no codes")
+    keys, encoded, together = torch.randn(100, D, generator=generator), [], threading.Barrier(4)
+
+    def slowly(*arguments):
+        encoded.append(arguments[1])
+        time.sleep(0.2)
+        return encode(*arguments)
+
+    def ask(metric):
+        together.wait(30)
+        return codes.of(keys, metric)
+
+    encode, codes = key_codes.encode_keys, TableCodes()
+    monkeypatch.setattr(key_codes, "encode_keys", slowly)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(ask, ["l2", "cosine", "l2", "cosine"]))
+    assert sorted(encoded) == ["cosine", "l2"]
+    assert found[0] is found[2] and found[1] is found[3]
 
 
 def test_inference_mode(generator):

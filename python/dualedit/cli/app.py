@@ -25,6 +25,11 @@ Model = Annotated[
     Path | None,
     typer.Option("--model", "-m", metavar="DIR", help="Local Hugging Face model (else the embedded one)."),
 ]
+Adapter = Annotated[Path | None, typer.Option(metavar="DIR", help="Trained DualEdit adapters, for --model.")]
+Layer = Annotated[str | None, typer.Option(metavar="NAME", help="Linear layer for BalancEdit, for --model.")]
+Format = Annotated[str, typer.Option(metavar="NAME", help="Format of --data.")]
+Images = Annotated[Path | None, typer.Option(metavar="DIR", help="Where image paths of --data start from.")]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave bad rows of --data out.")]
 Picture = Annotated[str, typer.Argument(metavar="IMAGE", help="Picture file; - asks without a picture.")]
 Question = Annotated[str, typer.Argument(metavar="QUESTION", help="The question, in quotes.")]
 FOLDER = Path("edits")
@@ -124,18 +129,12 @@ def eval_(
         Path | None,
         typer.Option(metavar="FILE", help="Facts of your own, or E-VQA, E-IC, VLKEB, MMKE-Bench, OKEDIT."),
     ] = None,
-    format: Annotated[str, typer.Option(metavar="NAME", help="Format of --data.")] = "auto",
-    images: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where image paths of --data start from.")
-    ] = None,
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave bad rows of --data out.")] = False,
+    format: Format = "auto",
+    images: Images = None,
+    skip_bad: SkipBad = False,
     model: Model = None,
-    adapter: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Trained DualEdit adapters, for --model.")
-    ] = None,
-    layer: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Linear layer for BalancEdit, for --model.")
-    ] = None,
+    adapter: Adapter = None,
+    layer: Layer = None,
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the figures as JSON.")] = None,
     records: Annotated[
         Path | None,
@@ -211,12 +210,8 @@ def edit(
     method: Annotated[
         str | None, typer.Option(metavar="NAME", help="dualedit or balancedit, for a folder's first edit.")
     ] = None,
-    adapter: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Trained DualEdit adapters, for --model.")
-    ] = None,
-    layer: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Linear layer for BalancEdit, for --model.")
-    ] = None,
+    adapter: Adapter = None,
+    layer: Layer = None,
     rephrase: Annotated[
         list[str] | None, typer.Option(metavar="TEXT", help="Another wording to recognise; may be repeated.")
     ] = None,
@@ -274,19 +269,13 @@ def calibrate(
     data: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Facts to calibrate on, of those you do not test on.")
     ] = None,
-    format: Annotated[str, typer.Option(metavar="NAME", help="Format of --data.")] = "auto",
-    images: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where image paths of --data start from.")
-    ] = None,
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave bad rows of --data out.")] = False,
+    format: Format = "auto",
+    images: Images = None,
+    skip_bad: SkipBad = False,
     model: Model = None,
     method: Annotated[str | None, typer.Option(metavar="NAME", help="dualedit or balancedit.")] = None,
-    adapter: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Trained DualEdit adapters, for --model.")
-    ] = None,
-    layer: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Linear layer for BalancEdit, for --model.")
-    ] = None,
+    adapter: Adapter = None,
+    layer: Layer = None,
     edits: Annotated[int | None, typer.Option(metavar="N", help="Most facts to calibrate on.")] = None,
     together: Annotated[int, typer.Option(metavar="N", help="How many facts to store at a time.")] = 100,
     seed: Annotated[int, typer.Option(metavar="N", help="Which facts are drawn.")] = 0,

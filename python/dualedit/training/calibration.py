@@ -78,6 +78,9 @@ def measure_curve(
             it is, or so many at a time; else one edit at a time. A setting for one edit lets too much through
             with many.
         before: see `evaluation.evaluate_single`.
+
+    Raises:
+        ValueError: ``together`` is negative, or the editor holds edits.
     """
     check_fresh(editor, samples)
     before = ask_before(editor, samples, progress) if before is None else before
