@@ -81,7 +81,13 @@ class EditCrossAttention(nn.Module):
             self.q_proj.weight, self.q_proj.bias,
         )  # fmt: skip
         if torch.is_grad_enabled() and any(part.requires_grad for part in parts):
-            return fold_query(*parts)
+            self._forget_fold()
+            found = fold_query(*parts)
+            for part in found:
+                # A fused optimiser's step does not count as a change of the weights; it comes after backward.
+                if part.requires_grad and not torch.compiler.is_compiling():
+                    part.register_hook(self._forget_fold)
+            return found
         # Between two training steps the fold is the same. A parameter's version counts its in-place changes;
         # moving or casting the module gives it other memory.
         state = tuple(number for part in parts for number in (part.data_ptr(), part.dtype, part._version))
@@ -91,8 +97,11 @@ class EditCrossAttention(nn.Module):
                 self._folded = folded = (state, fold_query(*parts))
         return folded[1]
 
+    def _forget_fold(self, _: Tensor | None = None) -> None:
+        self._folded = None
+
     def train(self, mode: bool = True):
-        self._folded = None  # weights that were written to through `.data` do not count a version
+        self._forget_fold()  # weights that were written to through `.data` do not count a version
         for part in self.parameters():
             # transformers' load_adapter leaves weights mapped from the file, unaligned, which changes the
             # last bit of a product. It sets the mode when it is done.

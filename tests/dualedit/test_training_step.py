@@ -7,7 +7,7 @@ from dualedit.architectures import unwrap
 from dualedit.context import bound, framed, recording, runtime_of
 from dualedit.editing import append_target, edit_layers
 from dualedit.model import active_group
-from dualedit.modules import EditKV
+from dualedit.modules import EditCrossAttention, EditKV
 from dualedit.prompting import Prompter
 from dualedit.sequence import describe_prompt
 from dualedit.training.batches import Batch, Feed, Part, make_batch, questions_of, untrained_terms
@@ -279,6 +279,26 @@ def test_a_quick_update_counts_as_a_change(step, generator):
         found = adapter.query_weights()[0].clone()
         adapter.eval()  # forgets what it folded
         assert not torch.equal(found, before) and torch.equal(found, adapter.query_weights()[0])
+
+
+def test_what_was_folded_is_forgotten_before_any_optimiser_steps(generator):
+    """A user's own fused optimiser counts no version, and a look before backward or behind the step may not
+    switch modes."""
+    adapter = EditCrossAttention(16, 8, 2, init_weights=False)
+    optimizer = torch.optim.AdamW(adapter.parameters(), 0.1, fused=True)
+    states = torch.randn(5, 16, generator=generator)
+    for _ in range(2):
+        weight, bias = adapter.query_weights()
+        with torch.no_grad():
+            before = adapter.query_weights()[
+                0
+            ].clone()  # a look between forward and backward folds them again
+        (states @ weight.T + bias).square().sum().backward()
+        optimizer.step()
+        with torch.no_grad():
+            found = adapter.query_weights()[0].clone()
+            adapter._folded = None
+            assert not torch.equal(found, before) and torch.equal(found, adapter.query_weights()[0])
 
 
 def feed(count, **more):
