@@ -6,12 +6,21 @@ import pytest
 import torch
 from dualedit.training.attention import _NAME, attend_by_head, attention_by_head
 from dualedit.training.narrow import can_narrow, run_narrow
+from dualedit.training.norms import quick_norms
 from dualedit.training.sight import Block, sight_of
 from tiny_models import BLIP2, LLAVA, QWEN
 from torch import nn
 from transformers import LlamaConfig
-from transformers.models.gemma2.modeling_gemma2 import Gemma2Attention, eager_attention_forward
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+from transformers.models.gemma2.modeling_gemma2 import (
+    Gemma2Attention,
+    Gemma2RMSNorm,
+    eager_attention_forward,
+)
+from transformers.models.llama.modeling_llama import (
+    LlamaDecoderLayer,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+)
 from transformers.models.llama.modeling_llama import eager_attention_forward as eager
 
 FAMILIES = pytest.mark.parametrize("family", [LLAVA, QWEN, BLIP2], ids=lambda family: family.name)
@@ -193,3 +202,51 @@ def test_a_layer_that_cannot_be_cut_runs_whole(change, layer):
     assert not can_narrow(module, (torch.ones(1),), kwargs, at)
     without = {name: value for name, value in kwargs.items() if name != "past_key_values"}
     assert not can_narrow(module, (), without, at)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(3, 41, 96), (1, 1, 96), (2, 5, 3, 96)], ids=str)
+def test_quick_norms_give_the_same_bits_and_as_true_gradients(dtype, shape, generator, monkeypatch):
+    monkeypatch.setattr("dualedit.training.norms._PIECE", 96 * 7)
+    monkeypatch.setattr("dualedit.training.norms._WORTH_IT", 0)
+    norm = LlamaRMSNorm(96, eps=1e-3)
+    norm.weight.data = torch.randn(96, generator=generator)
+    norm = norm.to(dtype).requires_grad_(False)
+    x = torch.randn(shape, generator=generator).mul_(torch.rand(shape[:-1] + (1,), generator=generator))
+    x, upstream = (t.to(dtype) for t in (x, torch.randn(shape, generator=generator)))
+
+    def run(call, x):
+        x = x.clone().requires_grad_()
+        out = call(x)
+        return out.detach(), torch.autograd.grad(out, x, upstream.to(x.dtype))[0]
+
+    plain = run(norm, x)
+    with pytest.raises(KeyError), quick_norms(nn.ModuleList([norm])) as count:
+        assert count == 1
+        found = run(norm, x)
+        noise = torch.randn(
+            4, 96, generator=generator
+        )  # another dtype than the weight's: the model's own way
+        assert norm(noise.double()).dtype in (torch.float64, dtype)
+        raise KeyError
+    assert "forward" not in norm.__dict__
+    assert torch.equal(found[0], plain[0])
+    weight = norm.weight.double()
+    true = run(lambda x: weight * x * (x.square().mean(-1, keepdim=True) + 1e-3).rsqrt(), x.double())[1]
+    errors = [float((each[1].double() - true).norm() / true.norm()) for each in (found, plain)]
+    assert errors[0] <= 1.5 * errors[1] + 1e-7
+
+
+class OddRMSNorm(LlamaRMSNorm):
+    """One whose eps is not what its attribute says."""
+
+    def forward(self, states):
+        return self.weight * (states * (states.square().mean(-1, keepdim=True) + 0.5).rsqrt())
+
+
+def test_other_norms_are_left_alone():
+    """Gemma's adds 1 to its weight; a trained one needs its gradient."""
+    trained, gemma, odd, plain = LlamaRMSNorm(32), Gemma2RMSNorm(32), OddRMSNorm(32), LlamaRMSNorm(32)
+    norms = nn.ModuleList([gemma, odd, nn.LayerNorm(32), plain]).requires_grad_(False).append(trained)
+    with quick_norms(norms) as count:
+        assert count == 1 and "forward" in plain.__dict__
