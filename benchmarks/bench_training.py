@@ -25,14 +25,14 @@ time.
 
 What bounds it in bf16, where both sides' products run at what the processor gives (430 GFLOP/s on one Zen 5
 core): counted in layers over one image of each edit, the published step is 86: 6 runs through 8 layers and
-an output head of 2.6 layers' work, 4 of them with a backward pass through 3 layers and the head. 31 of
-these are left: 5 lower layers for each of 3 images (15), the edit's raw states (1), what must stay (2) and,
-for 3 images, 2 layers and the keys and values of the last, forward and backward (13). With the adapters
-that makes 2.7 times fewer products, and 2.7 times is what a step gains: 4.0 s in place of 11.0 with 2
-edits. Of the 4.0 s the frozen layers' products are 2.3, the model's attention 0.7, the adapters 0.3; norms,
-rotations, the vision tower and the optimiser are the rest. Three times would leave 1.4 s beside the
-products. In fp32 PyTorch's own products run at half speed on this processor, and the step's do not: 4.3
-times.
+an output head of 2.6 layers' work, 4 of them with a backward pass through 3 layers and the head. 26 of
+these are left: 5 lower layers for each of 3 images (15), the layer between the edited ones without an edit
+for each (3), the next one for what must stay (1) and, for 3 images, that layer and the keys and values of the
+last, forward and backward (7). With text in front of the image it is 31: there the layer between the edited
+ones has to run with the edit too, forward and backward. Beside the products there are attention, where half
+of the scores under a causal mask are closed and a third is left out, the adapters, the vision tower and the
+optimiser, and what a model does between its products: rotations, gates and sums, pass by pass over memory.
+In fp32 PyTorch's own products run at half speed on this processor, and the step's do not.
 
 Both read the same questions with the same adapter weights. A rival is timed if its five losses and the norm
 of each adapter weight's gradient are those of the published procedure.
