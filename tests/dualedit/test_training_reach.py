@@ -150,6 +150,22 @@ def test_losses_and_gradients_are_the_whole_models(family, layers, always, seed,
     assert float((found[1] - expected[1]).norm() / expected[1].norm()) < 1e-5
 
 
+def test_rows_that_nothing_is_compared_with_share_too(always, seed, generator):
+    """Rows that must change and are no edits run without one only for what is shared."""
+    step = step_of(LLAVA, (1, 3), torch.float64, seed)
+    (edits,), (others,) = (image_first(LLAVA, generator, torch.float64).parts for _ in range(2))
+    answer = torch.where(others.answer < 0, -1, others.answer + 3)
+    others = Part(**{**vars(others), "answer": answer, "edit_columns": None, "keeps": False})
+    others = Part(**{**vars(others), "route": torch.tensor([2, 0, 0])})
+    batch = Batch((others, edits), torch.tensor([0, 0, 4, 1, 2, 2]), 3)
+    assert step.choose_way(batch) and step.upper.share
+    found = outcome(step, batch)
+    step.by_parts = False
+    expected = outcome(step, batch)
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-6)
+    assert float((found[1] - expected[1]).norm() / expected[1].norm()) < 1e-5
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_as_near_to_the_truth_as_the_whole_model(dtype, always, seed, generator):
     exact = step_of(LLAVA, (1, 3), torch.float64, seed)
