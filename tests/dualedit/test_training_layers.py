@@ -6,14 +6,32 @@ import pytest
 import torch
 from dualedit.training.attention import _NAME, attend_by_head, attention_by_head
 from dualedit.training.narrow import can_narrow, run_narrow
+from dualedit.training.norms import quick_norms
+from dualedit.training.sight import Block, sight_of
 from tiny_models import BLIP2, LLAVA, QWEN
 from torch import nn
 from transformers import LlamaConfig
-from transformers.models.gemma2.modeling_gemma2 import Gemma2Attention, eager_attention_forward
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+from transformers.models.gemma2.modeling_gemma2 import (
+    Gemma2Attention,
+    Gemma2RMSNorm,
+    eager_attention_forward,
+)
+from transformers.models.llama.modeling_llama import (
+    LlamaDecoderLayer,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+)
 from transformers.models.llama.modeling_llama import eager_attention_forward as eager
 
 FAMILIES = pytest.mark.parametrize("family", [LLAVA, QWEN, BLIP2], ids=lambda family: family.name)
+
+
+def packed(rows, queries, keys):
+    """What is closed where one row begins with padding, which sees nothing, and the other has two endings."""
+    closed = torch.ones(rows, 1, queries, keys, dtype=torch.bool).triu(keys - queries + 1)
+    closed[0, ..., :25] = True
+    closed[1, :, 100:, 80:100] = True
+    return closed
 
 
 def attention_of(call, q, k, v, mask, layer, scaling, upstream):
@@ -23,9 +41,10 @@ def attention_of(call, q, k, v, mask, layer, scaling, upstream):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("masked", ["none", "causal", "rows", "heads"])
+@pytest.mark.parametrize("masked", ["none", "causal", "packed", "window", "rows", "heads"])
 @pytest.mark.parametrize("scaling", [0.25, 0.3])  # a power of two goes another way
-def test_by_head_is_as_near_to_the_truth_as_eager(dtype, masked, scaling, generator):
+def test_by_head_is_as_near_to_the_truth_as_eager(dtype, masked, scaling, generator, monkeypatch):
+    monkeypatch.setattr("dualedit.training.sight._QUERIES", 30)  # four blocks, the last a smaller one
     rows, heads, groups, queries, keys = 2, 4, 2, 130, 140
 
     def numbers(*shape):
@@ -36,6 +55,9 @@ def test_by_head_is_as_near_to_the_truth_as_eager(dtype, masked, scaling, genera
     closed = {
         "none": None,
         "causal": torch.ones(1, 1, queries, keys, dtype=torch.bool).triu(11),
+        "packed": packed(rows, queries, keys),
+        "window": torch.ones(1, 1, queries, keys, dtype=torch.bool).triu(11)
+        | torch.ones(1, 1, queries, keys, dtype=torch.bool).tril(-20),
         "rows": torch.rand(rows, 1, queries, keys, generator=generator) < 0.5,
         "heads": torch.rand(1, heads, queries, keys, generator=generator) < 0.5,
     }[masked]
@@ -61,6 +83,28 @@ def test_by_head_is_as_near_to_the_truth_as_eager(dtype, masked, scaling, genera
 
     for ours, theirs in zip(errors(found), errors(plain), strict=True):
         assert ours <= 1.5 * theirs + 1e-7
+
+
+def test_blocks_hold_all_that_is_seen_and_little_else(generator, monkeypatch):
+    monkeypatch.setattr("dualedit.training.sight._QUERIES", 30)
+    closed = packed(2, 130, 140)
+    mask = torch.zeros(closed.shape).masked_fill(closed, torch.finfo(torch.float32).min)
+    sight = sight_of(mask, 130, 140, torch.bfloat16)
+    assert sight.mask.dtype == torch.bfloat16
+    assert sight_of(mask, 130, 140, torch.bfloat16).blocks is sight.blocks  # noted
+    (_, first), (_, again), (_, second), _ = sight.heads(2, 2)
+    assert first is again
+    # Row 0: queries up to 14 see nothing, which eager attention takes for everything.
+    assert first[0] == Block(slice(0, 33), slice(0, 140), slice(0, 140))
+    assert first[1] == Block(slice(33, 66), slice(25, 76), slice(44, 76))
+    assert second[1] == Block(slice(33, 66), slice(0, 76), slice(44, 76))
+    assert second[3] == Block(slice(99, 130), slice(0, 140), slice(80, 140))
+    mask[1, :, 40, 3] = 0.5  # a bias that closes nothing
+    changed = sight_of(mask, 130, 140, torch.bfloat16)
+    (_, first), (_, second) = changed.heads(2, 1)
+    assert second[1] == Block(slice(33, 66), slice(0, 76), slice(3, 76)) and first[1].masked.start == 44
+    opened = sight_of(torch.zeros(1, 1, 40, 50), 40, 50, torch.float32)
+    assert opened.blocks == [[Block(slice(0, 40), slice(0, 50), None)]]
 
 
 def test_what_changes_the_result_is_left_to_the_model(generator):
@@ -158,3 +202,51 @@ def test_a_layer_that_cannot_be_cut_runs_whole(change, layer):
     assert not can_narrow(module, (torch.ones(1),), kwargs, at)
     without = {name: value for name, value in kwargs.items() if name != "past_key_values"}
     assert not can_narrow(module, (), without, at)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(3, 41, 96), (1, 1, 96), (2, 5, 3, 96)], ids=str)
+def test_quick_norms_give_the_same_bits_and_as_true_gradients(dtype, shape, generator, monkeypatch):
+    monkeypatch.setattr("dualedit.training.norms._PIECE", 96 * 7)
+    monkeypatch.setattr("dualedit.training.norms._WORTH_IT", 0)
+    norm = LlamaRMSNorm(96, eps=1e-3)
+    norm.weight.data = torch.randn(96, generator=generator)
+    norm = norm.to(dtype).requires_grad_(False)
+    x = torch.randn(shape, generator=generator).mul_(torch.rand(shape[:-1] + (1,), generator=generator))
+    x, upstream = (t.to(dtype) for t in (x, torch.randn(shape, generator=generator)))
+
+    def run(call, x):
+        x = x.clone().requires_grad_()
+        out = call(x)
+        return out.detach(), torch.autograd.grad(out, x, upstream.to(x.dtype))[0]
+
+    plain = run(norm, x)
+    with pytest.raises(KeyError), quick_norms(nn.ModuleList([norm])) as count:
+        assert count == 1
+        found = run(norm, x)
+        noise = torch.randn(
+            4, 96, generator=generator
+        )  # another dtype than the weight's: the model's own way
+        assert norm(noise.double()).dtype in (torch.float64, dtype)
+        raise KeyError
+    assert "forward" not in norm.__dict__
+    assert torch.equal(found[0], plain[0])
+    weight = norm.weight.double()
+    true = run(lambda x: weight * x * (x.square().mean(-1, keepdim=True) + 1e-3).rsqrt(), x.double())[1]
+    errors = [float((each[1].double() - true).norm() / true.norm()) for each in (found, plain)]
+    assert errors[0] <= 1.5 * errors[1] + 1e-7
+
+
+class OddRMSNorm(LlamaRMSNorm):
+    """One whose eps is not what its attribute says."""
+
+    def forward(self, states):
+        return self.weight * (states * (states.square().mean(-1, keepdim=True) + 0.5).rsqrt())
+
+
+def test_other_norms_are_left_alone():
+    """Gemma's adds 1 to its weight; a trained one needs its gradient."""
+    trained, gemma, odd, plain = LlamaRMSNorm(32), Gemma2RMSNorm(32), OddRMSNorm(32), LlamaRMSNorm(32)
+    norms = nn.ModuleList([gemma, odd, nn.LayerNorm(32), plain]).requires_grad_(False).append(trained)
+    with quick_norms(norms) as count:
+        assert count == 1 and "forward" in plain.__dict__

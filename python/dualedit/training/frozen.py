@@ -2,7 +2,7 @@
 
 A training step is mostly products with the frozen model's weights. In fp32 PyTorch hands them to MKL, which
 on AMD processors runs at half of what oneDNN reaches (see `dualedit_kernels.products`). In bf16 PyTorch takes
-oneDNN by itself. What is left is attention; see `attention.py`.
+oneDNN by itself. What is left is attention and the norms; see `attention.py` and `norms.py`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dualedit_kernels.products import ONEDNN, onednn_refuses
 
 from .attention import attention_by_head
+from .norms import quick_norms
 
 
 class _FrozenLinear(torch.autograd.Function):
@@ -65,9 +66,9 @@ def quick_products(base: nn.Module) -> Iterator[int]:
 
 @contextmanager
 def quick_layers(base: nn.Module) -> Iterator[None]:
-    """Inside the block, a frozen model's linear layers and its eager attention are quick on the CPU.
+    """Inside the block, a frozen model's linear layers, norms and eager attention are quick on the CPU.
 
     The training loop runs in it. Results differ by rounding at most; another model is not touched.
     """
-    with quick_products(base), attention_by_head(base):
+    with quick_products(base), quick_norms(base), attention_by_head(base):
         yield

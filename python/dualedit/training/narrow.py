@@ -80,20 +80,25 @@ def run_narrow(module: nn.Module, states: Tensor, kwargs: Mapping[str, Any], at:
         module(states, **{**kwargs, "past_key_values": door})
     except _Noted:
         pass
-    count = at.sum(1)
-    width = int(count.max())
-    places = at.int().argsort(dim=1, descending=True, stable=True)[:, :width]
-    wanted = torch.arange(width, device=at.device) < count[:, None]  # [R, W]
-    # Rows with fewer repeat their first: padding might see nothing, and its gradient would not be a number.
-    places = torch.where(wanted, places, places[:, :1])
-    row = torch.arange(len(at), device=at.device)[:, None]
-    few = {name: _cut(name, value, row, places) for name, value in kwargs.items()}
+    row, places, wanted = places_of(at)
+    few = {name: cut(name, value, row, places) for name, value in kwargs.items()}
     output = module(states[row, places], **{**few, "past_key_values": door})
     return (output[0] if isinstance(output, tuple) else output)[wanted]
 
 
-def _cut(name: str, value: Any, row: Tensor, places: Tensor) -> Any:
-    """An argument at the places [R, W] only."""
+def places_of(at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Positions [R, L] bool as indices: rows [R, 1], columns [R, W], and which of these are wanted [R, W]."""
+    count = at.sum(1)
+    width = int(count.max())
+    places = at.int().argsort(dim=1, descending=True, stable=True)[:, :width]
+    wanted = torch.arange(width, device=at.device) < count[:, None]
+    # Rows with fewer repeat their first: padding might see nothing, and its gradient would not be a number.
+    places = torch.where(wanted, places, places[:, :1])
+    return torch.arange(len(at), device=at.device)[:, None], places, wanted
+
+
+def cut(name: str, value: Any, row: Tensor, places: Tensor) -> Any:
+    """An argument of a layer that `can_narrow` allows, at the places [R, W] only."""
     if name == "attention_mask":
         return value.expand(len(places), -1, -1, -1).transpose(1, 2)[row, places].transpose(1, 2)
     if name == "position_embeddings":

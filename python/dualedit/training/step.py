@@ -10,7 +10,9 @@ be added as a further locality term. Each answer counts by the mean over its tok
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +24,7 @@ from ..modules import EditKV
 from ..sequence import Prompt
 from .batches import CHANGE, IGNORED, Batch, Part
 from .dualedit import trainable_layers
+from .reach import seen
 from .recipe import TERMS
 from .upper import UpperPart
 
@@ -97,7 +100,7 @@ class TrainingStep(nn.Module):
         lowers = [self.upper.lower(part.inputs, part.prompt) for part in batch.parts]
         states, last = [], {}
         for place, (part, lower) in enumerate(zip(batch.parts, lowers, strict=True)):
-            if part.keeps or part.edit_columns is not None:
+            if part.keeps or part.edit_columns is not None or lower.reach is not None:
                 at = foretelling(part) if part.keeps else None
                 found, last[place] = self.upper.unedited(lower, part.prompt, at)
                 if part.edit_columns is not None:
@@ -170,20 +173,39 @@ class TrainingStep(nn.Module):
     def choose_way(self, batch: Batch) -> bool:
         """Set `by_parts` by whether the upper part alone reproduces the model on a batch; returns it.
 
-        With its last layer narrowed if that gives the model's logits, else with the whole of it.
+        With its last layer narrowed if that gives the model's logits, else with the whole of it; and with the
+        layers between the edited ones run where an edit reaches, if that gives what the whole of them give.
         """
         batch = on_device(batch, self.base)
+        self.upper.share = False
         for narrow in (True, False):
             self.upper.narrow = narrow
-            try:
-                self.by_parts = all(self._reproduced(part) for part in batch.parts)
-            except (TypeError, ValueError, RuntimeError, KeyError, IndexError) as error:
-                if isinstance(error, torch.OutOfMemoryError):
-                    raise
-                self.by_parts = False
+            self.by_parts = _holds(self._reproduced, batch)
             if self.by_parts:
                 break
+        self.upper.share = True
+        self.upper.share = self.by_parts and _holds(self._shared, batch)
         return self.by_parts
+
+    def _shared(self, part: Part) -> bool:
+        """Whether states changed where an edit writes give the same with the other positions shared."""
+        lower = self.upper.lower(part.inputs, part.prompt)
+        if lower.reach is None:
+            return True
+        at, last = lower.reach.at, self.upper.last_name
+        self.upper.unedited(lower, part.prompt, None)
+        written = self.upper.spans(self.upper.first_name, part.prompt)
+        # What is written here is another position's state: as large as states are, and far from the own one.
+        hidden = torch.where(written[..., None], lower.states.roll(1, 1), lower.states)
+        found = lower.reach.states.index_put((at,), self.upper.reached(lower, hidden, part.prompt))
+        whole = replace(lower, states=hidden, reach=None)
+        wanted = self.upper.unedited(whole, part.prompt, None)[0][last]
+        masks = [kwargs["attention_mask"] for _, _, kwargs in lower.calls[: len(lower.reach.kept)]]
+        alive = torch.stack([seen(mask).any(-1).expand_as(at) for mask in masks]).all(0)
+        apart, size = (x.float().square().mean(-1).sqrt() for x in (found - wanted, wanted))  # [R, L]
+        # Positions that are not reached went through the same products twice.
+        allowed = torch.where(at, _CLOSE.get(wanted.dtype, _COARSE), 4 * torch.finfo(wanted.dtype).eps)
+        return bool((apart <= allowed * size)[alive].all())
 
     def _reproduced(self, part: Part) -> bool:
         lower = self.upper.lower(part.inputs, part.prompt)
@@ -211,6 +233,16 @@ class TrainingStep(nn.Module):
             numbers = part.answer[part.answer >= 0]
             found |= {int(n): logits[numbers == n] for n in numbers.unique()}
         return found
+
+
+def _holds(check: Callable[[Part], bool], batch: Batch) -> bool:
+    """Whether a check of what a model's layers allow holds for all parts; it fails where they raise."""
+    try:
+        return all(check(part) for part in batch.parts)
+    except (TypeError, ValueError, RuntimeError, KeyError, IndexError, AttributeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        return False
 
 
 def close(found: Tensor, wanted: Tensor) -> bool:

@@ -2,7 +2,8 @@
 
 Nothing below the first edited layer depends on the adapters, so its states are computed once a batch. Above
 it two runs are needed at most: one without the edits (what the model would have said, and the states that
-become keys and values) and one with them. Only the positions whose next token counts go through the last
+become keys and values) and one with them. Up to the second edited layer they share the positions that the
+first edit cannot reach (see `reach.py`). Only the positions whose next token counts go through the last
 layer (see `narrow.py`; where it cannot be narrowed, through its feed-forward part), the final norm and the
 output head.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,9 +21,10 @@ from torch.utils.checkpoint import checkpoint
 
 from ..architectures import find_decoder_layers
 from ..context import Bound, framed, recording, runtime_of
-from ..layer import DualEditLayer
+from ..layer import DualEditLayer, EditLayer
 from ..sequence import ForwardPass, Prompt, Sequence
 from .narrow import can_narrow, run_narrow
+from .reach import Listening, Reach, reached, run_reached, worth_it
 
 
 class _Seen(Exception):
@@ -54,10 +56,13 @@ class Lower:
     Attributes:
         states: [R, L, D] behind the first edited layer, without the edit.
         calls: the modules above it with their arguments, states left out.
+        reach: where the first edit arrives by the last edited layer, if the runs up to there share the other
+            positions; then a run without the edit has to come before one with it.
     """
 
     states: Tensor
     calls: list[tuple[nn.Module, tuple, dict]]
+    reach: Reach | None = None
 
 
 def _split(args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, tuple, dict]:
@@ -79,19 +84,23 @@ class UpperPart:
 
     Attributes:
         narrow: whether the last layer is entered at the needed positions only, where it can be.
+        share: whether the layers up to the last edited one run with an edit at those positions only that it
+            reaches, where they can.
     """
 
     def __init__(
         self, base: nn.Module, layers: Mapping[str, DualEditLayer], adapter: str, recompute: bool = False
     ):
         self.base, self.layers, self.adapter, self.recompute = base, dict(layers), adapter, recompute
-        self.narrow = True
+        self.narrow = self.share = True
         self.runtime = runtime_of(base)
         path, self.decoder = find_decoder_layers(base)
         self.stack = base.get_submodule(path.rpartition(".")[0])
         numbers = sorted(int(name.rpartition(".")[2]) for name in layers)
         self.first, self.last = numbers[0], numbers[-1]
-        self.first_name = next(name for name in layers if name.endswith(f".{self.first}"))
+        self.first_name, self.last_name = (
+            next(name for name in layers if name.endswith(f".{number}")) for number in (self.first, self.last)
+        )
 
     def lower(self, inputs: Mapping[str, Any], prompt: Prompt) -> Lower:
         """Run the frozen layers up to the first edited one, without gradient."""
@@ -131,7 +140,30 @@ class UpperPart:
             self.decoder._modules.update(kept)
             for handle in handles:
                 handle.remove()
-        return Lower(seen[self.first_name], calls)
+        lower = Lower(seen[self.first_name], calls)
+        lower.reach = self._reach(lower, prompt) if self.share else None
+        return lower
+
+    def _reach(self, lower: Lower, prompt: Prompt) -> Reach | None:
+        """Where the first edit arrives, if the runs with it and without can share the other positions."""
+        between = lower.calls[: self.last - self.first]
+        if not between or not all(can_narrow(*call, prompt.text) for call in between):
+            return None
+        # Whatever else writes to a layer would have to be asked where.
+        modules = [module for module, _, _ in between]
+        others = any(isinstance(module, EditLayer) for module in modules[:-1])
+        if others or modules[-1] is not self.layers[self.last_name]:
+            return None
+        at = reached(
+            self.spans(self.first_name, prompt), [kwargs["attention_mask"] for _, _, kwargs in between]
+        )
+        return Reach(at) if worth_it(at) else None
+
+    def spans(self, name: str, prompt: Prompt) -> Tensor:
+        """[R, L] bool: the positions that a wrapped layer's adapters write to."""
+        parts = self.layers[name].dualedit_adapter[self.adapter]
+        spans = [prompt.text if part == "text" else prompt.image for part in parts]
+        return torch.stack([torch.zeros_like(prompt.text) if s is None else s for s in spans]).any(0)
 
     def unedited(
         self, lower: Lower, prompt: Prompt, at: Tensor | None
@@ -141,15 +173,24 @@ class UpperPart:
         Args:
             at: [R, L] bool, the positions; or None: only as far as the last wrapped layer.
         """
+        doors = [Listening() for _ in range(self.last - self.first)] if lower.reach is not None else []
+        calls = [
+            (module, args, {**kwargs, "past_key_values": door})
+            for door, (module, args, kwargs) in zip(doors, lower.calls, strict=False)
+        ]
+        told, last = replace(lower, calls=calls + lower.calls[len(doors) :]), None
         with torch.no_grad(), recording(self.base) as states:
-            states[self.first_name] = lower.states
+            states[self.first_name] = hidden = lower.states
             if at is not None:
-                return states, self._run(lower, lower.states, prompt, at)
-            hidden = lower.states
-            with self._passing(prompt):
-                for module, args, kwargs in lower.calls[: self.last - self.first]:
-                    hidden = _first(module(hidden, *args, **kwargs))
-        return states, None
+                last = self._run(told, hidden, prompt, at)
+            else:
+                with self._passing(prompt):
+                    for module, args, kwargs in told.calls[: self.last - self.first]:
+                        hidden = _first(module(hidden, *args, **kwargs))
+        if lower.reach is not None:
+            lower.reach.kept = [door.kept for door in doors if door.kept is not None]
+            lower.reach.states = states[self.last_name]
+        return states, last
 
     def edited(
         self, lower: Lower, prompt: Prompt, at: Tensor, route: Tensor, edits: Mapping[str, Any]
@@ -159,7 +200,36 @@ class UpperPart:
         for part, adapter in self.layers[self.first_name].dualedit_adapter[self.adapter].items():
             span = prompt.text if part == "text" else prompt.image
             hidden, _ = adapter(hidden, span, edits[self.first_name][part], route=route)
-        return self._run(lower, hidden, prompt, at, Bound(route, edits))
+        mode, begin = Bound(route, edits), 0
+        if lower.reach is not None:
+            hidden = self._rewritten(lower.reach, self.reached(lower, hidden, prompt), prompt, mode)
+            begin = self.last - self.first
+        return self._run(lower, hidden, prompt, at, mode, begin)
+
+    def reached(self, lower: Lower, hidden: Tensor, prompt: Prompt) -> Tensor:
+        """States [K, D] at the reached positions behind the last edited layer, before its own edit.
+
+        Args:
+            hidden: [R, L, D] behind the first, edited.
+        """
+        calls = [(module, kwargs) for module, _, kwargs in lower.calls[: self.last - self.first]]
+        calls[-1] = calls[-1][0].base_layer, calls[-1][1]
+
+        def run(states: Tensor) -> Tensor:
+            with self._passing(prompt):
+                return run_reached(calls, states, lower.reach)
+
+        return self._remembered(run, hidden)
+
+    def _rewritten(self, reach: Reach, found: Tensor, prompt: Prompt, mode: Bound) -> Tensor:
+        """[R, L, D]: the last edited layer's output, from the states [K, D] at the reached positions."""
+        layer, states = self.layers[self.last_name], reach.states
+        with self._passing(prompt), framed(self.runtime, "mode", mode):
+            if bool((self.spans(self.last_name, prompt) & reach.at).any()):
+                states = states.index_put((reach.at,), found)
+                return layer.edited(states, states)
+            # What this layer writes to does not depend on what is trained: no gradient is asked for there.
+            return layer.edited(states, states).index_put((reach.at,), found)
 
     @contextmanager
     def _passing(self, prompt: Prompt) -> Iterator[None]:
@@ -167,12 +237,14 @@ class UpperPart:
         with framed(self.runtime, "pass", ForwardPass(Sequence(prompt), 0, rows, length)):
             yield
 
-    def _run(self, lower: Lower, hidden: Tensor, prompt: Prompt, at: Tensor, mode: Any = None) -> Tensor:
+    def _run(
+        self, lower: Lower, hidden: Tensor, prompt: Prompt, at: Tensor, mode: Any = None, begin: int = 0
+    ) -> Tensor:
         layers = len(self.decoder) - 1 - self.first
         # Where the last layer is a wrapped one, its states are noted at every position.
         top = layers - 1 if self.last < len(self.decoder) - 1 else None
         narrow = False
-        for number, (module, args, kwargs) in enumerate(lower.calls[:layers]):
+        for number, (module, args, kwargs) in enumerate(lower.calls[begin:layers], begin):
             only = at if number == top else None
             narrow = only is not None and self.narrow and can_narrow(module, args, kwargs, at)
 
@@ -185,11 +257,14 @@ class UpperPart:
                     with _only_at(module, only):
                         return _first(module(states, *args, **kwargs))
 
-            if self.recompute and torch.is_grad_enabled():
-                hidden = checkpoint(run, hidden, use_reentrant=False)
-            else:
-                hidden = run(hidden)
+            hidden = self._remembered(run, hidden)
         return hidden if narrow else hidden[at]
+
+    def _remembered(self, run: Callable[[Tensor], Tensor], states: Tensor) -> Tensor:
+        """run(states), kept for the backward pass or to be computed again there."""
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(run, states, use_reentrant=False)
+        return run(states)
 
     def logits(self, lowers: list[Lower], states: list[Tensor]) -> list[Tensor]:
         """Logits [K, V] of the last states [K, D] of some rows each.
