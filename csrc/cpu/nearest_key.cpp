@@ -79,6 +79,14 @@ Scan scan_for(int64_t isa) {
   return portable::scan;
 }
 
+Few few_for(int64_t isa) {
+#ifdef DUALEDIT_X86
+  if (isa == static_cast<int>(Isa::kAvx512)) return avx512::few;
+  if (isa == static_cast<int>(Isa::kAvx2)) return avx2::few;
+#endif
+  return portable::few;
+}
+
 KeyType key_type(const Tensor& keys) {
   switch (keys.scalar_type()) {
     case ScalarType::Float:
@@ -179,7 +187,7 @@ Arguments prepare(const Tensor& query, const Tensor& keys, const Tensor& radius,
   const int64_t head = prune ? (dim / 32 < kHead ? kHead : dim / 32 / kHead * kHead) : 0;
   const Lookup lookup{
       packed.get(), batch, dim, stride, keys.const_data_ptr(), dim, key_type(keys), cosine, batch == 1, head};
-  return {std::move(packed), lookup, count, scan_for(isa)};
+  return {std::move(packed), lookup, count, scan_for(isa), few_for(isa)};
 }
 
 void look_up(Scan scan, const Lookup& lookup, int64_t count, Nearest& nearest) {

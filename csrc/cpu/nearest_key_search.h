@@ -36,6 +36,7 @@ struct Arguments {
   Lookup lookup;
   int64_t count;
   Scan scan;
+  Few few;
 };
 
 // query [B, D] fp32, keys [N, D] fp32, bf16 or fp16, radius [N] fp32, all contiguous on the CPU; isa as in Isa.
