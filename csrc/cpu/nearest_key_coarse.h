@@ -29,9 +29,9 @@ struct Codes {
 constexpr int64_t kBlock = 16;  // keys side by side
 constexpr int64_t kMostCodedDim = 65536;  // 255 * 127 * dim, and 255 * 128 * dim, fit 32 bits
 
-// Queries in the same form, q - c = scale * code + residue, at a right angle, too, their codes 8 bits in one plane or 16 in two
-// (code = 256 high + low). A row is a plane of a query; rows are kept in tiles. The head are the first dimensions,
-// from which alone most keys can be ruled out if some key is very near.
+// Queries in the same form, q - c = scale * code + residue, at a right angle, too. Their codes have 8 bits in one
+// plane or 16 in two (code = 256 high + low). A row is a plane of a query; rows are kept in tiles. The head
+// are the first dimensions, from which alone most keys can be ruled out if some key is very near.
 struct CodedQueries {
   int64_t batch;
   int64_t planes;
@@ -53,13 +53,14 @@ constexpr float kTiny = 1e-36f;
 
 // A panel: some blocks of keys and all queries, a lower bound of each squared distance of decoded forms.
 struct Panel {
+  int64_t start;  // its first block
   int64_t batch;
   int64_t rows;
   int32_t* product;  // [blocks, rows, kBlock]
   float* low;  // [blocks, batch, kBlock]: T, less what T is off by at most; NaN where nothing is known of a key
   uint16_t* near;  // [blocks, batch]: bit j: key j may be within the limit of the query
   float* smallest;  // [batch, kBlock]: of low, by place in a block
-  int32_t* at;  // [batch, kBlock]: and the block of the panel where it is
+  int32_t* at;  // [batch, kBlock]: and the block where it is, less start
 };
 
 struct CoarseKernel {

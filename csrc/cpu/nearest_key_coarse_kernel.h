@@ -4,6 +4,20 @@
 
 #include DUALEDIT_DOTS
 
+// 16 keys side by side, in as many registers as the instruction set needs. Compilers take loops over
+// arrays of this size apart and make a muddle of them.
+typedef float Floats __attribute__((vector_size(64)));
+typedef int32_t Integers __attribute__((vector_size(64)));
+
+template <class V, class T>
+inline void get(V& to, const T* from) {
+  __builtin_memcpy(&to, from, sizeof(V));
+}
+template <class V, class T>
+inline void put(const V& from, T* to) {
+  __builtin_memcpy(to, &from, sizeof(V));
+}
+
 // Tiles of nearly equal height.
 inline int64_t tiles_of(int64_t rows) { return (rows + Dots::kRows - 1) / Dots::kRows; }
 inline int64_t height_of(int64_t rows, int64_t tile) {
@@ -146,7 +160,8 @@ void code(const Codes& codes, const float* query, CodedQueries& coded, int64_t b
   const double first = squares_of(whole, 4 * coded.head, coded.planes == 1);
   const double second = squares_of(whole + 4 * coded.head, padded - 4 * coded.head, coded.planes == 1);
   // That of least squares: the residue is then at a right angle to the code.
-  scale = fine && first + second > 0.0 ? static_cast<float>(product_of(scratch, whole, padded) / (first + second)) : 0.0f;
+  const double squared = first + second;
+  scale = fine && squared > 0.0 ? static_cast<float>(product_of(scratch, whole, padded) / squared) : 0.0f;
   coded.scale[b] = scale;
   const double unit = static_cast<double>(scale) * scale;
   coded.square[b] = static_cast<float>(unit * first);
@@ -233,68 +248,73 @@ void bound(
       first += height;
     }
   }
-  const float* scale = codes.scale + block * kBlock;
-  const float* error = codes.error + block * kBlock;
   const float* apart = codes.rows + block * codes.apart * kBlock;
-  float square[kBlock];
+  const Integers number = Integers{} + static_cast<int32_t>(block - panel.start);
+  Floats square, scale, error;
+  get(scale, codes.scale + block * kBlock);
+  get(error, codes.error + block * kBlock);
   if (head) {
-    head_squares(codes, block, coded.head, square);
+    float squares[kBlock];
+    head_squares(codes, block, coded.head, squares);
+    get(square, squares);
   } else {
-    for (int j = 0; j < kBlock; ++j) square[j] = codes.square[block * kBlock + j];
+    get(square, codes.square + block * kBlock);
   }
   // NaN where the error is infinite: such a key is never the smallest, and never ruled out.
-  for (int j = 0; j < kBlock; ++j) square[j] += error[j] * 0.0f;
+  square += error * 0.0f;
   const int64_t half = head ? 0 : panel.batch;
   for (int64_t b = 0; b < panel.batch; ++b) {
     if (near[b] == 0) continue;
     const int32_t* product = products + b * coded.planes * kBlock;
     const int32_t* offset = coded.offset + (half + b) * coded.planes;
-    float dot[kBlock], sum[kBlock];
-    for (int j = 0; j < kBlock; ++j) dot[j] = static_cast<float>(product[j] - offset[0]);
+    Integers part;
+    get(part, product);
+    Floats dot = __builtin_convertvector(part - offset[0], Floats);
     if (coded.planes == 2) {
-      for (int j = 0; j < kBlock; ++j) dot[j] = dot[j] * 256.0f + static_cast<float>(product[kBlock + j] - offset[1]);
+      get(part, product + kBlock);
+      dot = dot * 256.0f + __builtin_convertvector(part - offset[1], Floats);
     }
-    const float own = coded.square[half + b];
-    for (int j = 0; j < kBlock; ++j) sum[j] = own + square[j];
+    Floats sum = square + coded.square[half + b];
     for (int64_t p = 0; p < codes.apart; ++p) {
-      const float q = coded.apart[b * codes.apart + p];
-      for (int j = 0; j < kBlock; ++j) {
-        const float difference = q - apart[p * kBlock + j];
-        sum[j] += difference * difference;
-      }
+      Floats other;
+      get(other, apart + p * kBlock);
+      const Floats difference = other - coded.apart[b * codes.apart + p];
+      sum += difference * difference;
     }
-    const float twice = 2.0f * coded.scale[b];
-    float* low = panel.low + (place * panel.batch + b) * kBlock;
-    float* smallest = panel.smallest + b * kBlock;
-    int32_t* at = panel.at + b * kBlock;
-    for (int j = 0; j < kBlock; ++j) low[j] = sum[j] - twice * scale[j] * dot[j] - (sum[j] * kShare + kTiny);
-    for (int j = 0; j < kBlock; ++j) {
-      at[j] = low[j] < smallest[j] ? static_cast<int32_t>(place) : at[j];
-      smallest[j] = low[j] < smallest[j] ? low[j] : smallest[j];
-    }
+    const Floats low = sum - (2.0f * coded.scale[b]) * scale * dot - (sum * kShare + kTiny);
+    put(low, panel.low + (place * panel.batch + b) * kBlock);
+    Floats smallest;
+    Integers at;
+    get(smallest, panel.smallest + b * kBlock);
+    get(at, panel.at + b * kBlock);
+    put(low < smallest ? number : at, panel.at + b * kBlock);
+    put(low < smallest ? low : smallest, panel.smallest + b * kBlock);
   }
 }
 
 int64_t select(
     const Codes& codes, const CodedQueries& coded, const Panel& panel, int64_t block, int64_t place, bool head,
     const float* limit, const float* reach) {
-  const float* error = codes.error + block * kBlock;
   uint16_t* near = panel.near + place * panel.batch;
-  float length[kBlock];
-  for (int j = 0; j < kBlock; ++j) length[j] = __builtin_sqrtf(codes.square[block * kBlock + j]) * 1.000001f;
+  Floats length, error;
+  float lengths[kBlock];
+  for (int j = 0; j < kBlock; ++j) lengths[j] = __builtin_sqrtf(codes.square[block * kBlock + j]) * 1.000001f;
+  get(length, lengths);
+  get(error, codes.error + block * kBlock);
   int64_t found = 0;
   for (int64_t b = 0; b < panel.batch; ++b) {
     if (near[b] == 0) continue;
     const float* low = panel.low + (place * panel.batch + b) * kBlock;
-    const float within = limit[b];
-    float edge[kBlock];
-    for (int j = 0; j < kBlock; ++j) edge[j] = (within + error[j]) * (within + error[j]) * 1.000001f;
+    float edge[kBlock], least[kBlock];
+    const Floats within = error + limit[b];
+    put(within * within * 1.000001f, edge);
     uint32_t bits = Dots::not_above(low, edge);
-    if (!head) {  // a head's residue is at no right angle to its code
+    if (!head && bits != 0) {  // a head's residue is at no right angle to its code
       const float own = 2.00001f * (coded.error[b] + codes.drift), others = 2.00001f * coded.length[b];
-      float least[kBlock];
-      for (int j = 0; j < kBlock; ++j) least[j] = low[j] - (own * length[j] + others * error[j]);
-      for (int j = 0; j < kBlock; ++j) edge[j] = reach[b];
+      Floats value;
+      get(value, low);
+      put(value - (own * length + others * error), least);
+      put(Floats{} + reach[b], edge);
       bits &= Dots::not_above(least, edge);
     }
     near[b] &= static_cast<uint16_t>(bits);

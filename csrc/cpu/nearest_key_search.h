@@ -32,7 +32,7 @@ struct Nearest {
 
 // Checked and packed arguments.
 struct Arguments {
-  Buffer packed;  // the queries of ``lookup``
+  Buffer packed;  // the queries of ``lookup``, unless those that were given serve
   Lookup lookup;
   int64_t count;
   Scan scan;

@@ -12,6 +12,7 @@ namespace {
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr size_t kLongest = 32768;  // keys of a query that are noted: 256 MB for a group, at worst
 constexpr int64_t kPatience = 7;  // panels without a look at heads, after one where heads ruled little out
+constexpr int64_t kFew = 4;  // queries
 constexpr int64_t kTile = 16;  // rows of queries whose products are skipped together, about
 
 // The memory of a panel.
@@ -24,7 +25,7 @@ struct Room {
     auto* product = reinterpret_cast<int32_t*>(floats.get());
     float* low = floats.get() + rows * blocks * kBlock;
     float* smallest = low + coded.batch * blocks * kBlock;
-    panel = {coded.batch, rows, product, low, near.data(), smallest,
+    panel = {0, coded.batch, rows, product, low, near.data(), smallest,
              reinterpret_cast<int32_t*>(smallest + coded.batch * kBlock)};
   }
 
@@ -49,8 +50,10 @@ class Shortlister {
         reach_(pass.coded.batch) {}
 
   bool run(int64_t begin, int64_t end) {
+    // For few queries reading the codes is the whole cost, and heads read for themselves come slowly.
+    if (pass_.coded.head > 0 && end - begin > room_.blocks && panel_.batch > kFew) sweep(begin, end);
     for (int64_t at = begin; at < end && right_; at += room_.blocks) {
-      start_ = at;
+      start_ = panel_.start = at;
       blocks_ = std::min(room_.blocks, end - at);
       if (!open()) break;
       const bool heads = pass_.coded.head > 0 && patience_ == 0;
@@ -76,6 +79,25 @@ class Shortlister {
   }
 
   uint16_t& near(int64_t place, int64_t b) { return panel_.near[place * panel_.batch + b]; }
+
+  // The heads of all panels, and a look at the most promising key of each query: with a near key known from the
+  // start, heads rule out most others. If that finds no key much nearer than heads let the others be, heads are
+  // no use.
+  void sweep(int64_t begin, int64_t end) {
+    start_ = panel_.start = begin;
+    blocks_ = 1;
+    open();
+    std::fill_n(panel_.smallest, panel_.batch * kBlock, kInfinity);
+    for (int64_t block = begin; block < end; ++block) {
+      pass_.kernel.bound(pass_.codes, pass_.coded, panel_, block, 0, true, false);
+    }
+    look(true);
+    // Of the last block at hand, as good as any: what heads leave there.
+    const int64_t keys = std::min(kBlock, pass_.count - (end - 1) * kBlock) * panel_.batch;
+    const int64_t left = pass_.kernel.select(
+        pass_.codes, pass_.coded, panel_, end - 1, 0, true, limit_.data(), reach_.data());
+    if (left * 4 > keys * 3) patience_ = kPatience;
+  }
 
   // Bounds from the heads. True if so few keys are left that looking at them is quicker than bounds from all.
   bool by_heads() {
@@ -129,8 +151,8 @@ class Shortlister {
       if (key >= 0) {
         const float lower = lower_of(key, b, bound_[b], head);
         if (key != list.last && !(lower > list.limit)) {
-          const bool more = b + 1 < panel_.batch && candidate_[b + 1] >= 0;
-          right_ &= exact_.look(pass_.first + b, &key, &lower, 1, &candidate_[b + 1 < panel_.batch ? b + 1 : b], more, list);
+          const int64_t* next = &candidate_[b + 1 < panel_.batch ? b + 1 : b];
+          right_ &= exact_.look(pass_.first + b, &key, &lower, 1, next, *next >= 0 ? 1 : 0, list);
         }
         if (!head && key == list.last && std::isfinite(list.last_squared)) {
           right_ &= !(list.last_squared > pass_.rounding.most(upper_of(key, b, bound_[b])));
@@ -215,7 +237,7 @@ class Shortlister {
   Exact& exact_;
   Shortlist* lists_;
   Room room_;
-  const Panel& panel_;
+  Panel& panel_;
   std::vector<int64_t> candidate_;
   std::vector<float> bound_;
   std::vector<float> limit_;
