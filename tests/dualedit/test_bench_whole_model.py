@@ -33,17 +33,22 @@ def run(tmp_path, *more):
 def test_it_runs_to_its_end(tmp_path, capsys):
     status, content = run(tmp_path)
     assert status == 0 and content["refused"] == []
-    assert len(content["rows"]) == 8 and all(row["checked"] for row in content["rows"])
+    assert len(content["rows"]) == 12 and all(row["checked"] for row in content["rows"])
     told = {(row["shape"]["method"], row["shape"]["part"], row["impl"]) for row in content["rows"]}
     assert told == {
         (method, part, impl)
         for method in bench.METHODS
         for part in ("prefill", "decode")
-        for impl in ("base", method)
+        for impl in ("base", method, f"{method}, its own part")
     }
+    times = {(str(row["shape"]), row["impl"]): row["min_ms"] for row in content["rows"]}
+    for (shape, impl), own in times.items():
+        if impl.endswith("own part"):
+            assert 0 < own < times[shape, impl.split(",")[0]]
     assert {row["shape"]["layers"] for row in content["rows"]} == {3}
     assert {row["shape"]["edits"] for row in content["rows"]} == {EDITS}
-    assert capsys.readouterr().out.count("median of paired ratios") == 4
+    said = capsys.readouterr().out
+    assert said.count("median of paired ratios") == said.count("own code") == 4
 
 
 def open_all(model, count):
@@ -96,6 +101,8 @@ def test_layers_are_as_many_as_fit(monkeypatch):
     assert bench.layers_that_fit(bench.Sizes(), "cpu") == 32
     monkeypatch.setattr(bench, "free_memory", lambda device: 16 << 30)
     assert bench.layers_that_fit(bench.Sizes(), "cpu") == 28  # 12 GiB, all but the layers 1.2, a layer 0.38
+    monkeypatch.setattr(bench, "free_memory", lambda device: 15 << 30)
+    assert bench.layers_that_fit(bench.Sizes(), "cuda") == 32
     monkeypatch.setattr(bench, "free_memory", lambda device: 5 << 30)
     with pytest.raises(MemoryError, match="no room for two decoder layers"):
         bench.layers_that_fit(bench.Sizes(), "cpu")
