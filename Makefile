@@ -6,7 +6,7 @@
 # make lint    ruff
 # make gpu     on a machine with a GPU: build, check and time everything there (under 10 minutes)
 # make compile-report   registers, spills and shared memory of every GPU kernel, without a GPU
-# make bench   benchmarks of the operators, results in benchmarks/results/local
+# make bench   benchmarks of the operators and of models, results in benchmarks/results/local
 # make readme  the demo, with its output put into README.md
 # make clean   remove what the above made, .venv included
 #
@@ -26,7 +26,7 @@ export OMP_NUM_THREADS
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.setup-stamp
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
-OPERATORS := $(patsubst benchmarks/bench_%.py,%,$(sort $(wildcard benchmarks/bench_*.py)))
+BENCHMARKS := $(patsubst benchmarks/bench_%.py,%,$(sort $(wildcard benchmarks/bench_*.py)))
 
 .PHONY: setup demo test test-all fast lint bench gpu compile-report readme clean
 .DEFAULT_GOAL := setup
@@ -59,8 +59,9 @@ lint: $(STAMP)
 	$(PY) -m ruff check .
 
 bench: $(STAMP)
-	set -e; for op in $(OPERATORS); do \
+	set -e; for op in $(filter-out whole_model,$(BENCHMARKS)); do \
 	  $(PY) -m benchmarks.bench_$$op --json benchmarks/results/local/$$op.json; done
+	$(PY) -m benchmarks.bench_whole_model --quick --layers 4 --json benchmarks/results/local/whole_model.json
 
 gpu: $(STAMP)
 	$(PY) -m benchmarks.gpu

@@ -12,8 +12,7 @@ expansion |q|^2 - 2 q.k + |k|^2 is.
 "Coded" rows pass `encode_keys` of the keys, and must agree bit for bit with the rows without. The codes are
 made once, not timed with the lookup, and take a quarter of the bytes of fp32 keys (half of bf16) beside the
 keys themselves; their size, the time that encoding took and the share of the keys whose distance was computed
-exactly are printed with the rows. They gain least where without them most keys are given up after a few
-dimensions: many queries at once, all of them very near a key.
+exactly are printed with the rows.
 """
 
 from __future__ import annotations

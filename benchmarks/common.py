@@ -117,6 +117,11 @@ class Benchmark:
         self._write()
         return times
 
+    def add(self, row: Row) -> None:
+        """Keep a row that a benchmark measured by itself, of a shape that was compared."""
+        self.rows.append(row)
+        self._write()
+
     def finish(self) -> None:
         """Draw the rows if --plot was given."""
         if self.options.plot is not None:

@@ -4,7 +4,8 @@
 
 Builds the library with csrc/cuda, checks every implementation on the GPU against float64 at small and at real
 sizes, runs the Triton and CUDA tests on the device and under compute-sanitizer (where it is installed),
-captures every operator in a CUDA graph and replays it with other routes, then runs the benchmarks. All of it
+captures every operator in a CUDA graph and replays it with other routes, then runs the benchmarks, that of a
+whole model of LLaVA-1.5-7B's shapes (16 GB of memory) among them. All of it
 goes into benchmarks/results/<gpu>.json with the versions it was measured on; the exit status is 0 only if
 nothing failed.
 

@@ -41,6 +41,22 @@ struct Dots {
     }
   }
 
+  // out [kBlock]: sums of squares of code - 128 over some quads.
+  static void squares(const uint8_t* keys, int64_t quads, int32_t* out) {
+    for (int u = 0; u < 4; ++u) {
+      __m256i total = _mm256_setzero_si256();
+      for (int64_t t = 0; t < quads; ++t) {
+        const __m256i code = _mm256_sub_epi16(
+            _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(keys + t * 64 + u * 16))),
+            _mm256_set1_epi16(128));
+        total = _mm256_add_epi32(total, _mm256_madd_epi16(code, code));
+      }
+      alignas(32) int32_t lanes[8];
+      _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), total);
+      for (int j = 0; j < 4; ++j) out[u * 4 + j] = lanes[2 * j] + lanes[2 * j + 1];
+    }
+  }
+
   // Bit j: not low[j] > edge[j], for NaN, too.
   static uint32_t not_above(const float* low, const float* edge) {
     const __m256 a = _mm256_cmp_ps(_mm256_loadu_ps(low), _mm256_loadu_ps(edge), _CMP_NGT_UQ);

@@ -37,6 +37,18 @@ struct Dots {
     }
   }
 
+  // out [kBlock]: sums of squares of code - 128 over some quads: code (code - 128) less 128 times (code - 128).
+  static void squares(const uint8_t* keys, int64_t quads, int32_t* out) {
+    const __m512i sign = _mm512_set1_epi8(static_cast<char>(0x80));
+    __m512i total = _mm512_setzero_si512(), sums = _mm512_setzero_si512();
+    for (int64_t t = 0; t < quads; ++t) {
+      const __m512i code = _mm512_loadu_si512(keys + t * 64), less = _mm512_xor_si512(code, sign);
+      total = _mm512_dpbusd_epi32(total, code, less);
+      sums = _mm512_dpbusd_epi32(sums, sign, less);
+    }
+    _mm512_storeu_si512(out, _mm512_sub_epi32(total, sums));
+  }
+
   // Bit j: not low[j] > edge[j], for NaN, too.
   static uint32_t not_above(const float* low, const float* edge) {
     return _mm512_cmp_ps_mask(_mm512_loadu_ps(low), _mm512_loadu_ps(edge), _CMP_NGT_UQ);

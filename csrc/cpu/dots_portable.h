@@ -20,6 +20,16 @@ struct Dots {
     }
   }
 
+  // out [kBlock]: sums of squares of code - 128 over some quads.
+  static void squares(const uint8_t* keys, int64_t quads, int32_t* out) {
+    for (int64_t t = 0; t < quads; ++t) {
+      for (int i = 0; i < kBlock * 4; ++i) {
+        const int32_t code = keys[t * 64 + i] - 128;
+        out[i / 4] += code * code;
+      }
+    }
+  }
+
   // Bit j: not low[j] > edge[j], for NaN, too.
   static uint32_t not_above(const float* low, const float* edge) {
     uint32_t bits = 0;

@@ -79,6 +79,14 @@ Scan scan_for(int64_t isa) {
   return portable::scan;
 }
 
+Few few_for(int64_t isa) {
+#ifdef DUALEDIT_X86
+  if (isa == static_cast<int>(Isa::kAvx512)) return avx512::few;
+  if (isa == static_cast<int>(Isa::kAvx2)) return avx2::few;
+#endif
+  return portable::few;
+}
+
 KeyType key_type(const Tensor& keys) {
   switch (keys.scalar_type()) {
     case ScalarType::Float:
@@ -173,13 +181,17 @@ Arguments prepare(const Tensor& query, const Tensor& keys, const Tensor& radius,
   STD_TORCH_CHECK(query.size(1) > 0, "nearest_key: expected D of at least 1");
   const int64_t batch = query.size(0), dim = query.size(1), count = keys.size(0);
   const int64_t stride = (dim + kLanes - 1) / kLanes * kLanes;
-  Buffer packed = pack(static_cast<const float*>(query.const_data_ptr()), batch, dim, stride, cosine);
+  const auto* given = static_cast<const float*>(query.const_data_ptr());
+  // Queries that lie as the kernels want them stay where they are: the caller keeps them as long as the lookup.
+  const bool ready = !cosine && dim == stride && reinterpret_cast<uintptr_t>(given) % 64 == 0;
+  Buffer packed = ready ? nullptr : pack(given, batch, dim, stride, cosine);
   // The cosine metric needs the norm of a key first, so it reads all of it anyway.
   const bool prune = !cosine && dim >= 8 * kHead && count >= 256;
   const int64_t head = prune ? (dim / 32 < kHead ? kHead : dim / 32 / kHead * kHead) : 0;
+  const float* rows = ready ? given : packed.get();
   const Lookup lookup{
-      packed.get(), batch, dim, stride, keys.const_data_ptr(), dim, key_type(keys), cosine, batch == 1, head};
-  return {std::move(packed), lookup, count, scan_for(isa)};
+      rows, batch, dim, stride, keys.const_data_ptr(), dim, key_type(keys), cosine, batch == 1, head};
+  return {std::move(packed), lookup, count, scan_for(isa), few_for(isa)};
 }
 
 void look_up(Scan scan, const Lookup& lookup, int64_t count, Nearest& nearest) {

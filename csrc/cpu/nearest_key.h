@@ -39,6 +39,12 @@ constexpr int64_t kMaxBlock = 4;  // keys that any instruction set holds at once
 using Scan = void (*)(
     const Lookup& lookup, int64_t first, int64_t last, float* best, int64_t* index, float* scratch);
 
+// Squared distances out [some] of the lookup's first query to up to kMaxBlock keys, as `scan` computes them in a
+// batch (not in a stream). Meanwhile the keys ``next`` [more], as many at the most, are fetched. scratch: as above.
+using Few = void (*)(
+    const Lookup& lookup, const int64_t* keys, int64_t some, const int64_t* next, int64_t more, float* out,
+    float* scratch);
+
 // Instruction sets, worst first.
 enum class Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
 Isa best_isa();

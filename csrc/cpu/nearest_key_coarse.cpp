@@ -49,10 +49,14 @@ bool has_vnni() {
 
 CoarseKernel coarse_for(int64_t isa) {
 #ifdef DUALEDIT_X86
-  if (isa >= static_cast<int>(Isa::kAvx512) && has_vnni()) return {coarse_avx512vnni::code, coarse_avx512vnni::block};
-  if (isa >= static_cast<int>(Isa::kAvx2)) return {coarse_avx2::code, coarse_avx2::block};
+  if (isa >= static_cast<int>(Isa::kAvx512) && has_vnni()) {
+    return {coarse_avx512vnni::code, coarse_avx512vnni::bound, coarse_avx512vnni::select};
+  }
+  if (isa >= static_cast<int>(Isa::kAvx2)) {
+    return {coarse_avx2::code, coarse_avx2::bound, coarse_avx2::select};
+  }
 #endif
-  return {coarse_portable::code, coarse_portable::block};
+  return {coarse_portable::code, coarse_portable::bound, coarse_portable::select};
 }
 
 const char* coarse_name(int64_t isa) {

@@ -9,7 +9,8 @@ namespace dualedit {
 
 // Codes of keys. With c the centre and S the dimensions kept apart, key k is
 //     k_d = rows_d                                     for d in S, exactly
-//     k_d = c_d + scale (code_d - 128) + residue_d     elsewhere, ||residue|| <= error.
+//     k_d = c_d + scale (code_d - 128) + residue_d     elsewhere, ||residue|| <= error,
+// and the residue is at a right angle to the code, but for the rounding of scale to fp32.
 // For the cosine metric k is the key scaled to length 1, and error covers the rounding of that, too.
 struct Codes {
   const uint8_t* codes;  // [blocks, quads, kBlock, 4]: 4 dimensions of 16 keys side by side; 64-byte lines
@@ -22,44 +23,61 @@ struct Codes {
   int64_t apart;
   int64_t quads;
   int64_t dim;
+  float drift;  // how far the kernels' keys may lie from those that were coded: the cosine metric scales in fp32
 };
 
 constexpr int64_t kBlock = 16;  // keys side by side
 constexpr int64_t kMostCodedDim = 65536;  // 255 * 127 * dim, and 255 * 128 * dim, fit 32 bits
 
-// Queries in the same form, q - c = scale * code + residue, their codes 8 bits in one plane or 16 in two
-// (code = 256 high + low). A row is a plane of a query; rows are kept in tiles.
+// Queries in the same form, q - c = scale * code + residue, at a right angle, too. Their codes have 8 bits in one
+// plane or 16 in two (code = 256 high + low). A row is a plane of a query; rows are kept in tiles. The head
+// are the first dimensions, from which alone most keys can be ruled out if some key is very near.
 struct CodedQueries {
   int64_t batch;
   int64_t planes;
+  int64_t head;  // quads
   int8_t* codes;  // tiles of [quads, rows of the tile, 4]
-  int32_t* offset;  // [batch, planes]: 128 times the sum of a row's codes
+  int32_t* offset;  // [2, batch, planes]: 128 times the sum of a row's codes, of the head and of all
   float* scale;  // [batch]
-  float* square;  // [batch]
+  float* square;  // [2, batch]: of the head and of all
   float* error;  // [batch]: inf where the query cannot be coded
+  float* length;  // [batch]: not below that of q - c
   float* apart;  // [batch, apart]
-  int32_t* product;  // [batch, planes, kBlock], of the block at work
 };
 
 // A computed squared distance T = |q|^2 + |k|^2 + apart - 2 q.k is off by less than this share of the three
-// squares: about 30 roundings of 2^-24 each, and twice that for good measure. And by less than the smallest normal
-// number a few times.
-constexpr float kShare = 1.0f / (1 << 18);
+// squares: about 30 roundings of 2^-24 each, 30 more by which scales miss those of least squares, and twice that
+// for good measure. And by less than the smallest normal number a few times.
+constexpr float kShare = 1.0f / (1 << 17);
 constexpr float kTiny = 1e-36f;
 
-// Whatever is done with 16 bounds at once.
-struct Bounds {
-  float total[kBlock];  // T
-  float spread[kBlock];  // what T is off by, at most
-  uint32_t near;  // bit j: key j may be as near as limit
+// A panel: some blocks of keys and all queries, a lower bound of each squared distance of decoded forms.
+struct Panel {
+  int64_t start;  // its first block
+  int64_t batch;
+  int64_t rows;
+  int32_t* product;  // [blocks, rows, kBlock]
+  float* low;  // [blocks, batch, kBlock]: T, less what T is off by at most; NaN where nothing is known of a key
+  uint16_t* near;  // [blocks, batch]: bit j: key j may be within the limit of the query
+  float* smallest;  // [batch, kBlock]: of low, by place in a block
+  int32_t* at;  // [batch, kBlock]: and the block where it is, less start
 };
 
 struct CoarseKernel {
   // Code query b of ``coded``. scratch: room for 5/2 of a query, in whole registers of kLanes floats.
   void (*code)(const Codes& codes, const float* query, CodedQueries& coded, int64_t b, float* scratch);
-  // Bounds of all queries and the keys of one block, for near: those within limit [batch] of their query.
-  void (*block)(
-      const Codes& codes, const CodedQueries& coded, int64_t block, const float* limit, Bounds* bounds);
+  // Products of a block (``place`` in the panel) over its head, or over all that is behind the head (whose
+  // products are there already unless ``whole``), for the queries that have a key ``near`` in it; then low,
+  // smallest and at.
+  void (*bound)(
+      const Codes& codes, const CodedQueries& coded, const Panel& panel, int64_t block, int64_t place, bool head,
+      bool whole);
+  // near [batch] of a block: keys that had been near and whose low, of their heads or of all, lets them be within
+  // limit [batch] of their query; their number. reach: squares of limits of the distances, limit: those, and the
+  // query's error on top.
+  int64_t (*select)(
+      const Codes& codes, const CodedQueries& coded, const Panel& panel, int64_t block, int64_t place, bool head,
+      const float* limit, const float* reach);
 };
 
 // The best kernel that an instruction set (as in Isa) allows on this processor.

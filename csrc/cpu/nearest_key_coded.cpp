@@ -1,9 +1,12 @@
 // Nearest key with coded keys: bounds of all distances from the codes, then exact distances where the bounds leave
 // a question, by the very code of the lookup without codes. The result is the same, bit for bit.
 //
-// Let d be the distance of a query and a key in real numbers, t that of their decoded forms, e and f the lengths of
-// what the coding of key and query left over. Then t - e - f <= d <= t + e + f. The kernels compute s = d^2 up to a
-// share ``gamma`` of it, so a key with (t - e - f)^2 (1 - gamma) > s of any other key cannot win, nor tie.
+// Let d be the distance of a query q and a key k in real numbers, t that of their decoded forms q' and k', e and f
+// the lengths of what the coding of key and query left over. Then t - e - f <= d <= t + e + f. What is left over is
+// at a right angle to the decoded form, so |k|^2 >= |k'|^2, |q|^2 >= |q'|^2 and d^2 >= t^2 - 2 (|k'| f + |q| e): for
+// vectors that are at a right angle to each other the better bound by a third. The kernels compute s = d^2 up to a
+// share ``gamma`` of it, so a key whose bound squared, less that share, is above s of any other key cannot win, nor
+// tie.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -14,8 +17,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
-#include "cpu/nearest_key_coarse.h"
-#include "cpu/nearest_key_search.h"
+#include "cpu/nearest_key_shortlist.h"
 
 namespace dualedit {
 
@@ -24,154 +26,61 @@ using torch::stable::Tensor;
 
 namespace {
 
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr double kSmall = 1e-33;  // more than squares that underflow can amount to
-constexpr double kUp = 1 + 1e-6, kDown = 1 - 1e-6;  // more than any conversion or square root rounds
 constexpr int64_t kGroup = 256;  // queries that are worked on together
-constexpr size_t kLongest = 32768;  // keys of a query that are noted: 256 MB for a group, at worst
+constexpr int64_t kFewestQuads = 128;  // below, a head would say too little
 
 std::atomic<int64_t> refined{0}, given_up{0};
 
-// Rounding of the exact kernels: s in [d^2 (1 - gamma) - kSmall, d^2 (1 + gamma) + kSmall]. A lane adds at most
-// dim / 8 squares, then lanes are added; a difference and its square round by 3 more.
-struct Rounding {
-  double gamma;
-
-  explicit Rounding(int64_t dim) : gamma((static_cast<double>(dim) / 8 + 32) * 6.1e-8) {}
-  double least(double distance) const { return distance * distance * (1 - gamma) * kDown - kSmall; }
-  double most(double distance) const { return distance * distance * (1 + gamma) * kUp + kSmall; }
-  // No distance beyond it has a square that is computed as s or less.
-  double reach(double s) const { return std::sqrt((s + kSmall) / (1 - gamma)) * kUp; }
-};
-
-struct Candidate {
-  int64_t index;
-  float lower;  // the distance is not below it
-};
-
-// What is known of one query: the smallest upper bound of any key, and the keys that may be nearer.
-struct Shortlist {
-  double upper = std::numeric_limits<double>::infinity();
-  double limit = std::numeric_limits<double>::infinity();  // keys whose lower bound exceeds it are out
-  bool too_long = false;
-  std::vector<Candidate> keys;
-
-  void keep(double within) {
-    size_t kept = 0;
-    for (const Candidate& key : keys) {
-      if (!(key.lower > within)) keys[kept++] = key;
-    }
-    keys.resize(kept);
-  }
-};
-
-struct Pass {
-  const Codes& codes;
-  const CodedQueries& coded;
-  CoarseKernel kernel;
-  Rounding rounding;
-  int64_t count;
-};
-
-// Note the keys of a block that may be nearest to query b; lower its limit where an upper bound is smaller.
-void note(const Pass& pass, int64_t block, int64_t b, const Bounds& bounds, Shortlist& list) {
-  for (int64_t j = 0; j < kBlock && block * kBlock + j < pass.count; ++j) {
-    if (!(bounds.near >> j & 1)) continue;
-    const double error = static_cast<double>(pass.codes.error[block * kBlock + j]) + pass.coded.error[b];
-    const double low = bounds.total[j] - bounds.spread[j], high = bounds.total[j] + bounds.spread[j];
-    const double lower = ((low > 0.0 ? std::sqrt(low) * kDown : 0.0) - error) * kDown;
-    const double upper = (high > 0.0 ? std::sqrt(high) * kUp : 0.0) + error;
-    if (upper < list.upper) {  // false for NaN
-      list.upper = upper;
-      list.limit = pass.rounding.reach(pass.rounding.most(upper));
-    }
-    list.keys.push_back({block * kBlock + j, lower > 0.0 ? static_cast<float>(lower) : 0.0f});
-  }
-}
-
-// Blocks begin..end for all queries.
-void shortlist(const Pass& pass, int64_t begin, int64_t end, CodedQueries coded, Shortlist* lists) {
-  const int64_t batch = coded.batch;
-  std::vector<Bounds> bounds(batch);
-  std::vector<float> limit(batch, kInfinity);
-  std::vector<int32_t> product(batch * coded.planes * kBlock);
-  coded.product = product.data();
-  int64_t useful = batch;
-  for (int64_t at = begin; at < end && useful > 0; ++at) {
-    pass.kernel.block(pass.codes, coded, at, limit.data(), bounds.data());
-    for (int64_t b = 0; b < batch; ++b) {
-      Shortlist& list = lists[b];
-      if (bounds[b].near == 0 || list.too_long) continue;
-      note(pass, at, b, bounds[b], list);
-      // A quarter of the keys so far: bounds are too wide for these keys, and looking at all of them is faster.
-      const size_t quarter = static_cast<size_t>((at + 1 - begin) * kBlock / 4);
-      const size_t most = quarter < 512 ? 512 : quarter > kLongest ? kLongest : quarter;
-      if (list.keys.size() > 2 * most) {
-        list.keep(list.limit);
-        list.too_long = list.keys.size() > most;
-        if (list.too_long) --useful;
-      }
-      limit[b] = static_cast<float>((list.limit + coded.error[b]) * kUp);
-    }
-  }
-}
-
-// Exact distances of the keys of a list, the most promising first, unless more than ``worth`` are left after that
-// one. False if they contradict the codes.
-bool refine(
-    const Arguments& arguments, const Rounding& rounding, int64_t b, Shortlist& list, size_t worth, float* scratch,
-    float* squared, int64_t* index) {
-  Lookup own = arguments.lookup;
-  own.query += b * own.stride;
-  own.batch = 1;
-  own.head = 0;
-  bool right = true;
-  int64_t looked_at = 0;
-  double within = list.limit;
-  auto look = [&](const Candidate& key) {
-    float s = kInfinity;
-    int64_t found = -1;
-    arguments.scan(own, key.index, key.index + 1, &s, &found, scratch);
-    ++looked_at;
-    if (found < 0) return;
-    right &= !(s < rounding.least(key.lower));
-    if (s < *squared || (s == *squared && found < *index)) {
-      *squared = s;
-      *index = found;
-      within = rounding.reach(s);
+// Exact distances of the keys of a list, the most promising first, unless more than ``worth`` are left after
+// that one. False if they contradict the codes.
+bool refine(Exact& exact, int64_t q, Shortlist& list, size_t worth) {
+  list.keep(list.limit);
+  if (list.keys.empty()) return true;
+  const auto nearer = [](const Candidate& a, const Candidate& b) { return a.lower < b.lower; };
+  auto first = std::min_element(list.keys.begin(), list.keys.end(), nearer);
+  bool right = exact.look(q, &first->index, &first->lower, 1, &first->index, 0, list);
+  list.keys.erase(first);
+  list.keep(list.limit);
+  list.too_long = list.keys.size() > worth;
+  if (list.too_long) return right;
+  int64_t keys[2][kMaxBlock], some[2];
+  float lower[2][kMaxBlock];
+  size_t at = 0;
+  const auto take = [&](int into) {  // the next keys that may still be nearest
+    some[into] = 0;
+    for (; at < list.keys.size() && some[into] < kMaxBlock; ++at) {
+      if (list.keys[at].lower > list.limit) continue;
+      keys[into][some[into]] = list.keys[at].index;
+      lower[into][some[into]++] = list.keys[at].lower;
     }
   };
-  list.keep(within);
-  size_t first = 0;
-  for (size_t i = 1; i < list.keys.size(); ++i) {
-    if (list.keys[i].lower < list.keys[first].lower) first = i;
+  take(0);
+  for (int now = 0; some[now] > 0; now = 1 - now) {
+    take(1 - now);
+    right &= exact.look(q, keys[now], lower[now], some[now], keys[1 - now], some[1 - now], list);
   }
-  if (!list.keys.empty()) look(list.keys[first]);
-  if (list.keys.size() > worth) {
-    const size_t left = std::count_if(
-        list.keys.begin(), list.keys.end(), [&](const Candidate& key) { return !(key.lower > within); });
-    list.too_long = left > worth;
-    if (list.too_long) return right;
-  }
-  for (size_t i = 0; i < list.keys.size(); ++i) {
-    if (i != first && !(list.keys[i].lower > within)) look(list.keys[i]);
-  }
-  refined += looked_at;
-  return right && !(*squared > rounding.most(list.upper));
+  return right;
 }
 
 // Queries in codes of one or two planes, with the memory for them.
 struct Coding {
   Coding(const Codes& codes, const Lookup& lookup, int64_t first, int64_t batch, int64_t planes, CoarseKernel kernel)
       : bytes(aligned((batch * planes * codes.quads * 4 + 3) / 4)),
-        integers(batch * planes),
-        floats(batch * (3 + codes.apart)),
-        queries{batch, planes, reinterpret_cast<int8_t*>(bytes.get()), integers.data(), floats.data(),
-                floats.data() + batch, floats.data() + 2 * batch, floats.data() + 3 * batch, nullptr} {
+        integers(2 * batch * planes),
+        floats(batch * (5 + codes.apart)),
+        queries{batch, planes, head_of(codes), reinterpret_cast<int8_t*>(bytes.get()), integers.data(),
+                floats.data(), floats.data() + batch, floats.data() + 3 * batch, floats.data() + 4 * batch,
+                floats.data() + 5 * batch} {
     Buffer scratch = aligned(lookup.stride * 5 / 2);
     for (int64_t b = 0; b < batch; ++b) {
       kernel.code(codes, lookup.query + (first + b) * lookup.stride, queries, b, scratch.get());
     }
+  }
+
+  // A sixteenth of the dimensions, 128 at least, in whole registers.
+  static int64_t head_of(const Codes& codes) {
+    if (codes.quads < kFewestQuads) return 0;
+    return std::max<int64_t>(32, codes.quads / 16 / 4 * 4);
   }
 
   // Whether the error of the queries widens the bounds far more than that of the keys does.
@@ -200,7 +109,9 @@ void look_up_coded(
   if (batch > 4 && coding->coarse(codes, count)) {
     coding = std::make_unique<Coding>(codes, arguments.lookup, first, batch, 2, kernel);
   }
-  const Pass pass{codes, coding->queries, kernel, rounding, count};
+  // Products of coded rows and keys that an exact distance takes the time of.
+  const double exact_cost = arguments.lookup.type == KeyType::kFloat32 ? 24 : 14;
+  const Pass pass{codes, coding->queries, kernel, rounding, first, count, exact_cost};
   const int64_t blocks = (count + kBlock - 1) / kBlock;
   // Threads pay from about 2^19 byte products each.
   const double work = static_cast<double>(count) * codes.dim * batch / (1 << 19);
@@ -212,27 +123,33 @@ void look_up_coded(
   // One distance after the other costs several times what it costs in the tiles of a large batch.
   const size_t worth = static_cast<size_t>(batch <= 8 ? count / 4 : count / 6);
   auto scan_part = [&](int64_t begin, int64_t end) {
+    Exact exact(arguments, rounding);
     for (int64_t p = begin; p < end; ++p) {
       const int64_t last = (p + 1) * share < blocks ? (p + 1) * share : blocks;
-      shortlist(pass, p * share, last, coding->queries, lists[p].data());
+      if (!shortlist(pass, p * share, last, exact, lists[p].data())) right = false;
     }
+    refined += exact.looked;
   };
   auto refine_part = [&](int64_t begin, int64_t end) {
-    Buffer scratch = aligned(kMaxBlock * arguments.lookup.stride);
+    Exact exact(arguments, rounding);
     for (int64_t b = begin; b < end; ++b) {
       Shortlist& list = lists[0][b];
       for (int64_t p = 1; p < parts; ++p) {
         const Shortlist& other = lists[p][b];
         list.too_long |= other.too_long;
-        list.upper = other.upper < list.upper ? other.upper : list.upper;
         list.limit = other.limit < list.limit ? other.limit : list.limit;
+        if (other.squared < list.squared) {  // of equal ones the part before has the lower index
+          list.squared = other.squared;
+          list.index = other.index;
+        }
         list.keys.insert(list.keys.end(), other.keys.begin(), other.keys.end());
       }
       if (list.too_long) continue;
-      const int64_t q = first + b;
-      right = refine(arguments, rounding, q, list, worth, scratch.get(), &nearest.squared[q], &nearest.index[q]) &&
-              right;
+      if (!refine(exact, first + b, list, worth)) right = false;
+      nearest.squared[first + b] = list.squared;
+      nearest.index[first + b] = list.index;
     }
+    refined += exact.looked;
   };
   if (parts == 1) {
     scan_part(0, 1);
@@ -276,7 +193,7 @@ const float* floats(const char* name, const Tensor& tensor, int64_t least) {
 
 Codes unpack(
     const Tensor& codes, const Tensor& scale, const Tensor& square, const Tensor& error, const Tensor& centre,
-    const Tensor& rows, const Tensor& apart, int64_t count, int64_t dim) {
+    const Tensor& rows, const Tensor& apart, int64_t count, int64_t dim, bool cosine) {
   const int64_t blocks = (count + kBlock - 1) / kBlock, quads = (dim + 3) / 4;
   STD_TORCH_CHECK(
       codes.scalar_type() == ScalarType::Byte && codes.is_contiguous() && codes.dim() == 4 &&
@@ -300,7 +217,8 @@ Codes unpack(
           at,
           apart.size(0),
           quads,
-          dim};
+          dim,
+          cosine ? (static_cast<float>(dim) / 16 + 32) * 6.2e-8f : 0.0f};
 }
 
 }  // namespace
@@ -312,7 +230,7 @@ std::tuple<Tensor, Tensor> nearest_key_coded(
   const Arguments arguments = prepare(query, keys, radius, cosine, isa);
   const int64_t batch = arguments.lookup.batch, count = arguments.count;
   const Codes tables =
-      unpack(codes, scale, square, error, centre, rows, apart, count, arguments.lookup.dim);
+      unpack(codes, scale, square, error, centre, rows, apart, count, arguments.lookup.dim, cosine);
   Nearest nearest(batch);
   refined = given_up = 0;
   std::vector<int64_t> hopeless;

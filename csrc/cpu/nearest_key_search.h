@@ -32,10 +32,11 @@ struct Nearest {
 
 // Checked and packed arguments.
 struct Arguments {
-  Buffer packed;  // the queries of ``lookup``
+  Buffer packed;  // the queries of ``lookup``, unless those that were given serve
   Lookup lookup;
   int64_t count;
   Scan scan;
+  Few few;
 };
 
 // query [B, D] fp32, keys [N, D] fp32, bf16 or fp16, radius [N] fp32, all contiguous on the CPU; isa as in Isa.

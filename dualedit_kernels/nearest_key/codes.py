@@ -6,9 +6,11 @@ activations, kept apart in fp32), each key is written as
     k_d = c_d + scale * code_d + residue_d,    code_d in -127..127,    ||residue||_2 <= error
 
 For a query q coded in the same way (error f) the distance of the decoded forms is off by at most error + f,
-by the triangle inequality. A lookup reads the codes, keeps the keys whose lower bound is not above the
-smallest upper bound, and computes their exact distances: the result is that of the lookup without codes, bit
-for bit.
+by the triangle inequality. And scales are those of least squares, so that a residue is at a right angle to
+the form q' or k' that it is the residue of; then the squared distance is below that of the decoded forms by
+2 (|k'| f + |q| error) at the most, which is less where the two are far apart. A lookup reads the codes, keeps
+the keys whose lower bound is not above the smallest distance known, and computes their exact distances: the
+result is that of the lookup without codes, bit for bit.
 
 Source: filtering by bounds of quantised vectors is the VA-file (Weber, Schek and Blott, VLDB 1998).
 """
@@ -233,7 +235,8 @@ def _write(codes: KeyCodes, chunk: Tensor, first: int) -> None:
     usable = usable & ((scale >= 1e-15) | (scale == 0))
     steps = torch.where(usable & (scale > 0), scale, torch.inf).double()[:, None]
     code = (values / steps).round_().clamp_(-127, 127)
-    held = torch.where(usable, scale, 0.0)
+    fitted = ((values * code).sum(1) / code.square().sum(1)).float()  # NaN where all codes are zero
+    held = torch.where(usable & (fitted >= 1e-15), fitted, 0.0)
     decoded = code * held.double()[:, None]
     left = torch.linalg.vector_norm(values - decoded, dim=1)
     # 1e-15: fp64 itself rounds. 1e-6: the conversion to fp32 does.

@@ -63,9 +63,8 @@ def nearest_key(
 def codes_pay(keys: Tensor) -> bool:
     """Whether lookups among these keys [N, D] become faster by codes of them.
 
-    They do where the implementation that runs reads codes and there are 2^22 values or more: below, a lookup
-    takes a fraction of a millisecond with and without, and one that finds a very near key is faster without.
-    (For tens of queries at once that are all very near a key that is so for any number of keys, a little.)
+    They do where the implementation that runs reads codes and there are 2^22 values or more; below, a lookup
+    takes a fraction of a millisecond with and without.
     """
     if torch.compiler.is_compiling() or keys.device.type != "cpu" or keys.numel() < _MANY_VALUES:
         return False

@@ -164,7 +164,7 @@ def lookup_many(model: nn.Module, inputs: Inputs) -> list[Lookup]:
     query = _query(model, name, config, *record_states(model, inputs))
     stored = group.snapshot()[_gate_layer(group)]
     radius = _radii(stored, config)
-    keys = stored.tables["key"].to(query.dtype)
+    keys = stored.tables["key"]
     everywhere = torch.full_like(radius, float("inf"))
     metric = _metric(config)
     index, distance = nearest_key(query, keys, everywhere, metric, stored.codes(keys, metric))
@@ -319,7 +319,7 @@ def _same_question(group: MemoryGroup, key: Tensor, metric: str) -> list[int]:
     if not len(group):
         return []
     stored = group.first.snapshot()
-    keys = stored.tables["key"].to(key.dtype)
+    keys = stored.tables["key"]
     everywhere = torch.full((keys.shape[0],), float("inf"), device=keys.device)
     index, distance = nearest_key(key, keys, everywhere, metric, stored.codes(keys, metric))
     scale = float(key.float().norm()) if metric == "l2" else 1.0

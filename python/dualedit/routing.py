@@ -68,7 +68,9 @@ def route_codebook(
     """
     prompt = forward.columns(forward.sequence.prompt.prompt())
     query = pool_key(hidden, key, prompt, forward.position(forward.sequence.prompt.last))
-    keys, radius = edits.tables["key"].float(), edits.tables["radius"].float()
+    # Keys as they are stored: widening ten thousand at every prompt takes longer than to look among them, and
+    # the codes are of the stored ones.
+    keys, radius = edits.tables["key"], edits.tables["radius"].float()
     index, distance = nearest_key(query, keys, radius, metric, edits.codes(keys, metric))
     return torch.where(
         prompt.any(dim=1).to(index.device), index, -1

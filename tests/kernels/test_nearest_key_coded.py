@@ -102,6 +102,39 @@ def test_very_small_and_very_large(generator, metric, scale):
     same(torch.cat([query, query * scale]), mixed, metric)
 
 
+def test_lengths_that_differ(generator):
+    """Bounds by right angles: what coding left over of the longer side is most of the distance's doubt."""
+    for dim in (16, 32, 64):
+        keys, query = (torch.randn(n, dim, generator=generator) for n in (2000, 64))
+        for scale in (0.01, 0.1, 10.0, 100.0):
+            same(query * scale, keys)
+
+
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+@pytest.mark.parametrize("rows, dtype", [(2, torch.float32), (7, torch.bfloat16), (40, torch.float32)])
+def test_heads_of_the_codes(generator, metric, dtype, rows):
+    """Several panels of keys; queries that are near a key, far from all, in a cluster, or no numbers."""
+    count, dim = 1300, 522
+    centres = torch.randn(20, dim, generator=generator)
+    keys = torch.randn(count, dim, generator=generator)
+    keys[600:1200] = centres.repeat(30, 1) + 0.2 * keys[600:1200]
+    keys[1150:1250] = keys[:100]  # ties
+    keys[77], keys[700, 3] = torch.nan, torch.inf
+    keys = keys.to(dtype)
+    near = keys[torch.randint(0, count, (rows,), generator=generator)].float()
+    near = near + 0.1 * torch.randn(rows, dim, generator=generator)
+    far = torch.randn(rows, dim, generator=generator)
+    within = centres[torch.randint(0, 20, (rows,), generator=generator)]
+    mixed = torch.cat([near, far, within])[torch.randperm(3 * rows, generator=generator)[:rows]]
+    mixed[-1, 0] = torch.nan
+    for query in (near, within, mixed, keys[:rows].float(), 1e-3 * far, 30 * far):
+        same(query, keys, metric)
+    same(near[:, :512], keys[:1030, :512].contiguous(), metric)
+    last = keys.clone()
+    last[1290:] = last[1289]  # the nearest ones at the very end
+    same(last[1289:1290].float() + 0.01, last, metric)
+
+
 @pytest.mark.parametrize("metric", ["l2", "cosine"])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf, 0.0])
 def test_values_without_a_distance(generator, metric, bad):
@@ -193,6 +226,9 @@ def test_codes_hold_what_they_promise(generator, metric):
     assert known.tolist() == [i != 12 and (metric == "l2" or i != 11) for i in range(90)]
     assert (error[known] <= codes.error[:90][known]).all()
     torch.testing.assert_close(codes.square[:90].double(), value.square().sum(1), rtol=1e-7, atol=0)
+    # Right angles: a part of the bounds holds only with them.
+    along = ((exact - decoded) * value).sum(1)[known]
+    assert (along.abs() <= 1e-7 * codes.square[:90][known]).all()
     assert codes.apart.tolist() == [4] or metric == "cosine"
     assert not codes.centre[codes.apart].any()
     assert codes.error[90:].isinf().all()
