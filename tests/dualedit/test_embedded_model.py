@@ -67,13 +67,15 @@ def test_training_pictures_are_what_the_processor_makes(world, embedded):
 
 
 def test_packed_training_rows_agree_with_the_model(world, embedded):
-    """A question packed among others has the logits it has when asked alone."""
+    """A question packed among others has the logits it has when asked alone; strangers stop at the gate."""
     model, processor = embedded
-    rows = RowBatches(world, processor, seed=1).draw(1, 0, 0, 0, 1)
+    rows = RowBatches(world, processor, seed=1).draw(1, 2, 0, 0, 1)
     rows.blind[:] = False
     with torch.no_grad():
-        packed, *_ = language_states(model, rows, ())
-    for row in (0, len(rows.ids) - 1):
+        packed, kept, _ = language_states(model, rows, (2, 4))
+    assert rows.answered.tolist() == [0, 1, 2, 3, len(rows.ids) - 1] and len(packed) == 5
+    assert [len(states) for states in kept] == [len(rows.ids)] * 2 == [13, 13]
+    for place, row in ((0, 0), (4, len(rows.ids) - 1)):
         for group in (1, 2, 3):
             at = (rows.group[row] == group).nonzero().flatten()
             inputs = {"input_ids": rows.ids[row, at][None]}
@@ -85,7 +87,7 @@ def test_packed_training_rows_agree_with_the_model(world, embedded):
                 alone = model(**inputs).logits[0, -len(at) :]
             wanted = rows.label[row, at] != IGNORE
             assert wanted.any()
-            torch.testing.assert_close(model.lm_head(packed[row, at]), alone, atol=2e-3, rtol=1e-3)
+            torch.testing.assert_close(model.lm_head(packed[place, at]), alone, atol=2e-3, rtol=1e-3)
 
 
 def test_answers_its_world(world, embedded):

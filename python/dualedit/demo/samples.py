@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
@@ -53,6 +54,16 @@ def edit_sample(world: World, split: str, place: int, seed: int = 0) -> EditSamp
     """The one at a place of `edit_samples`, counted from 0, without drawing the others."""
     fact = _chosen(world, split, place + 1, seed)[place]
     return _sample(world, split, *fact, _random(world, split, place, seed))
+
+
+def renumbered(sample: EditSample, by: int) -> EditSample:
+    """The sample with the numbers of its entities raised, to store samples of several worlds together."""
+
+    def raised(probe: Probe) -> Probe:
+        return probe if probe.fact is None else replace(probe, fact=(probe.fact[0] + by, probe.fact[1]))
+
+    locality = {kind: [raised(probe) for probe in probes] for kind, probes in sample.locality.items()}
+    return replace(sample, entity=sample.entity + by, locality=locality)
 
 
 def _chosen(world: World, split: str, count: int, seed: int) -> list[tuple[int, str]]:

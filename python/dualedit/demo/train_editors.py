@@ -38,7 +38,7 @@ from dualedit.training import (
 from dualedit.training.calibration import with_threshold
 
 from .adapter_pool import Pool
-from .samples import edit_samples
+from .samples import edit_samples, renumbered
 from .vlm import load_embedded
 from .world import ATTRIBUTES, World, answer_vocabulary
 
@@ -46,10 +46,15 @@ from .world import ATTRIBUTES, World, answer_vocabulary
 TEXT_LAYER, VIS_LAYER = 1, 1
 BALANCEDIT_LAYER = "layers.5.mlp.up_proj"
 SETTINGS = TrainSettings(steps=4500, batch_size=16, learning_rate=5e-3, warmup=50, locality_weight=0.05)
-# For alpha and the figures, of entities that the adapters have not met. Tau decides by states of the frozen
-# model alone, so that all training entities will do for it: their look-alikes differ in number and nearness,
-# and tau from 195 facts was too tight for 1,000.
+# The adapters' figures come from entities that they have not met. Tau and alpha decide by states of the
+# frozen model alone, so that all training entities will do for them: their look-alikes differ in number and
+# nearness, and tau from 195 facts was too tight for 1,000, alpha from 195 too loose. Tau is the same for all
+# edits; a radius is an edit's own, and how many others lie in it shows with all of them stored.
 CALIBRATION_FACTS, THRESHOLD_FACTS, STORED = 200, 1000, 100
+# Worlds that the model has never seen, from this number on (those below are for evaluation): of the facts
+# that set tau and alpha every other one, of the edits that adapters learn on a third. The brands that the
+# model knows lie so far apart that almost any threshold suits them; it matters for those it does not.
+STRANGE_WORLDS = 100
 # Facts made, run through the lower layers and trained on at a time.
 CHUNK = 1600
 
@@ -75,6 +80,14 @@ def calibration_samples(world: World, count: int, seed: int, entities: set[int] 
     among = set(world.entities("train")) if entities is None else entities
     everything = 5 * len(world.entities("train"))
     return edit_samples(world, "train", everything, 777 + seed, lambda entity, _: entity in among)[:count]
+
+
+def threshold_samples(world: World, count: int, seed: int) -> list:
+    """Edits of training entities, by turns of the model's own world and of one that it has never seen."""
+    known = calibration_samples(world, (count + 1) // 2, seed)
+    strange = calibration_samples(World(STRANGE_WORLDS), count // 2, seed)
+    strange = [renumbered(sample, len(world.logos)) for sample in strange]
+    return [sample for pair in itertools.zip_longest(known, strange) for sample in pair if sample is not None]
 
 
 def training_samples(world: World, count: int, seed: int) -> list:
@@ -143,10 +156,11 @@ def train_dualedit(
 def _fresh_batches(
     world: World, pool_of: Callable[[list, int], Pool], settings: TrainSettings
 ) -> Iterator[tuple[Pool, torch.Tensor]]:
-    """A pool of new edits and numbers of edits in it, each edit once."""
+    """A pool of new edits and numbers of edits in it, each edit once; a third of the pools of a new world."""
     for chunk in itertools.count():
         seed = 1000 * settings.seed + chunk
-        pool = pool_of(training_samples(world, CHUNK, seed), seed)
+        among = World(STRANGE_WORLDS + 1 + seed) if chunk % 3 == 2 else world
+        pool = pool_of(training_samples(among, CHUNK, seed), seed)
         for chosen in torch.arange(len(pool)).split(settings.batch_size):
             if len(chosen) == settings.batch_size:
                 yield pool, chosen
@@ -168,20 +182,20 @@ def run(
     """Train, calibrate, save; returns what is written to editors.json."""
     world = World(0)
     editor, history, seconds = train_dualedit(world, vlm, settings, layers, mid_dim)
-    facts = THRESHOLD_FACTS * calibration // CALIBRATION_FACTS
-    curve = measure_curve(editor, calibration_samples(world, facts, settings.seed), STORED)
+    facts = threshold_samples(world, THRESHOLD_FACTS * calibration // CALIBRATION_FACTS, settings.seed)
+    before = ask_before(editor, facts)
+    curve = measure_curve(editor, facts, STORED, before=before)
     sweep = sweep_threshold(curve)
     with_threshold(editor, sweep.chosen)
     out.mkdir(parents=True, exist_ok=True)
     save_edits(editor.model, out / "dualedit")
     save_calibration(out / "dualedit", sweep, curve)
     samples = calibration_samples(world, calibration, settings.seed, held_out_entities(world))
-    before = ask_before(editor, samples)
-    held_out = measure_curve(editor, samples, together=True, before=before)
+    held_out = measure_curve(editor, samples, together=True)
     figures = held_out.figures(lambda point: 1.0 - sweep.chosen)
     base, processor = load_embedded(vlm)
     balance = Editor(inject_balancedit(base, **balancedit_config()), processor)
-    alpha, balance_figures = calibrate_alpha(measure_curve(balance, samples, together=True, before=before))
+    alpha, balance_figures = calibrate_alpha(measure_curve(balance, facts, together=True, before=before))
     report = {
         "dualedit": {
             "threshold": sweep.chosen, "text_layer": layers[0], "vis_layer": layers[1], "mid_dim": mid_dim,
@@ -190,12 +204,15 @@ def run(
             "facts": settings.steps * settings.batch_size, "seed": settings.seed,
             "seconds": round(seconds, 1),
             "loss_change": _tail_mean(history, 0), "loss_keep": _tail_mean(history, 1),
-            "threshold_facts": facts, "threshold_figures": sweep.chosen_figures,
+            "threshold_facts": len(facts), "threshold_figures": sweep.chosen_figures,
             "calibration_figures": figures,
         },
-        "balancedit": {"config": balancedit_config(alpha=alpha), "calibration_figures": balance_figures},
+        "balancedit": {
+            "config": balancedit_config(alpha=alpha),
+            "threshold_facts": len(facts), "threshold_figures": balance_figures,
+        },
         "calibration_facts": len(samples),
-        "calibration_protocol": f"all of them stored at once; threshold_facts {STORED} at a time",
+        "calibration_protocol": f"all of them stored at once; DualEdit's threshold_facts {STORED} at a time",
         "torch": torch.__version__, "python": platform.python_version(), "threads": torch.get_num_threads(),
     }  # fmt: skip
     (out / "editors.json").write_text(json.dumps(report, indent=1) + "\n")
@@ -215,8 +232,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--vis-layer", type=int, default=VIS_LAYER)
     parser.add_argument("--mid-dim", type=int, default=256)
     parser.add_argument(
-        "--calibration", type=int, default=CALIBRATION_FACTS,
-        help="training facts to calibrate alpha on, a fifth of those for tau",
+        "--calibration",
+        type=int,
+        default=CALIBRATION_FACTS,
+        help="training facts to take the figures on, a fifth of those for tau and alpha",
     )
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(arguments)

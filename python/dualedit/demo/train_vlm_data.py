@@ -89,14 +89,18 @@ def _vision_heads() -> dict[str, int]:
 
 
 class VisionBatches:
-    """Pictures with labels for every vision head; ``IGNORE`` where a head does not apply."""
+    """Pictures with labels for every vision head; ``IGNORE`` where a head does not apply.
+
+    ``shares`` of the pictures are logos of the world, strangers and scenes; the rest are digits.
+    """
 
     heads = _vision_heads()
 
-    def __init__(self, world: World, seed: int) -> None:
+    def __init__(self, world: World, seed: int, shares: tuple[float, float, float]) -> None:
         self.world, self.rng = world, np.random.default_rng([seed, 1])
         self.strangers = Strangers(world)
         self._names = list(self.heads)
+        self._kinds = np.cumsum(shares)
 
     def _look(self, logo: Logo) -> tuple[dict[str, int], np.ndarray]:
         """Labels of what can be seen of a logo, whoever's it is."""
@@ -136,17 +140,17 @@ class VisionBatches:
         images, labels = [], np.full((size, len(self._names)), IGNORE)
         bits = np.full((size, len(STROKES)), -1, dtype=np.float32)
         for i in range(size):
-            kind = self.rng.random()
-            if kind < 0.48:
+            kind = int(np.searchsorted(self._kinds, self.rng.random(), side="right"))
+            if kind == 0:
                 entity = int(self.rng.integers(len(self.world.logos)))
                 found, bits[i] = self._look(self.world.logos[entity])
                 found |= self._facts(entity)
                 images.append(self.world.render(entity, self.rng))
-            elif kind < 0.72:
+            elif kind == 1:
                 stranger = self.strangers.pair(self.rng)[int(self.rng.integers(2))]
                 found, bits[i] = self._look(stranger)
                 images.append(render_logo(stranger, self.rng))
-            elif kind < 0.87:
+            elif kind == 2:
                 image, found = self._scene()
                 images.append(image)
             else:
@@ -167,7 +171,7 @@ class Rows:
     that do not see the picture; ``pixel_values`` [I, 3, 48, 48] of the first I rows, the others hold no
     picture; ``fact`` [B, L] entity * 5 + attribute at the last prompt token of a plain logo question, else
     -1.  Strangers have entity numbers behind the world's, and no labels.  ``strokes`` float32 [I, 20]: which
-    strokes a logo has, -1 for other pictures.
+    strokes a logo has, -1 for other pictures.  ``answered`` int64 [R]: the rows that have labels.
     """
 
     ids: torch.Tensor
@@ -178,6 +182,7 @@ class Rows:
     pixel_values: torch.Tensor
     fact: torch.Tensor
     strokes: torch.Tensor
+    answered: torch.Tensor
 
 
 class RowBatches:
@@ -297,4 +302,5 @@ class RowBatches:
                 blind[r, last + 1 : at + length] = self.rng.random() < 0.5
                 at += length
         tensors = (torch.from_numpy(x) for x in (ids, group, position, label, blind))
-        return Rows(*tensors, pixels(images), torch.from_numpy(fact), torch.from_numpy(strokes))
+        answered = torch.from_numpy(np.flatnonzero((label != IGNORE).any(1)))
+        return Rows(*tensors, pixels(images), torch.from_numpy(fact), torch.from_numpy(strokes), answered)

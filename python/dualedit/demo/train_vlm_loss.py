@@ -78,8 +78,8 @@ def attention_mask(rows: Rows) -> torch.Tensor:
 
 
 def language_states(model: LlavaForConditionalGeneration, rows: Rows, layers: tuple[int, ...]) -> tuple:
-    """Normalised last states [B, L, D], the residual streams after the layers named in ``layers`` and the
-    vision tower's image tokens [I, 36, D]."""
+    """Normalised last states of the rows with labels [R, L, D], the residual streams of all rows after the
+    layers named in ``layers`` [B, L, D] and the vision tower's image tokens [I, 36, D]."""
     inner = model.model
     hidden = inner.get_input_embeddings()(rows.ids)
     seen = image_tokens(model, rows.pixel_values)
@@ -89,11 +89,14 @@ def language_states(model: LlavaForConditionalGeneration, rows: Rows, layers: tu
     hidden = torch.cat([pictured, hidden[count:]], dim=0)
     llama = inner.language_model
     rotary = llama.rotary_emb(hidden, rows.position)
-    mask, kept = attention_mask(rows), []
+    mask, position, kept = attention_mask(rows), rows.position, []
     for number, layer in enumerate(llama.layers, 1):
-        hidden = layer(hidden, attention_mask=mask, position_ids=rows.position, position_embeddings=rotary)
+        hidden = layer(hidden, attention_mask=mask, position_ids=position, position_embeddings=rotary)
         if number in layers:
             kept.append(hidden)
+        if number == max(layers, default=0):  # of strangers, nothing is asked above
+            hidden, mask, position = hidden[rows.answered], mask[rows.answered], position[rows.answered]
+            rotary = tuple(part[rows.answered] for part in rotary)
     return llama.norm(hidden), kept, seen
 
 
@@ -124,16 +127,22 @@ def gate_loss(states: torch.Tensor, facts: torch.Tensor) -> torch.Tensor:
     return loss
 
 
-def language_loss(states: tuple, rows: Rows, embeddings: torch.Tensor) -> tuple:
+def language_loss(states: tuple, rows: Rows, embeddings: torch.Tensor, known: int) -> tuple:
     """Losses of one packed batch from what ``language_states`` returned and the tied word embeddings [V, D].
 
-    Returns the answer loss (mean over answer tokens, end included), the gate loss (summed over the kept
-    layers) and which of the wanted tokens were right, bool [number of labels].
+    ``known``: how many logos the world has; entities from there on are strangers.
+
+    Returns the answer loss (mean over answer tokens, end included), the gate losses (summed over the kept
+    layers) of all logos and of the strangers alone, and which of the wanted tokens were right, bool [number
+    of labels].
     """
     last, kept, _ = states
-    wanted = rows.label != IGNORE
+    label = rows.label[rows.answered]
+    wanted = label != IGNORE
     logits = F.linear(last[wanted], embeddings).float()
-    answer = F.cross_entropy(logits, rows.label[wanted])
-    plain = rows.fact >= 0
-    gate = sum((gate_loss(found[plain], rows.fact[plain]) for found in kept), torch.zeros(()))
-    return answer, gate, logits.argmax(-1) == rows.label[wanted]
+    answer = F.cross_entropy(logits, label[wanted])
+    gates = [
+        sum((gate_loss(found[some], rows.fact[some]) for found in kept), torch.zeros(()))
+        for some in (rows.fact >= 0, rows.fact >= known * ATTRIBUTE_COUNT)
+    ]
+    return answer, *gates, logits.argmax(-1) == label[wanted]
