@@ -6,6 +6,8 @@ writes OUT.json and OUT.png. Every question of 1,000 training and 1,000 test fac
 once; keys are read at every layer, edits are stored 1, 10, 100 or 1,000 at a time, and each question is right
 when it meets its own edit (or none, if its fact has none). Parameters of a rule are fitted on training facts
 with 100 stored, then left alone; all figures are of test facts. That is what an oracle adapter would reach.
+Training facts are those that set the shipped thresholds: by turns of the model's own world and of one that it
+has never seen. ``--world-seed`` takes the test facts from another unseen one.
 What the adapters would reach with an oracle gate, and how much of a logo can be read from its image tokens at
 all, is measured beside it, and `dualedit eval` measures everything together.
 """
@@ -24,6 +26,7 @@ from dualedit.context import recording
 from dualedit.data import EditSample
 from dualedit.demo.embedded import METHODS, load_editor
 from dualedit.demo.samples import edit_samples
+from dualedit.demo.train_editors import threshold_samples
 from dualedit.demo.train_vlm_data import Strangers, pixels
 from dualedit.demo.train_vlm_loss import image_tokens
 from dualedit.demo.vlm import load_embedded
@@ -431,7 +434,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--editors", type=Path, help="folder of the editors; the shipped ones if not given")
     options = parser.parse_args(arguments)
     editor = load_editor("dualedit", options.vlm, options.editors)
-    train = read(editor, edit_samples(World(0), "train", options.facts, options.seed), "training facts")
+    train = read(editor, threshold_samples(World(0), options.facts, options.seed), "training facts")
     world = World(options.world_seed)
     samples = edit_samples(world, "test", options.facts, options.seed)
     result = study(editor, train, read(editor, samples, "test facts"))

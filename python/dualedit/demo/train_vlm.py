@@ -295,7 +295,7 @@ def train_language(
 def report(folder: Path, recipe: Recipe, seconds: float, before: dict | None) -> dict:
     """Measure the model as saved (float16 upcast) and write ``training.json`` beside it.
 
-    ``before``: what ``training.json`` says of the model that this one was started from.
+    ``before``: what ``training.json`` says of the model that this one was started from; its seconds count.
     """
     model, processor = load_embedded(folder)
     world = World(0)
@@ -305,7 +305,7 @@ def report(folder: Path, recipe: Recipe, seconds: float, before: dict | None) ->
         "gate_layers": list(GATE_LAYERS),
         "gate_loss": "pairwise sigmoid on cosines of last-prompt-token states after gate_layers, "
         "all entities and strangers; it has no weights of its own",
-        "seconds": round(seconds),
+        "seconds": round(seconds + (before["seconds"] if before else 0)),
         "machine": platform.machine(),
         "versions": {
             "python": platform.python_version(),
