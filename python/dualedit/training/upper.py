@@ -3,8 +3,9 @@
 Nothing below the first edited layer depends on the adapters, so its states are computed once a batch. Above
 it two runs are needed at most: one without the edits (what the model would have said, and the states that
 become keys and values) and one with them. Up to the second edited layer they share the positions that the
-first edit cannot reach (see `reach.py`). Only the positions whose next token counts go through the last
-layer (see `narrow.py`; where it cannot be narrowed, through its feed-forward part), the final norm and the
+first edit cannot reach (see `reach.py`); where they do not, the backward pass ends at the positions that it
+writes to (see `asked.py`). Only the positions whose next token counts go through the last layer (see
+`narrow.py`; where it cannot be narrowed, through its feed-forward part), the final norm and the
 output head.
 """
 
