@@ -43,9 +43,11 @@ def attention_of(call, q, k, v, mask, layer, scaling, upstream):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("masked", ["none", "causal", "packed", "window", "rows", "heads"])
 @pytest.mark.parametrize("scaling", [0.25, 0.3])  # a power of two goes another way
-def test_by_head_is_as_near_to_the_truth_as_eager(dtype, masked, scaling, generator, monkeypatch):
+@pytest.mark.parametrize("groups", [2, 4])
+def test_by_head_is_as_near_to_the_truth_as_eager(dtype, masked, scaling, groups, generator, monkeypatch):
     monkeypatch.setattr("dualedit.training.sight._QUERIES", 30)  # four blocks, the last a smaller one
-    rows, heads, groups, queries, keys = 2, 4, 2, 130, 140
+    monkeypatch.setattr("dualedit.training.attention._HEADS", 3)  # then one alone
+    rows, heads, queries, keys = 2, 4, 130, 140
 
     def numbers(*shape):
         return torch.randn(shape, generator=generator).to(dtype)
@@ -68,9 +70,9 @@ def test_by_head_is_as_near_to_the_truth_as_eager(dtype, masked, scaling, genera
         for d in (dtype, torch.float64)
     )
     leaves = [t.double().requires_grad_() for t in (q, k, v)]
-    weights = leaves[0] @ leaves[1].repeat_interleave(2, 1).transpose(2, 3) * scaling
+    weights = leaves[0] @ leaves[1].repeat_interleave(heads // groups, 1).transpose(2, 3) * scaling
     weights = (weights if exact is None else weights + exact).softmax(-1)
-    true = (weights @ leaves[2].repeat_interleave(2, 1)).transpose(1, 2)
+    true = (weights @ leaves[2].repeat_interleave(heads // groups, 1)).transpose(1, 2)
     true = true.detach(), torch.autograd.grad(true, leaves, upstream.double())
     found = attention_of(attend_by_head, q, k, v, mask, layer, scaling, upstream)
     plain = attention_of(eager, q, k, v, mask, layer, scaling, upstream)
@@ -94,6 +96,10 @@ def test_blocks_hold_all_that_is_seen_and_little_else(generator, monkeypatch):
     assert sight_of(mask, 130, 140, torch.bfloat16).blocks is sight.blocks  # noted
     (_, first), (_, again), (_, second), _ = sight.heads(2, 2)
     assert first is again
+    assert [len(mask) for mask, _ in sight.heads(2, 5, together=2)] == [1] * 6
+    each = sight_of(torch.rand(2, 5, 130, 140, generator=generator), 130, 140, torch.float32)
+    found = [mask for mask, _ in each.heads(2, 5, together=2)]
+    assert [len(mask) for mask in found] == [2, 2, 1] * 2 and torch.equal(found[4], each.mask[1, 2:4])
     # Row 0: queries up to 14 see nothing, which eager attention takes for everything.
     assert first[0] == Block(slice(0, 33), slice(0, 140), slice(0, 140))
     assert first[1] == Block(slice(33, 66), slice(25, 76), slice(44, 76))

@@ -6,6 +6,7 @@ import pytest
 import torch
 from dualedit import inject_dualedit
 from dualedit.sequence import describe_prompt
+from dualedit.training.asked import _Asked
 from dualedit.training.batches import Batch, Part
 from dualedit.training.narrow import places_of
 from dualedit.training.reach import Listening, Reach, reached, run_reached, worth_it
@@ -234,3 +235,26 @@ def test_text_in_front_of_the_image_is_reached_and_all_that_follows(seed, genera
     labels[:, -2:] = ids[:, -2:] % WORDS
     prompt = describe_prompt(ids, rows["attention_mask"], labels, [IMAGE], tuple(ids.shape), ids.device)
     assert step.upper.lower(rows, prompt).reach is None
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+@pytest.mark.parametrize("layers", [(0, 2), (1, 2), (2, 1), (2, 2)])
+def test_what_is_not_shared_goes_backward_where_the_edit_writes(
+    layers, recompute, seed, generator, monkeypatch
+):
+    monkeypatch.setattr("dualedit.training.asked._WORTH_IT", 1.0)  # tiny prompts are mostly text
+    step = step_of(LLAVA, layers, torch.float64, seed)
+    batch = image_first(LLAVA, generator, torch.float64)
+    assert step.choose_way(batch)
+    step.upper.share, step.upper.recompute = False, recompute
+    taken, apply = [], _Asked.apply
+    monkeypatch.setattr(_Asked, "apply", lambda *args: taken.append(len(args[3])) or apply(*args))
+    found = outcome(step, batch)
+    (part,) = batch.parts
+    written = int(step.upper.spans(step.upper.first_name, part.prompt).sum())
+    calls = 0 if layers == (2, 2) else 6 if recompute else 3  # the last layer is entered at few places
+    assert taken == [written] * calls and 0 < written < part.labels.numel()
+    step.by_parts = False
+    expected = outcome(step, batch)
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-6, atol=1e-9)
+    assert float((found[1] - expected[1]).norm() / expected[1].norm()) < 1e-6

@@ -34,15 +34,15 @@ class Sight:
     mask: Tensor | None
     blocks: list[list[Block]]
 
-    def heads(self, rows: int, heads: int) -> Iterator[tuple[Tensor | None, list[Block]]]:
-        """Mask [P, S], or None, and blocks of each head of each row."""
+    def heads(self, rows: int, heads: int, together: int = 1) -> Iterator[tuple[Tensor | None, list[Block]]]:
+        """Mask [1 or N, P, S], or None, and blocks of the heads of each row, N = `together` at a time."""
         for row in range(rows):
-            for head in range(heads):
-                here = row if len(self.blocks) > 1 else 0
-                yield (
-                    None if self.mask is None else self.mask[here, head % self.mask.shape[1]],
-                    self.blocks[here],
-                )
+            here = row if len(self.blocks) > 1 else 0
+            for head in range(0, heads, together):
+                mask = None if self.mask is None else self.mask[here]  # [C, P, S]
+                if mask is not None and len(mask) > 1:
+                    mask = mask[head : head + together]
+                yield mask, self.blocks[here]
 
 
 def sight_of(mask: Tensor | None, queries: int, keys: int, dtype: torch.dtype) -> Sight:

@@ -3,8 +3,9 @@
 Nothing below the first edited layer depends on the adapters, so its states are computed once a batch. Above
 it two runs are needed at most: one without the edits (what the model would have said, and the states that
 become keys and values) and one with them. Up to the second edited layer they share the positions that the
-first edit cannot reach (see `reach.py`). Only the positions whose next token counts go through the last
-layer (see `narrow.py`; where it cannot be narrowed, through its feed-forward part), the final norm and the
+first edit cannot reach (see `reach.py`); where they do not, the backward pass ends at the positions that it
+writes to (see `asked.py`). Only the positions whose next token counts go through the last layer (see
+`narrow.py`; where it cannot be narrowed, through its feed-forward part), the final norm and the
 output head.
 """
 
@@ -23,6 +24,7 @@ from ..architectures import find_decoder_layers
 from ..context import Bound, framed, recording, runtime_of
 from ..layer import DualEditLayer, EditLayer
 from ..sequence import ForwardPass, Prompt, Sequence
+from .asked import asked_at
 from .narrow import can_narrow, run_narrow
 from .reach import Listening, Reach, reached, run_reached, worth_it
 
@@ -247,11 +249,16 @@ class UpperPart:
         for number, (module, args, kwargs) in enumerate(lower.calls[begin:layers], begin):
             only = at if number == top else None
             narrow = only is not None and self.narrow and can_narrow(module, args, kwargs, at)
+            # Below the first of these layers only what the edit writes to has a gradient.
+            whole = number == 0 and mode is not None and not narrow
+            asked = self.spans(self.first_name, prompt) if whole else None
 
-            def run(states, module=module, args=args, kwargs=kwargs, only=only, narrow=narrow):
+            def run(states, module=module, args=args, kwargs=kwargs, only=only, narrow=narrow, asked=asked):
                 # Frames are set here and not outside: a recomputation in backward has to find them too.
                 inside = framed(self.runtime, "mode", mode) if mode is not None else nullcontext()
-                with self._passing(prompt), inside:
+                layer = module.base_layer if isinstance(module, EditLayer) else module
+                cut = asked_at(layer, asked) if asked is not None else nullcontext()
+                with self._passing(prompt), inside, cut:
                     if narrow:
                         return run_narrow(module, states, kwargs, only)
                     with _only_at(module, only):
