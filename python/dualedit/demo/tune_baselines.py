@@ -1,4 +1,5 @@
-"""Choose the baselines' settings for the embedded model, on training facts that no adapter was trained on.
+"""Choose the baselines' settings for the embedded model, on training facts that no adapter was trained on:
+half of them of the model's own world, half of one that it has never seen, as for the editors' thresholds.
 
     python -m dualedit.demo.tune_baselines --out DIR
 
@@ -26,11 +27,11 @@ from dualedit.training.calibration import objective
 
 from .embedded_baselines import FILE
 from .samples import edit_samples
-from .train_editors import held_out_entities
+from .train_editors import STRANGE_WORLDS, held_out_entities
 from .vlm import load_embedded
 from .world import World
 
-FACTS = 24
+FACTS = 36
 CANDIDATES: dict[str, tuple[Settings, ...]] = {
     "ft-l": tuple(FineTuneSettings(learning_rate=rate, max_steps=50) for rate in (1e-3, 3e-3, 1e-2)),
     "ft-v": tuple(FineTuneSettings(learning_rate=rate, max_steps=50) for rate in (1e-4, 3e-4, 1e-3)),
@@ -111,11 +112,13 @@ def tune(name: str, samples: Sequence[EditSample], vlm: Path | None = None) -> d
 
 
 def tuning_samples(count: int, seed: int = 778) -> list[EditSample]:
-    """Edits of training entities that the adapters are not trained on."""
-    world = World(0)
-    held_out = held_out_entities(world)
-    drawn = edit_samples(world, "train", 12 * count, seed)
-    return [sample for sample in drawn if sample.entity in held_out][:count]
+    """Edits of training entities that the adapters are not trained on, half of an unseen world."""
+    chosen = []
+    for world, share in ((World(0), (count + 1) // 2), (World(STRANGE_WORLDS), count // 2)):
+        held_out = held_out_entities(world)
+        drawn = edit_samples(world, "train", 12 * count, seed)
+        chosen += [sample for sample in drawn if sample.entity in held_out][:share]
+    return chosen
 
 
 def main(arguments: list[str] | None = None) -> None:
