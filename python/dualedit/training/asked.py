@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from dualedit_kernels.products import ONEDNN
 
+from .forwards import forwards
+
 # Positions are left out where at most this share of them is asked for.
 _WORTH_IT = 0.5
 
@@ -102,16 +104,9 @@ def asked_at(layer: nn.Module, at: Tensor) -> Iterator[int]:
 
     handles = [layer.register_forward_pre_hook(enter, with_kwargs=True)] if linears else []
     handles += [norm.register_forward_hook(note) for norm in norms if linears]
-    before = [linear.__dict__.get("forward") for linear in linears]
-    for linear in linears:
-        linear.forward = _forward_of(linear, normed, places)
     try:
-        yield len(linears)
+        with forwards({linear: _forward_of(linear, normed, places) for linear in linears}) as count:
+            yield count
     finally:
         for handle in handles:
             handle.remove()
-        for linear, own in zip(linears, before, strict=True):
-            if own is None:
-                del linear.forward
-            else:
-                linear.forward = own

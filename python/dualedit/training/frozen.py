@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dualedit_kernels.products import ONEDNN, onednn_refuses
 
 from .attention import attention_by_head
+from .forwards import forwards
 from .norms import quick_norms
 
 
@@ -48,20 +49,18 @@ def quick_products(base: nn.Module) -> Iterator[int]:
     Yields:
         how many layers do; 0 on a GPU, in bf16, or where PyTorch has no oneDNN.
     """
-    changed = []
-    for module in base.modules():
-        fits = type(module) is nn.Linear and "forward" not in module.__dict__
-        if not fits or module.weight.requires_grad or module.weight.dtype != torch.float32:
-            continue
-        whole = not hasattr(module.weight, "placements")  # FSDP has not cut it up
-        if whole and onednn_refuses(module.weight.device.type, torch.float32) is None:
-            module.forward = _forward_of(module)
-            changed.append(module)
-    try:
-        yield len(changed)
-    finally:
-        for module in changed:
-            del module.forward
+    with forwards({m: _forward_of(m) for m in base.modules() if _multiplies(m)}) as count:
+        yield count
+
+
+def _multiplies(module: nn.Module) -> bool:
+    """Whether a module is a linear layer that oneDNN can take over."""
+    if type(module) is not nn.Linear or "forward" in module.__dict__:
+        return False
+    if module.weight.requires_grad or module.weight.dtype != torch.float32:
+        return False
+    whole = not hasattr(module.weight, "placements")  # FSDP has not cut it up
+    return whole and onednn_refuses(module.weight.device.type, torch.float32) is None
 
 
 @contextmanager
