@@ -248,7 +248,7 @@ class DualEditLayer(EditLayer):
         image = None if prompt.image is None else forward.columns(prompt.image)
         query = self.route_key(name, hidden.detach(), forward.columns(prompt.text), image, last.clamp(min=0))
         radius = cosine_radius(snapshot.tables["radius"], config.threshold)
-        keys = snapshot.tables["key"].to(query.dtype)
+        keys = snapshot.tables["key"]  # as stored, whatever the query's dtype: the codes are of these
         return nearest_key(query, keys, radius, "cosine", snapshot.codes(keys, "cosine"))[0]
 
     def route_key(
