@@ -12,6 +12,7 @@ KERNELS = ROOT / "dualedit_kernels"
 # From the bottom up. Modules of one level do not import each other, except inside one package and as listed.
 LEVELS = [
     {"sequence", "card", "compiling", "frames", "key_codes"},
+    {"hooks"},
     {"config", "data", "context"},
     {"architectures", "modules", "memory", "prompting", "routing_key"},
     {"routing", "replay"},

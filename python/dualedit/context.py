@@ -1,10 +1,9 @@
 """What one forward or one generation knows: its prompt, its masks, and the edits it has decided on.
 
 Layers need to know which positions are prompt text, which are image, and where the prompt ends. None of that
-is
-kept in modules: it travels in a context variable for the length of a call, and with the key-value cache for
-the length of a sequence, so two threads, two models, or an edit made while a generation runs do not see each
-other.
+is kept in modules: it travels in a context variable for the length of a call, and with the key-value cache
+for the length of a sequence, so two threads, two models, or an edit made while a generation runs do not see
+each other.
 
 A sequence over one kept cache may have several turns. Its decision holds while one column follows another;
 a call of several new columns is a new turn, which decides again, for those columns only: what is in the cache
@@ -28,13 +27,11 @@ import torch
 from torch import Tensor, nn
 
 from . import compiling
-from .frames import Bound, Frame, Record, drop, find, framed, pop, push
+from .frames import Bound, Frame, Record, drop, find, framed, push
+from .hooks import CallBegins, Checkpointing, Ends, PassBegins, packed_by
 from .sequence import IMAGE_MASK, ForwardPass, Prompt, Sequence, describe_prompt, last_true
 
-_CACHE_ATTRIBUTE = "_dualedit_sequence"
 _CHECKPOINTING = "_gradient_checkpointing_func"
-# Arguments that only calls with packed sequences have (padding-free training, continuous batching).
-_PACKED_ARGUMENTS = ("cu_seq_lens_q", "cu_seqlens", "seq_idx", "block_table")
 _PACKED = (
     "{what}: several sequences are packed into one row, so edits cannot tell whose prompt this is. Use "
     "ordinary padded batches (generate, not generate_batch), or remove the edit adapter with unload()."
@@ -128,10 +125,10 @@ class EditRuntime:
         """Hook the model (its forward and generate) and the module that owns the decoder layers."""
         self._model = model
         self._handles = [
-            model.register_forward_pre_hook(_CallBegins(self), with_kwargs=True),
-            model.register_forward_hook(_Ends(self, "call"), always_call=True),
-            stack.register_forward_pre_hook(_PassBegins(self), with_kwargs=True),
-            stack.register_forward_hook(_Ends(self, "pass"), always_call=True),
+            model.register_forward_pre_hook(CallBegins(self), with_kwargs=True),
+            model.register_forward_hook(Ends(self, "call"), always_call=True),
+            stack.register_forward_pre_hook(PassBegins(self), with_kwargs=True),
+            stack.register_forward_hook(Ends(self, "pass"), always_call=True),
         ]
         if hasattr(type(model), "generate"):
             model.generate = GenerateWithContext(model, self)
@@ -146,8 +143,8 @@ class EditRuntime:
         """Whoever turned gradient checkpointing on may have done so after the editor came."""
         for module in self._watched:
             function = module.__dict__.get(_CHECKPOINTING)
-            if function is not None and not isinstance(function, _Checkpointing):
-                setattr(module, _CHECKPOINTING, _Checkpointing(self, function))
+            if function is not None and not isinstance(function, Checkpointing):
+                setattr(module, _CHECKPOINTING, Checkpointing(self, function))
 
     def uninstall(self) -> None:
         """Take the hooks off again; the model is as it was."""
@@ -155,7 +152,7 @@ class EditRuntime:
             handle.remove()
         for module in self._watched:
             function = module.__dict__.get(_CHECKPOINTING)
-            if isinstance(function, _Checkpointing):
+            if isinstance(function, Checkpointing):
                 setattr(module, _CHECKPOINTING, function.previous)
         model, self._handles, self._watched, self._model = self._model, [], [], None
         if model is None:
@@ -210,7 +207,7 @@ class EditRuntime:
         hidden = next((value for value in given if value is not None), None)
         if hidden is None:
             raise ValueError("input_ids and inputs_embeds are both None: pass one of them.")
-        packed = _packed(inputs)
+        packed = packed_by(inputs)
         if any(len(group) for group in self.groups.values()) and (packed or _positions_restart(inputs)):
             raise ValueError(_PACKED.format(what=packed or "position_ids"))
         batch, length = hidden.shape[:2]
@@ -298,16 +295,6 @@ def _behind_cache(prompt: Prompt, start: int) -> Prompt:
     )
 
 
-def _packed(inputs: Mapping[str, Any]) -> str:
-    """The name of an argument that packed sequences have, or ""."""
-    return next((name for name in _PACKED_ARGUMENTS if inputs.get(name) is not None), "")
-
-
-def _filled(cache: Any) -> int | Tensor:
-    """Columns in a cache; a static cache may count them on the device."""
-    return cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
-
-
 def _in_front(prompt: Prompt, length: int) -> Prompt:
     """The same prompt with the columns of a target behind it, up to `length`."""
     behind = length - prompt.length
@@ -316,111 +303,6 @@ def _in_front(prompt: Prompt, length: int) -> Prompt:
     image = None if prompt.image is None else nn.functional.pad(prompt.image, (0, behind))
     last_input = torch.full_like(prompt.last_input, length - 1)
     return Prompt(nn.functional.pad(prompt.text, (0, behind)), image, prompt.last, last_input)
-
-
-def _remember(cache: Any, ticket: Tensor) -> None:
-    if hasattr(cache, "__dict__"):
-        setattr(cache, _CACHE_ATTRIBUTE, ticket)
-
-
-def _cache_in(output: Any) -> Any:
-    """The key-value cache that a stack returns, in an output object or a tuple."""
-    if isinstance(output, tuple):
-        return next((part for part in output if hasattr(part, "get_seq_length")), None)
-    return getattr(output, "past_key_values", None)
-
-
-def _named(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of a module's forward by name."""
-    if not args:
-        return dict(kwargs)  # as transformers calls; reading a signature costs more than all the rest here
-    names = list(inspect.signature(module.forward).parameters)
-    return {**dict(zip(names, args, strict=False)), **kwargs}
-
-
-class _CallBegins:
-    """Pre-hook of the model: notes the arguments of its forward."""
-
-    def __init__(self, runtime: EditRuntime):
-        self.runtime = runtime
-
-    def __call__(self, module, args, kwargs):
-        if compiling.tracing():
-            return compiling.trace_call(self.runtime.number, args, kwargs)
-        return self.runtime.enter_call(_named(module, args, kwargs))
-
-
-class _PassBegins:
-    """Pre-hook of the stack that owns the decoder layers."""
-
-    def __init__(self, runtime: EditRuntime):
-        self.runtime = runtime
-
-    def __call__(self, module, args, kwargs):
-        inputs = kwargs if compiling.tracing() else _named(module, args, kwargs)
-        cache = inputs.get("past_key_values")
-        start, ticket = _filled(cache), getattr(cache, _CACHE_ATTRIBUTE, None)
-        if compiling.tracing():
-            packed = _packed(inputs)
-            return args, compiling.trace_pass(self.runtime.number, kwargs, start, ticket, packed)
-        sequence = self.runtime.enter_pass(inputs, int(start), getattr(ticket, "sequence", None))
-        if cache is not None and sequence is not getattr(ticket, "sequence", None):
-            _remember(cache, sequence.new_ticket())
-        return None
-
-
-class _Checkpointing:
-    """Stands in for a layer's gradient checkpointing, so that backward runs the layer within its own call.
-
-    Backward comes when the call is long over; without this, an edited linear layer in it would not know whose
-    input it sees. `previous` is what transformers set.
-    """
-
-    def __init__(self, runtime: EditRuntime, previous: Any):
-        self.runtime = runtime
-        self.previous = previous
-
-    def __call__(self, function, *args):
-        frame = find(self.runtime, "pass")
-        if frame is None:
-            return self.previous(function, *args)
-
-        def within(*given):
-            with framed(self.runtime, "again", frame.content):
-                return function(*given)
-
-        return self.previous(within, *args)
-
-
-class _Ends:
-    """Forward hook, called on errors too: the call is over; a cache it made belongs to its sequence."""
-
-    def __init__(self, runtime: EditRuntime, kind: str):
-        self.runtime = runtime
-        self.kind = kind
-
-    def __call__(self, module, args, output):
-        if compiling.tracing():
-            return self._trace(output) if self.kind == "pass" else None
-        if self.kind == "pass":
-            frame = find(self.runtime, "pass")
-            cache = _cache_in(output)
-            if cache is not None and frame is not None:
-                known = getattr(getattr(cache, _CACHE_ATTRIBUTE, None), "sequence", None)
-                if known is not frame.content.sequence:
-                    _remember(cache, frame.content.sequence.new_ticket())
-        pop(self.runtime, self.kind)
-        return None
-
-    def _trace(self, output):
-        hidden, ticket = compiling.trace_end(self.runtime.number, output[0])
-        cache = _cache_in(output)
-        if cache is not None:
-            _remember(cache, ticket)
-        if isinstance(output, tuple):
-            return hidden, *output[1:]
-        output.last_hidden_state = hidden
-        return output
 
 
 def runtime_of(model: nn.Module) -> EditRuntime | None:
