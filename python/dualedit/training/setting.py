@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from ..data import EditSample
 from ..model import inject_dualedit
@@ -226,6 +227,11 @@ def held_out_loss(ready: Setting) -> dict[str, float]:
         for batch in feed.batches(number):
             sums += ready.step(batch).cpu()
             counts += batch.counts()
+    # FSDP leaves the outermost weights whole after a forward, for the backward that does not come here.
+    # Saving cuts them up again on the process that saves, and at the next step the others would not know.
+    for part in ready.module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
     if feed.processes > 1:
         sums, counts = ready.total(sums), ready.total(counts)
     return figures(sums, counts, ready.recipe)
