@@ -86,12 +86,12 @@ struct CoarseKernel {
       float* scratch);
   // Those codes in tiles.
   void (*arrange)(const CodedQueries& coded, int64_t quads, const int8_t* bytes, int64_t stride);
-  // Products of a block (``place`` in the panel) over its head, or over all that is behind the head (whose
-  // products are there already unless ``whole``), for the queries that have a key ``near`` in it; then low,
-  // smallest and at.
+  // Products of ``count`` blocks, one or two (from ``place`` on in the panel), over their heads, or over all that is
+  // behind the heads (whose products are there already unless ``whole``), for the queries that have a key ``near`` in
+  // them; then low, smallest and at.
   void (*bound)(
-      const Codes& codes, const CodedQueries& coded, const Panel& panel, int64_t block, int64_t place, bool head,
-      bool whole);
+      const Codes& codes, const CodedQueries& coded, const Panel& panel, int64_t block, int64_t place, int64_t count,
+      bool head, bool whole);
   // near [batch] of a block: keys that had been near and whose low, of their heads or of all, lets them be within
   // limit [batch] of their query; their number. reach: squares of limits of the distances, limit: those, and the
   // query's error on top.

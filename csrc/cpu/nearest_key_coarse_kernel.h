@@ -2,6 +2,12 @@
 // and no function from the standard library (its code would be compiled for the instruction set and could be
 // linked into the others).
 
+// What to fetch into the cache with each quad.
+struct Fetch {
+  const uint8_t* from;
+  int64_t step;  // bytes
+};
+
 #include DUALEDIT_DOTS
 
 // 16 keys side by side, in as many registers as the instruction set needs. Compilers take loops over
@@ -233,10 +239,35 @@ void code(
   }
 }
 
-inline void dots(int64_t height, const uint8_t* keys, const int8_t* rows, int64_t quads, bool more, int32_t* out) {
-#define DUALEDIT_CASE(R)                                                          \
-  case R:                                                                         \
-    if constexpr (R <= Dots::kRows) Dots::tile<R>(keys, rows, quads, more, out);  \
+// Some blocks' keys, and where their products go.
+struct Blocks {
+  const uint8_t* keys;
+  int64_t step;  // bytes from one block to the next
+  int32_t* out;
+  int64_t apart;  // integers from the products of one to those of the next
+  int64_t count;
+};
+
+// Products of some quads of the blocks' keys with a tile.
+template <int R, class Kernel = Dots>
+inline void dots(const Blocks& blocks, const int8_t* rows, int64_t quads, bool more, Fetch fetch) {
+  // For few rows reading the keys is the whole cost, and one stream of them is read the fastest.
+  if constexpr (R > 4 && Kernel::kBlocks == 2) {
+    if (blocks.count == 2) {
+      Kernel::template two<R>(blocks.keys, blocks.step, rows, quads, more, fetch, blocks.out, blocks.apart);
+      return;
+    }
+  }
+  for (int64_t i = 0; i < blocks.count; ++i) {
+    Kernel::template tile<R>(blocks.keys + i * blocks.step, rows, quads, more, fetch, blocks.out + i * blocks.apart);
+  }
+}
+
+inline void dots(
+    int64_t height, const Blocks& blocks, const int8_t* rows, int64_t quads, bool more, Fetch fetch) {
+#define DUALEDIT_CASE(R)                                                              \
+  case R:                                                                             \
+    if constexpr (R <= Dots::kRows) dots<R>(blocks, rows, quads, more, fetch);        \
     break
   switch (height) {
     DUALEDIT_CASE(1);
@@ -247,14 +278,6 @@ inline void dots(int64_t height, const uint8_t* keys, const int8_t* rows, int64_
     DUALEDIT_CASE(6);
     DUALEDIT_CASE(7);
     DUALEDIT_CASE(8);
-    DUALEDIT_CASE(9);
-    DUALEDIT_CASE(10);
-    DUALEDIT_CASE(11);
-    DUALEDIT_CASE(12);
-    DUALEDIT_CASE(13);
-    DUALEDIT_CASE(14);
-    DUALEDIT_CASE(15);
-    DUALEDIT_CASE(16);
     default:
       break;
   }
@@ -289,37 +312,55 @@ inline void total_of(const int32_t* product, int64_t last, int64_t rows, Integer
   }
 }
 
-void bound(
-    const Codes& codes, const CodedQueries& coded, const Panel& panel, int64_t block, int64_t place, bool head,
-    bool whole) {
-  const uint8_t* keys = codes.codes + block * codes.quads * 4 * kBlock;
-  const int64_t rows = panel.rows;
-  int32_t* products = panel.product + place * (kCuts + 1) * rows * kBlock;
+// Products of ``count`` blocks with the queries to which a key of them is near; the last part that has any.
+inline int64_t multiply(
+    const Codes& codes, const CodedQueries& coded, const Panel& panel, int64_t block, int64_t place, int64_t count,
+    bool head, bool whole) {
+  const int64_t size = codes.quads * 4 * kBlock, rows = panel.rows, tiles = tiles_of(rows);
+  const uint8_t* keys = codes.codes + block * size;
+  const int64_t apart = (kCuts + 1) * rows * kBlock;
+  int32_t* products = panel.product + place * apart;
   const uint16_t* near = panel.near + place * panel.batch;
   // Some of the keys' codes stay in the first-level cache while the tiles pass.
-  const int64_t most = tiles_of(rows) == 1 ? codes.quads : 256;
+  const int64_t most = tiles == 1 ? codes.quads : 256 / Dots::kBlocks;
   const int64_t begin = head || whole ? 0 : coded.head, end = head ? coded.head : codes.quads;
   if (head) {  // the next block's is far from here
-    const uint8_t* next = keys + codes.quads * 4 * kBlock;
+    const uint8_t* next = keys + count * size;
     for (int64_t quad = 0; quad < end; ++quad) __builtin_prefetch(next + quad * 4 * kBlock);
   }
-  int64_t parts = 0;
+  int64_t part = 0;
   for (int64_t quad = begin; quad < end;) {
-    while (coded.begin_of(parts + 1, codes.quads) <= quad) ++parts;
-    const int64_t start = coded.begin_of(parts, codes.quads), stop = coded.begin_of(parts + 1, codes.quads);
+    while (coded.begin_of(part + 1, codes.quads) <= quad) ++part;
+    const int64_t start = coded.begin_of(part, codes.quads), stop = coded.begin_of(part + 1, codes.quads);
     const int64_t edge = stop < end ? stop : end, quads = edge - quad < most ? edge - quad : most;
-    int32_t* sums = products + parts * rows * kBlock;
+    int32_t* sums = products + part * rows * kBlock;
+    // Those that come next are fetched little by little, by all tiles.
+    const uint8_t* now = keys + quad * 4 * kBlock;
+    const uint8_t* next = tiles == 1 ? now + 8192 : quad + quads < codes.quads ? now + quads * 64 : keys + count * size;
+    const int64_t step = tiles == 1 ? 64 : 64 / tiles;
     int64_t first = 0;
-    for (int64_t t = 0; t < tiles_of(rows); ++t) {
+    for (int64_t t = 0; t < tiles; ++t) {
       const int64_t height = height_of(rows, t);
-      if (wanted(coded, near, first, height)) {
+      const Fetch fetch{next + t * step * quads, step};
+      if (wanted(coded, near, first, height) || (count == 2 && wanted(coded, near + panel.batch, first, height))) {
         const int8_t* own = coded.codes + (first * codes.quads + quad * height) * 4;
-        dots(height, keys + quad * 4 * kBlock, own, quads, quad > start, sums + first * kBlock);
+        const Blocks blocks{now, size, sums + first * kBlock, apart, count};
+        dots(height, blocks, own, quads, quad > start, fetch);
       }
       first += height;
     }
     quad += quads;
   }
+  return part;
+}
+
+// Bounds of one block from its products.
+inline void bound_block(
+    const Codes& codes, const CodedQueries& coded, const Panel& panel, int64_t block, int64_t place, bool head,
+    int64_t parts) {
+  const int64_t rows = panel.rows;
+  const int32_t* products = panel.product + place * (kCuts + 1) * rows * kBlock;
+  const uint16_t* near = panel.near + place * panel.batch;
   const float* apart = codes.rows + block * codes.apart * kBlock;
   const Integers number = Integers{} + static_cast<int32_t>(block - panel.start);
   Floats square, scale, error;
@@ -362,6 +403,13 @@ void bound(
     put(low < smallest ? number : at, panel.at + b * kBlock);
     put(low < smallest ? low : smallest, panel.smallest + b * kBlock);
   }
+}
+
+void bound(
+    const Codes& codes, const CodedQueries& coded, const Panel& panel, int64_t block, int64_t place, int64_t count,
+    bool head, bool whole) {
+  const int64_t parts = multiply(codes, coded, panel, block, place, count, head, whole);
+  for (int64_t i = 0; i < count; ++i) bound_block(codes, coded, panel, block + i, place + i, head, parts);
 }
 
 int64_t select(

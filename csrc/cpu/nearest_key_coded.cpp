@@ -85,7 +85,7 @@ void look_up_coded(
   }
   // Products of coded rows and keys that an exact distance takes the time of.
   const double exact_cost = arguments.lookup.type == KeyType::kFloat32 ? 24 : 14;
-  const Pass pass{codes, coding->queries, kernel, rounding, first, count, exact_cost};
+  const Pass pass{codes, coding->queries, kernel, rounding, count, exact_cost};
   const int64_t blocks = (count + kBlock - 1) / kBlock;
   // Threads pay from about 2^19 byte products each.
   const double work = static_cast<double>(count) * codes.dim * batch / (1 << 19);
@@ -97,7 +97,7 @@ void look_up_coded(
   // One distance after the other costs several times what it costs in the tiles of a large batch.
   const size_t worth = static_cast<size_t>(batch <= 8 ? count / 4 : count / 6);
   auto scan_part = [&](int64_t begin, int64_t end) {
-    Exact exact(arguments, rounding, coding->queries);
+    Exact exact(arguments, rounding, coding->queries, first);
     for (int64_t p = begin; p < end; ++p) {
       const int64_t last = (p + 1) * share < blocks ? (p + 1) * share : blocks;
       if (!shortlist(pass, p * share, last, exact, lists[p].data())) right = false;
@@ -105,7 +105,7 @@ void look_up_coded(
     refined += exact.looked;
   };
   auto refine_part = [&](int64_t begin, int64_t end) {
-    Exact exact(arguments, rounding, coding->queries);
+    Exact exact(arguments, rounding, coding->queries, first);
     for (int64_t b = begin; b < end; ++b) {
       Shortlist& list = lists[0][b];
       for (int64_t p = 1; p < parts; ++p) {
@@ -118,12 +118,11 @@ void look_up_coded(
         }
         list.keys.insert(list.keys.end(), other.keys.begin(), other.keys.end());
       }
-      list.keep(list.limit);
     }
+    if (!exact.refine(begin, end, worth, lists[0].data())) right = false;
     for (int64_t b = begin; b < end; ++b) {
-      Shortlist& list = lists[0][b];
+      const Shortlist& list = lists[0][b];
       if (list.too_long) continue;
-      if (!exact.refine(first + b, list, worth, b + 1 < end ? &lists[0][b + 1] : nullptr)) right = false;
       nearest.squared[first + b] = list.squared;
       nearest.index[first + b] = list.index;
     }

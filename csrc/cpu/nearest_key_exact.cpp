@@ -11,6 +11,7 @@ namespace dualedit {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr int64_t kOpen = 2048;  // distances that are computed side by side
 
 }  // namespace
 
@@ -22,31 +23,46 @@ void Shortlist::keep(double within) {
   keys.resize(kept);
 }
 
-Exact::Exact(const Arguments& arguments, const Rounding& rounding, const CodedQueries& coded)
-    : arguments_(arguments), rounding_(rounding), scratch_(aligned(kMaxBlock * arguments.lookup.stride)) {
+// Pairs that are worked on together, and where their distances are among those that are open.
+struct Exact::Group {
+  int64_t some = 0;
+  Pair pairs[kMaxBlock];
+  size_t at[kMaxBlock];
+};
+
+Exact::Exact(const Arguments& arguments, const Rounding& rounding, const CodedQueries& coded, int64_t first)
+    : arguments_(arguments),
+      rounding_(rounding),
+      first_(first),
+      batch_(coded.batch),
+      lanes_(aligned(kOpen * kLanes)),
+      scratch_(aligned(kMaxBlock * arguments.lookup.stride)) {
   const int64_t dim = arguments.lookup.dim;
   edge_[0] = 0;
   for (int64_t c = 0; c < kCuts; ++c) edge_[c + 1] = std::min(dim, coded.cut[c] * 4);
   edge_[kCuts + 1] = dim;
 }
 
-// Squared distances of some keys in the dimensions up to the end of the part at hand.
-void Exact::run(int64_t q, const Some& some, const Some& next, int64_t next_begin, float* squared) {
+// Squared distances of some pairs in the dimensions up to ``end``, from ``begin`` on continued from their lanes.
+void Exact::run(
+    const Group& now, const Group& next, int64_t begin, int64_t end, int64_t next_begin, float* squared) {
   Lookup own = arguments_.lookup;
-  own.query += q * own.stride;
-  own.batch = 1;
+  own.query += first_ * own.stride;
   own.head = 0;
   if (own.stream) {  // one query alone is summed in another order, and not in parts
-    for (int64_t i = 0; i < some.count; ++i) {
+    for (int64_t i = 0; i < now.some; ++i) {
       int64_t found = -1;
       squared[i] = kInfinity;
-      arguments_.scan(own, some.keys[i], some.keys[i] + 1, &squared[i], &found, scratch_.get());
+      const int64_t key = now.pairs[i].key;
+      arguments_.scan(own, key, key + 1, &squared[i], &found, scratch_.get());
     }
     return;
   }
-  const Piece now{some.keys, some.count, edge_[part_], edge_[part_ + 1]};
-  const Piece then{next.keys, next.count, next_begin, next_begin};
-  arguments_.few(own, now, then, at_, squared, scratch_.get());
+  float* lanes[kMaxBlock];
+  for (int64_t j = 0; j < kMaxBlock; ++j) lanes[j] = lanes_.get() + now.at[j < now.some ? j : 0] * kLanes;
+  const Piece piece{now.pairs, now.some, begin, end};
+  const Piece then{next.pairs, next.some, next_begin, next_begin};
+  arguments_.few(own, piece, then, lanes, squared, scratch_.get());
 }
 
 bool Exact::lower_by(int64_t key, float lower, float squared, Shortlist& list) {
@@ -63,86 +79,121 @@ bool Exact::lower_by(int64_t key, float lower, float squared, Shortlist& list) {
   return right;
 }
 
-bool Exact::look(int64_t q, int64_t key, float lower, int64_t next, Shortlist& list) {
-  const int64_t end = edge_[1];
-  edge_[1] = arguments_.lookup.dim;  // all of it
-  part_ = 0;
-  float squared[kMaxBlock];
-  run(q, Some{1, {key}, {}}, Some{next >= 0 ? 1 : 0, {next}, {}}, 0, squared);
-  edge_[1] = end;
-  return lower_by(key, lower, squared[0], list);
+bool Exact::look(const int64_t* keys, const float* lower, Shortlist* lists) {
+  int64_t b = 0;
+  const auto some = [&]() {
+    Group group;
+    for (; b < batch_ && group.some < kMaxBlock; ++b) {
+      if (keys[b] < 0) continue;
+      group.at[group.some] = static_cast<size_t>(group.some);
+      group.pairs[group.some++] = {b, keys[b]};
+    }
+    return group;
+  };
+  bool right = true;
+  Group now = some(), next;
+  for (; now.some > 0; now = next) {
+    next = some();
+    float squared[kMaxBlock];
+    run(now, next, 0, arguments_.lookup.dim, 0, squared);
+    for (int64_t j = 0; j < now.some; ++j) {
+      const int64_t query = now.pairs[j].query;
+      right &= lower_by(now.pairs[j].key, lower[query], squared[j], lists[query]);
+    }
+  }
+  return right;
 }
 
 // From place ``at`` on: the next keys that may still be nearest, as many as are worked on together.
-Exact::Some Exact::take(const Shortlist& list, size_t& at) const {
-  Some some;
-  for (; at < left_.size() && some.count < kMaxBlock; ++at) {
-    const Candidate& key = list.keys[left_[at]];
-    if (key.lower > list.limit) continue;
-    some.at[some.count] = at;
-    some.keys[some.count++] = key.index;
+Exact::Group Exact::take(const Shortlist* lists, size_t& at) const {
+  Group group;
+  for (; at < open_.size() && group.some < kMaxBlock; ++at) {
+    const Open& one = open_[at];
+    if (one.key->lower > lists[one.query].limit) continue;
+    group.at[group.some] = at;
+    group.pairs[group.some++] = {one.query, one.key->index};
   }
-  return some;
+  return group;
 }
 
-// One part of the distances of all keys that are left.
-bool Exact::part(int64_t q, Shortlist& list, const Shortlist* next) {
-  const int64_t end = edge_[part_ + 1];
+// A part of the open distances.
+bool Exact::part(int64_t number, Shortlist* lists) {
+  const int64_t begin = edge_[number], end = edge_[number + 1];
   const bool last = end == arguments_.lookup.dim;
   bool right = true;
   size_t kept = 0, at = 0;
-  Some some = take(list, at), ahead;
-  for (; some.count > 0; some = ahead) {
-    ahead = take(list, at);
-    Some fetched = ahead;
-    int64_t begin = edge_[part_];
-    if (ahead.count == 0 && !last && kept > 0) {  // the part that follows, of keys known to be in it
-      begin = end;
-      for (size_t i = 0; i < kept && fetched.count < kMaxBlock; ++i) {
-        fetched.keys[fetched.count++] = list.keys[left_[i]].index;
-      }
-    } else if (ahead.count == 0 && next != nullptr && !next->too_long) {
-      begin = 0;
-      for (size_t i = 0; i < next->keys.size() && fetched.count < kMaxBlock; ++i) {
-        fetched.keys[fetched.count++] = next->keys[i].index;
-      }
-    }
-    for (int64_t j = 0; j < kMaxBlock; ++j) at_[j] = lanes_.data() + some.at[j < some.count ? j : 0] * kLanes;
+  Group now = take(lists, at), next;
+  for (; now.some > 0; now = next) {
+    next = take(lists, at);
     float squared[kMaxBlock];
-    run(q, some, fetched, begin, squared);
-    for (int64_t j = 0; j < some.count; ++j) {
-      const size_t place = left_[some.at[j]];
-      const Candidate& key = list.keys[place];
+    run(now, next, begin, end, begin, squared);
+    for (int64_t j = 0; j < now.some; ++j) {
+      const Open one = open_[now.at[j]];
+      Shortlist& list = lists[one.query];
       if (last) {
-        right &= lower_by(key.index, key.lower, squared[j], list);
-      } else if (!(rounding_.least_of(squared[j], key.rest[part_]) > list.squared)) {
-        if (kept != some.at[j]) std::copy_n(at_[j], kLanes, lanes_.data() + kept * kLanes);
-        left_[kept++] = place;
+        right &= lower_by(one.key->index, one.key->lower, squared[j], list);
+      } else if (!(rounding_.least_of(squared[j], one.key->rest[number]) > list.squared)) {
+        if (kept != now.at[j]) std::copy_n(lanes_.get() + now.at[j] * kLanes, kLanes, lanes_.get() + kept * kLanes);
+        open_[kept++] = one;
       }
     }
   }
-  left_.resize(last ? 0 : kept);
+  open_.resize(last ? 0 : kept);
   return right;
 }
 
-bool Exact::refine(int64_t q, Shortlist& list, size_t worth, const Shortlist* next) {
-  list.keep(list.limit);
+// All open distances, in the order of their keys: a key may be wanted by several queries.
+bool Exact::flush(Shortlist* lists) {
+  constexpr int64_t kBins = 256;
+  size_t starts[kBins + 1] = {};
+  const auto bin = [&](const Open& one) { return one.key->index * kBins / arguments_.count; };
+  for (const Open& one : open_) ++starts[bin(one) + 1];
+  for (int64_t i = 0; i < kBins; ++i) starts[i + 1] += starts[i];
+  sorted_.resize(open_.size());
+  for (const Open& one : open_) sorted_[starts[bin(one)]++] = one;
+  open_.swap(sorted_);
   bool right = true;
-  if (!list.keys.empty() && (list.index < 0 || list.keys.size() > worth)) {  // the most promising one alone
-    const auto nearer = [](const Candidate& a, const Candidate& b) { return a.lower < b.lower; };
-    const auto first = std::min_element(list.keys.begin(), list.keys.end(), nearer);
-    right = look(q, first->index, first->lower, -1, list);
-    list.keys.erase(first);
-    list.keep(list.limit);
-  }
-  list.too_long = list.keys.size() > worth;
-  if (list.too_long) return right;
-  left_.clear();
-  for (size_t i = 0; i < list.keys.size(); ++i) left_.push_back(i);
-  if (lanes_.size() < left_.size() * kLanes) lanes_.resize(left_.size() * kLanes);
-  for (part_ = 0; part_ <= kCuts && !left_.empty(); ++part_) right &= part(q, list, next);
-  part_ = 0;
+  for (int64_t number = 0; number <= kCuts && !open_.empty(); ++number) right &= part(number, lists);
   return right;
+}
+
+// The most promising key alone, where none is known or the others are too many.
+bool Exact::look_first(int64_t begin, int64_t end, size_t worth, Shortlist* lists) {
+  std::vector<int64_t> keys(batch_, -1);
+  std::vector<float> lower(batch_);
+  const auto nearer = [](const Candidate& a, const Candidate& b) { return a.lower < b.lower; };
+  bool any = false;
+  for (int64_t b = begin; b < end; ++b) {
+    Shortlist& list = lists[b];
+    if (list.too_long) continue;
+    list.keep(list.limit);
+    if (list.keys.empty() || (list.index >= 0 && list.keys.size() <= worth)) continue;
+    const auto first = std::min_element(list.keys.begin(), list.keys.end(), nearer);
+    keys[b] = first->index;
+    lower[b] = first->lower;
+    list.keys.erase(first);
+    any = true;
+  }
+  if (!any) return true;
+  const bool right = look(keys.data(), lower.data(), lists);
+  for (int64_t b = begin; b < end; ++b) {
+    if (keys[b] >= 0) lists[b].keep(lists[b].limit);
+  }
+  return right;
+}
+
+bool Exact::refine(int64_t begin, int64_t end, size_t worth, Shortlist* lists) {
+  bool right = look_first(begin, end, worth, lists);
+  for (int64_t b = begin; b < end; ++b) {
+    Shortlist& list = lists[b];
+    list.too_long |= list.keys.size() > worth;
+    if (list.too_long) continue;
+    for (const Candidate& key : list.keys) {
+      open_.push_back({b, &key});
+      if (open_.size() == kOpen) right &= flush(lists);
+    }
+  }
+  return flush(lists) && right;
 }
 
 }  // namespace dualedit

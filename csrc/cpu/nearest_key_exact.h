@@ -50,41 +50,44 @@ struct Shortlist {
   void keep(double within);
 };
 
-// Exact distances, one query and some keys at a time. Not for two threads at once.
+// Exact distances of pairs of a query and a key, some at a time. Not for two threads at once.
 class Exact {
  public:
-  // cut: dimensions where distances can be given up.
-  Exact(const Arguments& arguments, const Rounding& rounding, const CodedQueries& coded);
+  // first: number of the first coded query among all.
+  Exact(const Arguments& arguments, const Rounding& rounding, const CodedQueries& coded, int64_t first);
 
-  // Look at a key, of which ``lower`` bounds the distance, and lower the list of query q by it; meanwhile the key
-  // ``next`` is fetched, unless it is -1. False if the distance is below its bound.
-  bool look(int64_t q, int64_t key, float lower, int64_t next, Shortlist& list);
+  // Look at one key for each of the coded queries [batch] and lower their lists by them. keys: -1 for none; lower:
+  // bounds of the distances. False if a distance is below its bound.
+  bool look(const int64_t* keys, const float* lower, Shortlist* lists);
 
-  // Look at the keys of the list, unless too many are left: part by part, those that may still be nearest. The
-  // first ones of ``next`` are fetched. False as above.
-  bool refine(int64_t q, Shortlist& list, size_t worth, const Shortlist* next);
+  // Look at the keys in the lists of queries begin..end, but for lists with more than ``worth``: those are too long.
+  // False as above.
+  bool refine(int64_t begin, int64_t end, size_t worth, Shortlist* lists);
 
   int64_t looked = 0;  // distances computed so far, to the end
 
  private:
-  struct Some {  // keys, and where they are among those that are left
-    int64_t count = 0;
-    int64_t keys[kMaxBlock];
-    size_t at[kMaxBlock];
-  };
+  struct Group;
 
-  void run(int64_t q, const Some& some, const Some& next, int64_t next_begin, float* squared);
+  void run(const Group& now, const Group& next, int64_t begin, int64_t end, int64_t next_begin, float* squared);
   bool lower_by(int64_t key, float lower, float squared, Shortlist& list);
-  bool part(int64_t q, Shortlist& list, const Shortlist* next);
-  Some take(const Shortlist& list, size_t& at) const;
+  bool look_first(int64_t begin, int64_t end, size_t worth, Shortlist* lists);
+  Group take(const Shortlist* lists, size_t& at) const;
+  bool part(int64_t number, Shortlist* lists);
+  bool flush(Shortlist* lists);
+
+  struct Open {  // a distance that is not yet computed to the end
+    int64_t query;
+    const Candidate* key;
+  };
 
   const Arguments& arguments_;
   const Rounding& rounding_;
+  int64_t first_;
+  int64_t batch_;
   int64_t edge_[kCuts + 2];  // where parts begin and end, in dimensions
-  int64_t part_ = 0;
-  std::vector<size_t> left_;  // places in the list
-  std::vector<float> lanes_;  // [left, kLanes]
-  float* at_[kMaxBlock] = {};  // lanes of the keys at work
+  std::vector<Open> open_, sorted_;
+  Buffer lanes_;  // [kOpen, kLanes]
   Buffer scratch_;
 };
 

@@ -14,7 +14,7 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr size_t kLongest = 32768;  // keys of a query that are noted: 256 MB for a group, at worst
 constexpr int64_t kPatience = 7;  // panels without a look at heads, after one where heads ruled little out
 constexpr int64_t kFew = 4;  // queries
-constexpr int64_t kTile = 16;  // rows of queries whose products are skipped together, about
+constexpr int64_t kTile = 8;  // rows of queries whose products are skipped together, about
 
 // The memory of a panel.
 struct Room {
@@ -47,6 +47,8 @@ class Shortlister {
         panel_(room_.panel),
         candidate_(pass.coded.batch),
         bound_(pass.coded.batch),
+        wanted_(pass.coded.batch),
+        lower_(pass.coded.batch),
         limit_(pass.coded.batch),
         reach_(pass.coded.batch) {}
 
@@ -90,7 +92,7 @@ class Shortlister {
     open();
     std::fill_n(panel_.smallest, panel_.batch * kBlock, kInfinity);
     for (int64_t block = begin; block < end; ++block) {
-      pass_.kernel.bound(pass_.codes, pass_.coded, panel_, block, 0, true, false);
+      pass_.kernel.bound(pass_.codes, pass_.coded, panel_, block, 0, 1, true, false);
     }
     look(true);
     // Of the last block at hand, as good as any: what heads leave there.
@@ -113,8 +115,9 @@ class Shortlister {
   // Bounds, a look at the most promising key, and which keys are near after that; how many.
   int64_t bounds(bool head, bool whole) {
     std::fill_n(panel_.smallest, panel_.batch * kBlock, kInfinity);
-    for (int64_t place = 0; place < blocks_; ++place) {
-      pass_.kernel.bound(pass_.codes, pass_.coded, panel_, start_ + place, place, head, whole);
+    for (int64_t place = 0; place < blocks_; place += 2) {
+      const int64_t count = std::min<int64_t>(2, blocks_ - place);
+      pass_.kernel.bound(pass_.codes, pass_.coded, panel_, start_ + place, place, count, head, whole);
     }
     look(head);
     int64_t pairs = 0;
@@ -147,14 +150,17 @@ class Shortlister {
       }
     }
     for (int64_t b = 0; b < panel_.batch; ++b) {
+      const int64_t key = candidate_[b];
+      wanted_[b] = -1;
+      if (key < 0) continue;
+      lower_[b] = lower_of(key, b, bound_[b], head);
+      if (key != lists_[b].last && !(lower_[b] > lists_[b].limit)) wanted_[b] = key;
+    }
+    right_ &= exact_.look(wanted_.data(), lower_.data(), lists_);
+    for (int64_t b = 0; b < panel_.batch; ++b) {
       Shortlist& list = lists_[b];
       const int64_t key = candidate_[b];
       if (key >= 0) {
-        const float lower = lower_of(key, b, bound_[b], head);
-        if (key != list.last && !(lower > list.limit)) {
-          const int64_t next = b + 1 < panel_.batch ? candidate_[b + 1] : -1;
-          right_ &= exact_.look(pass_.first + b, key, lower, next, list);
-        }
         if (!head && key == list.last && std::isfinite(list.last_squared)) {
           right_ &= !(list.last_squared > pass_.rounding.most(upper_of(key, b, bound_[b])));
         }
@@ -275,6 +281,8 @@ class Shortlister {
   Panel& panel_;
   std::vector<int64_t> candidate_;
   std::vector<float> bound_;
+  std::vector<int64_t> wanted_;
+  std::vector<float> lower_;
   std::vector<float> limit_;
   std::vector<float> reach_;
   int64_t start_ = 0, blocks_ = 0, patience_ = 0;

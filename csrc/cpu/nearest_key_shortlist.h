@@ -12,7 +12,6 @@ struct Pass {
   const CodedQueries& coded;
   CoarseKernel kernel;
   const Rounding& rounding;
-  int64_t first;  // number of the first coded query among all
   int64_t count;  // keys
   double exact_cost;  // of one exact distance, in products of a coded row and a coded key
 };
