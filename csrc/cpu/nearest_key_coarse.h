@@ -80,7 +80,7 @@ struct Panel {
 
 struct CoarseKernel {
   // Code query b of ``coded`` all but for its codes: those are put down row by row in ``bytes`` [rows, stride].
-  // scratch: room for a query, in whole registers of kLanes floats.
+  // query: in rows of ``stride`` floats, too, one after the other. scratch: room for a query, in whole registers of kLanes floats.
   void (*code)(
       const Codes& codes, const float* query, CodedQueries& coded, int64_t b, int8_t* bytes, int64_t stride,
       float* scratch);

@@ -60,21 +60,22 @@ struct Sums {
   double rn = 0.0;  // r n, up to 18 roundings of 2^-24 of |r| |n|, where |r| is at most scale |n|
 };
 
-inline double sum_of(const Floats& lanes) {
-  double sum = 0.0;
-  for (int j = 0; j < kBlock; ++j) sum += lanes[j];
-  return sum;
-}
 inline double sum_of(const Doubles& lanes) {
-  double sum = 0.0;
-  for (int j = 0; j < kBlock / 2; ++j) sum += lanes[j];
-  return sum;
+  return ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]));
 }
 inline void add(Doubles& total, const Floats& lanes) {
+  // Sums whose halves are read by address would live in memory all the time: only the copy is to.
+  Floats copy = lanes;
+  asm("" : "+m"(copy));
   Halves low, high;
-  __builtin_memcpy(&low, &lanes, sizeof(low));
-  __builtin_memcpy(&high, reinterpret_cast<const char*>(&lanes) + sizeof(low), sizeof(high));
+  __builtin_memcpy(&low, &copy, sizeof(low));
+  __builtin_memcpy(&high, reinterpret_cast<const char*>(&copy) + sizeof(low), sizeof(high));
   total += __builtin_convertvector(low, Doubles) + __builtin_convertvector(high, Doubles);
+}
+inline double sum_of(const Floats& lanes) {
+  Doubles sums = {};
+  add(sums, lanes);
+  return sum_of(sums);
 }
 inline int32_t sum_of(const Integers& lanes) {
   int32_t sum = 0;
@@ -87,12 +88,14 @@ inline void put(const Integers& codes, int8_t* to) {
   put(__builtin_convertvector(codes, Bytes), to);
 }
 
-// Codes of dimensions begin..end of x, written to the planes of a query, and their sums.
+// Codes of dimensions begin..end of x, written to the planes of a query, and their sums. Meanwhile ``next`` is
+// fetched.
+template <int P>
 inline Sums codes_of(
-    const float* x, int64_t begin, int64_t end, float scale, float inverse, int64_t planes, int8_t* bytes,
-    int64_t stride, int32_t* offset) {
+    const float* x, int64_t begin, int64_t end, float scale, float inverse, int8_t* bytes, int64_t stride,
+    const float* next, int32_t* offset) {
   constexpr float kRounder = 12582912.0f;  // rounds to nearest: the last bits of 1.5 * 2^23 + x are x
-  const int64_t run = (planes == 1 ? 16 : 1) * kBlock;  // sums of so many dimensions need no doubles
+  constexpr int64_t run = (P == 1 ? 16 : 1) * kBlock;  // sums of so many dimensions need no doubles
   Sums sums;
   Floats squares = {}, rests = {};
   Doubles all = {}, together = {};
@@ -102,6 +105,7 @@ inline Sums codes_of(
     Floats own = {}, both = {};
     for (int64_t d = first; d < last; d += kBlock) {
       Floats value;
+      __builtin_prefetch(next + d);
       get(value, x + d);
       const Floats rounded = value * inverse + kRounder;
       const Floats code = rounded - kRounder;
@@ -111,7 +115,7 @@ inline Sums codes_of(
       own += code * code;
       both += rest * code;
       const Integers n = __builtin_convertvector(code, Integers);
-      if (planes == 1) {
+      if constexpr (P == 1) {
         low += n;
         put(n, bytes + d);
       } else {
@@ -129,9 +133,17 @@ inline Sums codes_of(
   sums.rn = sum_of(together);
   sums.x = sum_of(squares);
   sums.r = sum_of(rests);
-  offset[planes - 1] = 128 * sum_of(low);
-  if (planes == 2) offset[0] = 128 * sum_of(high);
+  offset[P - 1] = 128 * sum_of(low);
+  if (P == 2) offset[0] = 128 * sum_of(high);
   return sums;
+}
+
+// The larger magnitudes, by their bits: those are in the order of the values, NaN above infinity.
+inline void larger(const Floats& value, Integers& top) {
+  Integers size;
+  __builtin_memcpy(&size, &value, sizeof(size));
+  size &= 0x7fffffff;
+  top = size > top ? size : top;
 }
 
 // x = q - c, zero at the dimensions apart and behind the last; the largest magnitude.
@@ -142,16 +154,19 @@ inline float centred(const Codes& codes, const float* query, int64_t padded, flo
     Floats value, centre;
     get(value, query + d);
     get(centre, codes.centre + d);
-    put(value - centre, x + d);
+    value -= centre;
+    put(value, x + d);
+    larger(value, top);
   }
   for (; d < codes.dim; ++d) x[d] = query[d] - codes.centre[d];
   for (; d < padded; ++d) x[d] = 0.0f;
   for (int64_t p = 0; p < codes.apart; ++p) x[codes.apart_at[p]] = 0.0f;
-  for (d = 0; d < padded; d += kBlock) {  // by their bits: they are in the order of the values, NaN above infinity
-    Integers size;
-    get(size, reinterpret_cast<const int32_t*>(x + d));
-    size &= 0x7fffffff;
-    top = size > top ? size : top;
+  if (codes.apart > 0) top = Integers{};
+  // What has not been looked at yet, or has changed.
+  for (d = codes.apart > 0 ? 0 : codes.dim / kBlock * kBlock; d < padded; d += kBlock) {
+    Floats value;
+    get(value, x + d);
+    larger(value, top);
   }
   int32_t most = 0;
   for (int j = 0; j < kBlock; ++j) most = top[j] > most ? top[j] : most;
@@ -186,8 +201,9 @@ void code(
     const int64_t quad = i == 0 ? coded.head : coded.begin_of(i, codes.quads);
     const int64_t end = quad < codes.quads ? quad * 4 : padded;
     const float inverse = fine && most > 0.0f ? 1.0f / first : 0.0f;
-    pieces[i] = codes_of(
-        scratch, begin, end, first, inverse, planes, bytes + b * planes * stride, stride, offset[i]);
+    const auto run = planes == 1 ? codes_of<1> : codes_of<2>;
+    const float* next = query + (b + 1 < coded.batch ? stride : 0);
+    pieces[i] = run(scratch, begin, end, first, inverse, bytes + b * planes * stride, stride, next, offset[i]);
     all.x += pieces[i].x;
     all.r += pieces[i].r;
     all.n += pieces[i].n;

@@ -53,6 +53,7 @@ class Shortlister {
         reach_(pass.coded.batch) {}
 
   bool run(int64_t begin, int64_t end) {
+    for (int64_t b = 0; b < panel_.batch; ++b) lists_[b].keys.reserve(64);
     // For few queries reading the codes is the whole cost, and heads read for themselves come slowly.
     if (pass_.coded.head > 0 && end - begin > room_.blocks && panel_.batch > kFew) sweep(begin, end);
     for (int64_t at = begin; at < end && right_; at += room_.blocks) {
