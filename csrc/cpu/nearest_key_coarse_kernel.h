@@ -302,7 +302,7 @@ inline void dots(
 
 // Whether the panel needs the products of a tile's rows with a block.
 inline bool wanted(const CodedQueries& coded, const uint16_t* near, int64_t first, int64_t height) {
-  for (int64_t b = first / coded.planes; b * coded.planes < first + height; ++b) {
+  for (int64_t b = coded.planes == 2 ? first / 2 : first; b * coded.planes < first + height; ++b) {
     if (near[b] != 0) return true;
   }
   return false;
@@ -333,6 +333,7 @@ inline int64_t multiply(
     const Codes& codes, const CodedQueries& coded, const Panel& panel, int64_t block, int64_t place, int64_t count,
     bool head, bool whole) {
   const int64_t size = codes.quads * 4 * kBlock, rows = panel.rows, tiles = tiles_of(rows);
+  const int64_t low = rows / tiles, higher = rows % tiles;  // as height_of: a division for each would be felt
   const uint8_t* keys = codes.codes + block * size;
   const int64_t apart = (kCuts + 1) * rows * kBlock;
   int32_t* products = panel.product + place * apart;
@@ -356,7 +357,7 @@ inline int64_t multiply(
     const int64_t step = tiles == 1 ? 64 : 64 / tiles;
     int64_t first = 0;
     for (int64_t t = 0; t < tiles; ++t) {
-      const int64_t height = height_of(rows, t);
+      const int64_t height = low + (t < higher ? 1 : 0);
       const Fetch fetch{next + t * step * quads, step};
       if (wanted(coded, near, first, height) || (count == 2 && wanted(coded, near + panel.batch, first, height))) {
         const int8_t* own = coded.codes + (first * codes.quads + quad * height) * 4;

@@ -195,7 +195,7 @@ Codes unpack(
           apart.size(0),
           quads,
           dim,
-          floats("tails", tails, padded * 2 * kCuts),
+          floats("tails", tails, quads < kFewestQuads ? 0 : padded * 2 * kCuts),
           cosine ? (static_cast<float>(dim) / 16 + 32) * 6.2e-8f : 0.0f};
 }
 

@@ -255,8 +255,7 @@ class Shortlister {
       for (int64_t b = 0; b < panel_.batch; ++b) {
         const float* low = panel_.low + (place * panel_.batch + b) * kBlock;
         for (uint32_t bits = near(place, b); bits != 0; bits &= bits - 1) {
-          int64_t j = 0;
-          while (!(bits >> j & 1)) ++j;
+          const int64_t j = __builtin_ctz(bits);
           const int64_t key = (start_ + place) * kBlock + j;
           Candidate candidate{key, lower_of(key, b, low[j], heads_only_), {}};
           for (int64_t c = 0; c < kCuts && !heads_only_; ++c) candidate.rest[c] = rest_of(key, b, c);

@@ -44,7 +44,7 @@ class KeyCodes:
         centre: [D] fp32, zero where a dimension is kept apart.
         rows: [N / 16, P, 16] fp32, the keys at the dimensions kept apart.
         tails: [N / 16, 4, 16] fp32, lengths of k - c behind a quarter and behind half of the dimensions, and
-            errors there: an exact distance can be given up at these places.
+            errors there: an exact distance can be given up at these places. [N / 16, 0, 16] below 509 dimensions.
         apart: [P] int64, those dimensions.
         metric: of the lookup; codes for "cosine" are those of keys scaled to length 1.
         dtype: of the keys.
@@ -112,7 +112,8 @@ def encode_keys(keys: Tensor, metric: str = "l2", known: KeyCodes | None = None)
             encoded about twice, however many steps there are. ``known`` stays valid.
 
     Returns:
-        codes of all rows; about D + 28 bytes a key, and up to 64 more where activations are massive.
+        codes of all rows; about D + 28 bytes a key (D + 12 below 509
+            dimensions), and up to 64 more where activations are massive.
 
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape, device or value.
@@ -196,14 +197,14 @@ def _room(like: Tensor, count: int, dim: int, apart: Tensor) -> list[Tensor]:
         square,
         torch.full((blocks * BLOCK,), torch.inf, device=device),
         torch.zeros(blocks, len(apart), BLOCK, device=device),
-        torch.zeros(blocks, 4, BLOCK, device=device),
+        torch.zeros(blocks, 4 if quads >= _FEWEST_QUADS else 0, BLOCK, device=device),
     ]
 
 
-def _cuts(dim: int) -> tuple[int, int]:
+def _cuts(dim: int) -> list[int]:
     """Dimensions where codes are cut, as in csrc/cpu/nearest_key_coarse.h."""
     quads = -(-dim // 4)
-    return (quads // 16 * 16, quads // 16 * 32) if quads >= _FEWEST_QUADS else (dim, dim)
+    return [quads // 16 * 16, quads // 16 * 32] if quads >= _FEWEST_QUADS else []
 
 
 def _chunks(keys: Tensor) -> list[Tensor]:
@@ -276,7 +277,7 @@ def _write(codes: KeyCodes, chunk: Tensor, first: int) -> None:
     codes.scale[at] = held
     codes.square[at] = decoded.square().sum(1).float()
     codes.error[at] = torch.where(usable, error, torch.inf).float()
-    tails = [values[:, cut:] for cut in _cuts(codes.dim)] + [rest[:, cut:] for cut in _cuts(codes.dim)]
-    tails = torch.stack([torch.linalg.vector_norm(tail, dim=1) for tail in tails], 1)
-    tails[:, 2:] = torch.where(usable[:, None], tails[:, 2:] + (error - left)[:, None], torch.inf)
-    codes.tails[block, :, place] = tails.float()
+    for i, cut in enumerate(_cuts(codes.dim)):
+        codes.tails[block, i, place] = torch.linalg.vector_norm(values[:, cut:], dim=1).float()
+        tail = torch.linalg.vector_norm(rest[:, cut:], dim=1) + (error - left)
+        codes.tails[block, 2 + i, place] = torch.where(usable, tail, torch.inf).float()
