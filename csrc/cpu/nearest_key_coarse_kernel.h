@@ -275,7 +275,9 @@ inline void dots(const Blocks& blocks, const int8_t* rows, int64_t quads, bool m
     }
   }
   for (int64_t i = 0; i < blocks.count; ++i) {
-    Kernel::template tile<R>(blocks.keys + i * blocks.step, rows, quads, more, fetch, blocks.out + i * blocks.apart);
+    const uint8_t* keys = blocks.keys + i * blocks.step;
+    const Fetch own{fetch.from + i * blocks.step, fetch.step};
+    Kernel::template tile<R>(keys, rows, quads, more, own, blocks.out + i * blocks.apart);
   }
 }
 
