@@ -267,7 +267,6 @@ struct Blocks {
 // Products of some quads of the blocks' keys with a tile.
 template <int R, class Kernel = Dots>
 inline void dots(const Blocks& blocks, const int8_t* rows, int64_t quads, bool more, Fetch fetch) {
-  // For few rows reading the keys is the whole cost, and one stream of them is read the fastest.
   if constexpr (R > 4 && Kernel::kBlocks == 2) {
     if (blocks.count == 2) {
       Kernel::template two<R>(blocks.keys, blocks.step, rows, quads, more, fetch, blocks.out, blocks.apart);
@@ -335,7 +334,7 @@ inline int64_t multiply(
     const Codes& codes, const CodedQueries& coded, const Panel& panel, int64_t block, int64_t place, int64_t count,
     bool head, bool whole) {
   const int64_t size = codes.quads * 4 * kBlock, rows = panel.rows, tiles = tiles_of(rows);
-  const int64_t low = rows / tiles, higher = rows % tiles;  // as height_of: a division for each would be felt
+  const int64_t step = 64 / tiles, low = rows / tiles, higher = rows % tiles;  // as height_of: a division for each would be felt
   const uint8_t* keys = codes.codes + block * size;
   const int64_t apart = (kCuts + 1) * rows * kBlock;
   int32_t* products = panel.product + place * apart;
@@ -343,20 +342,16 @@ inline int64_t multiply(
   // Some of the keys' codes stay in the first-level cache while the tiles pass.
   const int64_t most = tiles == 1 ? codes.quads : 256 / Dots::kBlocks;
   const int64_t begin = head || whole ? 0 : coded.head, end = head ? coded.head : codes.quads;
-  if (head) {  // the next block's is far from here
-    const uint8_t* next = keys + count * size;
-    for (int64_t quad = 0; quad < end; ++quad) __builtin_prefetch(next + quad * 4 * kBlock);
-  }
   int64_t part = 0;
   for (int64_t quad = begin; quad < end;) {
     while (coded.begin_of(part + 1, codes.quads) <= quad) ++part;
     const int64_t start = coded.begin_of(part, codes.quads), stop = coded.begin_of(part + 1, codes.quads);
     const int64_t edge = stop < end ? stop : end, quads = edge - quad < most ? edge - quad : most;
     int32_t* sums = products + part * rows * kBlock;
-    // Those that come next are fetched little by little, by all tiles.
+    // What comes next is fetched little by little, by all tiles; by a single one, a little ahead.
     const uint8_t* now = keys + quad * 4 * kBlock;
-    const uint8_t* next = tiles == 1 ? now + 8192 : quad + quads < codes.quads ? now + quads * 64 : keys + count * size;
-    const int64_t step = tiles == 1 ? 64 : 64 / tiles;
+    const uint8_t* next = quad + quads < end ? now + quads * 64 : keys + count * size + begin * 64;
+    if (tiles == 1 && !head) next = now + 8192;
     int64_t first = 0;
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t height = low + (t < higher ? 1 : 0);
@@ -427,8 +422,12 @@ inline void bound_block(
 void bound(
     const Codes& codes, const CodedQueries& coded, const Panel& panel, int64_t block, int64_t place, int64_t count,
     bool head, bool whole) {
-  const int64_t parts = multiply(codes, coded, panel, block, place, count, head, whole);
-  for (int64_t i = 0; i < count; ++i) bound_block(codes, coded, panel, block + i, place + i, head, parts);
+  // For a single tile reading the keys is the whole cost, and one stream of them is read the fastest; heads are none.
+  const int64_t step = tiles_of(panel.rows) == 1 && !head ? 1 : count;
+  for (int64_t i = 0; i < count; i += step) {
+    const int64_t parts = multiply(codes, coded, panel, block + i, place + i, step, head, whole);
+    for (int64_t j = i; j < i + step; ++j) bound_block(codes, coded, panel, block + j, place + j, head, parts);
+  }
 }
 
 int64_t select(

@@ -44,7 +44,7 @@ class KeyCodes:
         centre: [D] fp32, zero where a dimension is kept apart.
         rows: [N / 16, P, 16] fp32, the keys at the dimensions kept apart.
         tails: [N / 16, 4, 16] fp32, lengths of k - c behind a quarter and behind half of the dimensions, and
-            errors there: an exact distance can be given up at these places. [N / 16, 0, 16] below 509 dimensions.
+            errors there: an exact distance can be given up at these places. None below 509 dimensions.
         apart: [P] int64, those dimensions.
         metric: of the lookup; codes for "cosine" are those of keys scaled to length 1.
         dtype: of the keys.
@@ -70,7 +70,8 @@ class KeyCodes:
 
     def tensors(self) -> list[Tensor]:
         """The tensors in the order in which the operator takes them."""
-        return [self.codes, self.scale, self.square, self.error, self.centre, self.rows, self.apart, self.tails]
+        values = [self.codes, self.scale, self.square, self.error, self.centre, self.rows]
+        return [*values, self.apart, self.tails]
 
     def nbytes(self) -> int:
         """Bytes of all tensors, room for more keys included."""
