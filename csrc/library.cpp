@@ -15,7 +15,7 @@ std::tuple<torch::stable::Tensor, torch::stable::Tensor> nearest_key_coded(
     torch::stable::Tensor query, torch::stable::Tensor keys, torch::stable::Tensor radius, bool cosine, int64_t isa,
     torch::stable::Tensor codes, torch::stable::Tensor scale, torch::stable::Tensor square,
     torch::stable::Tensor error, torch::stable::Tensor centre, torch::stable::Tensor rows,
-    torch::stable::Tensor apart);
+    torch::stable::Tensor apart, torch::stable::Tensor tails);
 void last_coded(int64_t* out);
 }  // namespace dualedit
 

@@ -1,11 +1,13 @@
 // 16 keys by R rows of queries, widened to 16 bits: products of bytes in 16 bits would saturate. Included in a
 // namespace compiled for AVX2.
 struct Dots {
+  static constexpr int kBlocks = 1;
   static constexpr int kRows = 2;  // 2 x 4 accumulators, a key and a row in 16 registers
 
-  // out [R, kBlock]: products over some quads, on top of what is there if ``more``.
+  // out [R, kBlock]: products over some quads, on top of what is there if ``more``. Meanwhile codes are
+  // fetched.
   template <int R>
-  static void tile(const uint8_t* keys, const int8_t* rows, int64_t quads, bool more, int32_t* out) {
+  static void tile(const uint8_t* keys, const int8_t* rows, int64_t quads, bool more, Fetch fetch, int32_t* out) {
     __m256i total[R][4];  // 4 keys each, two sums a key
 #pragma GCC unroll 2
     for (int r = 0; r < R; ++r) {
@@ -13,7 +15,7 @@ struct Dots {
       for (int u = 0; u < 4; ++u) total[r][u] = _mm256_setzero_si256();
     }
     for (int64_t t = 0; t < quads; ++t) {
-      __builtin_prefetch(keys + t * 64 + 8192);
+      __builtin_prefetch(fetch.from + t * fetch.step);
       __m256i q[R];
 #pragma GCC unroll 2
       for (int r = 0; r < R; ++r) {

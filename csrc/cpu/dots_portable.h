@@ -1,10 +1,11 @@
 // 16 keys by R rows of queries in plain C++.
 struct Dots {
+  static constexpr int kBlocks = 1;
   static constexpr int kRows = 2;
 
   // out [R, kBlock]: products over some quads, on top of what is there if ``more``.
   template <int R>
-  static void tile(const uint8_t* keys, const int8_t* rows, int64_t quads, bool more, int32_t* out) {
+  static void tile(const uint8_t* keys, const int8_t* rows, int64_t quads, bool more, Fetch, int32_t* out) {
     int32_t total[R][kBlock] = {};
     for (int64_t t = 0; t < quads; ++t) {
       for (int r = 0; r < R; ++r) {

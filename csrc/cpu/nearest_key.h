@@ -39,11 +39,25 @@ constexpr int64_t kMaxBlock = 4;  // keys that any instruction set holds at once
 using Scan = void (*)(
     const Lookup& lookup, int64_t first, int64_t last, float* best, int64_t* index, float* scratch);
 
-// Squared distances out [some] of the lookup's first query to up to kMaxBlock keys, as `scan` computes them in a
-// batch (not in a stream). Meanwhile the keys ``next`` [more], as many at the most, are fetched. scratch: as above.
+struct Pair {
+  int64_t query;
+  int64_t key;
+};
+
+// Dimensions begin..end of some pairs, kMaxBlock at most.
+struct Piece {
+  const Pair* pairs;
+  int64_t some;
+  int64_t begin;  // a multiple of kLanes
+  int64_t end;
+};
+
+// Squared distances out [some] of the pairs ``now`` over dimensions 0..end, as `scan` computes them in a batch (not
+// in a stream). They are continued from lanes [kMaxBlock][kLanes], one for each pair, where begin > 0, and left
+// there where end < dim; for the cosine metric they are computed at once. Meanwhile as much of the keys of ``next``
+// is fetched. scratch: as above.
 using Few = void (*)(
-    const Lookup& lookup, const int64_t* keys, int64_t some, const int64_t* next, int64_t more, float* out,
-    float* scratch);
+    const Lookup& lookup, const Piece& now, const Piece& next, float* const* lanes, float* out, float* scratch);
 
 // Instruction sets, worst first.
 enum class Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };

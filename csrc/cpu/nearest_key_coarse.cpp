@@ -50,13 +50,13 @@ bool has_vnni() {
 CoarseKernel coarse_for(int64_t isa) {
 #ifdef DUALEDIT_X86
   if (isa >= static_cast<int>(Isa::kAvx512) && has_vnni()) {
-    return {coarse_avx512vnni::code, coarse_avx512vnni::bound, coarse_avx512vnni::select};
+    return {coarse_avx512vnni::code, coarse_avx512vnni::arrange, coarse_avx512vnni::bound, coarse_avx512vnni::select};
   }
   if (isa >= static_cast<int>(Isa::kAvx2)) {
-    return {coarse_avx2::code, coarse_avx2::bound, coarse_avx2::select};
+    return {coarse_avx2::code, coarse_avx2::arrange, coarse_avx2::bound, coarse_avx2::select};
   }
 #endif
-  return {coarse_portable::code, coarse_portable::bound, coarse_portable::select};
+  return {coarse_portable::code, coarse_portable::arrange, coarse_portable::bound, coarse_portable::select};
 }
 
 const char* coarse_name(int64_t isa) {

@@ -2,11 +2,19 @@
 // and no function from the standard library (its code would be compiled for the instruction set and could be
 // linked into the others).
 
+// What to fetch into the cache with each quad.
+struct Fetch {
+  const uint8_t* from;
+  int64_t step;  // bytes
+};
+
 #include DUALEDIT_DOTS
 
 // 16 keys side by side, in as many registers as the instruction set needs. Compilers take loops over
 // arrays of this size apart and make a muddle of them.
 typedef float Floats __attribute__((vector_size(64)));
+typedef float Halves __attribute__((vector_size(32)));
+typedef double Doubles __attribute__((vector_size(64)));
 typedef int32_t Integers __attribute__((vector_size(64)));
 
 template <class V, class T>
@@ -25,161 +33,258 @@ inline int64_t height_of(int64_t rows, int64_t tile) {
   return rows / tiles + (tile < rows % tiles ? 1 : 0);
 }
 
-// Where the codes of a row are, and the bytes from one quad of them to the next.
-inline int8_t* place_of(const CodedQueries& coded, int64_t quads, int64_t row, int64_t* step) {
+// The codes of rows in tiles: 16 quads of a row after the other, so that what is written stays in the cache.
+void arrange(const CodedQueries& coded, int64_t quads, const int8_t* bytes, int64_t stride) {
+  const int64_t rows = coded.batch * coded.planes;
   int64_t first = 0;
-  for (int64_t t = 0;; ++t) {
-    const int64_t height = height_of(coded.batch * coded.planes, t);
-    if (row < first + height) {
-      *step = height * 4;
-      return coded.codes + first * quads * 4 + (row - first) * 4;
+  for (int64_t t = 0; t < tiles_of(rows); ++t) {
+    const int64_t height = height_of(rows, t);
+    for (int64_t begin = 0; begin < quads; begin += 16) {
+      const int64_t end = begin + 16 < quads ? begin + 16 : quads;
+      for (int64_t r = 0; r < height; ++r) {
+        const int8_t* from = bytes + (first + r) * stride + begin * 4;
+        int8_t* to = coded.codes + first * quads * 4 + (begin * height + r) * 4;
+        for (int64_t quad = begin; quad < end; ++quad, from += 4, to += height * 4) __builtin_memcpy(to, from, 4);
+      }
     }
     first += height;
   }
 }
 
-// Write the codes of a row to its place among the others.
-inline void put(const int8_t* codes, const CodedQueries& coded, int64_t quads, int64_t row) {
-  int64_t step;
-  int8_t* to = place_of(coded, quads, row, &step);
-  for (int64_t t = 0; t < quads; ++t) __builtin_memcpy(to + t * step, codes + t * 4, 4);
-}
+// What is summed up over some dimensions of a query x and its codes n, before scales are those of least squares:
+// r = x - scale n.
+struct Sums {
+  double x = 0.0;  // x^2, up to dim / 16 + 8 roundings of 2^-24 of it
+  double r = 0.0;  // r^2, as well
+  double n = 0.0;  // n^2, exactly if n are bytes, else up to a rounding of 2^-24
+  double rn = 0.0;  // r n, up to 18 roundings of 2^-24 of |r| |n|, where |r| is at most scale |n|
+};
 
-// Sum of squares of n over whole registers of 16: exactly, if n are bytes, else up to the rounding of doubles.
-inline double squares_of(const int32_t* n, int64_t padded, bool bytes) {
-  constexpr int W = 16;
-  double sum = 0.0;
-  if (bytes) {
-    int32_t total[W] = {};
-    for (int64_t d = 0; d < padded; d += W) {
-      for (int j = 0; j < W; ++j) total[j] += n[d + j] * n[d + j];  // 127^2 65536 / 16 at most
-    }
-    for (int j = 0; j < W; ++j) sum += total[j];
-    return sum;
-  }
-  double total[W] = {};
-  for (int64_t d = 0; d < padded; d += W) {
-    for (int j = 0; j < W; ++j) total[j] += static_cast<double>(n[d + j]) * n[d + j];
-  }
-  for (int j = 0; j < W; ++j) sum += total[j];
+inline double sum_of(const Doubles& lanes) {
+  return ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]));
+}
+inline void add(Doubles& total, const Floats& lanes) {
+  // Sums whose halves are read by address would live in memory all the time: only the copy is to.
+  Floats copy = lanes;
+  asm("" : "+m"(copy));
+  Halves low, high;
+  __builtin_memcpy(&low, &copy, sizeof(low));
+  __builtin_memcpy(&high, reinterpret_cast<const char*>(&copy) + sizeof(low), sizeof(high));
+  total += __builtin_convertvector(low, Doubles) + __builtin_convertvector(high, Doubles);
+}
+inline double sum_of(const Floats& lanes) {
+  Doubles sums = {};
+  add(sums, lanes);
+  return sum_of(sums);
+}
+inline int32_t sum_of(const Integers& lanes) {
+  int32_t sum = 0;
+  for (int j = 0; j < kBlock; ++j) sum += lanes[j];
   return sum;
 }
 
-// Sum of squares of x - scale * n (of x where there is no n), in 16 lanes.
-inline float squares_of(const float* x, const int32_t* n, float scale, int64_t padded) {
-  constexpr int W = 16;
-  float total[W] = {};
-  if (n == nullptr) {
-    for (int64_t d = 0; d < padded; d += W) {
-      for (int j = 0; j < W; ++j) total[j] += x[d + j] * x[d + j];
-    }
-  } else {
-    for (int64_t d = 0; d < padded; d += W) {
-      float rest[W];
-      for (int j = 0; j < W; ++j) rest[j] = x[d + j] - scale * static_cast<float>(n[d + j]);
-      for (int j = 0; j < W; ++j) total[j] += rest[j] * rest[j];
-    }
-  }
-  float sum = 0.0f;
-  for (int j = 0; j < W; ++j) sum += total[j];
-  return sum;
+inline void put(const Integers& codes, int8_t* to) {
+  typedef int8_t Bytes __attribute__((vector_size(16)));
+  put(__builtin_convertvector(codes, Bytes), to);
 }
 
-// Sum of x n, where no product is negative, up to 10 roundings of 2^-24 of it.
-inline double product_of(const float* x, const int32_t* n, int64_t padded) {
-  constexpr int W = 16, kRun = 8 * W;
-  double total[W] = {};
-  for (int64_t begin = 0; begin < padded; begin += kRun) {
-    const int64_t end = begin + kRun < padded ? begin + kRun : padded;
-    float run[W] = {};
-    for (int64_t d = begin; d < end; d += W) {
-      for (int j = 0; j < W; ++j) run[j] += x[d + j] * static_cast<float>(n[d + j]);
+// Codes of dimensions begin..end of x, written to the planes of a query, and their sums. Meanwhile ``next`` is
+// fetched.
+template <int P>
+inline Sums codes_of(
+    const float* x, int64_t begin, int64_t end, float scale, float inverse, int8_t* bytes, int64_t stride,
+    const float* next, int32_t* offset) {
+  constexpr float kRounder = 12582912.0f;  // rounds to nearest: the last bits of 1.5 * 2^23 + x are x
+  constexpr int64_t run = (P == 1 ? 16 : 1) * kBlock;  // sums of so many dimensions need no doubles
+  Sums sums;
+  Floats squares = {}, rests = {};
+  Doubles all = {}, together = {};
+  Integers high = {}, low = {};
+  for (int64_t first = begin; first < end; first += run) {
+    const int64_t last = first + run < end ? first + run : end;
+    Floats own = {}, both = {};
+    for (int64_t d = first; d < last; d += kBlock) {
+      Floats value;
+      __builtin_prefetch(next + d);
+      get(value, x + d);
+      const Floats rounded = value * inverse + kRounder;
+      const Floats code = rounded - kRounder;
+      const Floats rest = value - scale * code;
+      squares += value * value;
+      rests += rest * rest;
+      own += code * code;
+      both += rest * code;
+      const Integers n = __builtin_convertvector(code, Integers);
+      if constexpr (P == 1) {
+        low += n;
+        put(n, bytes + d);
+      } else {
+        const Integers shifted = n + 128, upper = shifted >> 8, lower = (shifted & 255) - 128;
+        high += upper;
+        low += lower;
+        put(upper, bytes + d);
+        put(lower, bytes + stride + d);
+      }
     }
-    for (int j = 0; j < W; ++j) total[j] += run[j];
+    add(all, own);
+    add(together, both);
   }
-  double sum = 0.0;
-  for (int j = 0; j < W; ++j) sum += total[j];
-  return sum;
+  sums.n = sum_of(all);
+  sums.rn = sum_of(together);
+  sums.x = sum_of(squares);
+  sums.r = sum_of(rests);
+  offset[P - 1] = 128 * sum_of(low);
+  if (P == 2) offset[0] = 128 * sum_of(high);
+  return sums;
 }
 
-// Code query b: as in CodedQueries. Loops are such that compilers turn them into whole registers. scratch: room for
-// 5/2 of the query.
-void code(const Codes& codes, const float* query, CodedQueries& coded, int64_t b, float* scratch) {
-  const int64_t padded = (codes.dim + kLanes - 1) / kLanes * kLanes;
+// The larger magnitudes, by their bits: those are in the order of the values, NaN above infinity.
+inline void larger(const Floats& value, Integers& top) {
+  Integers size;
+  __builtin_memcpy(&size, &value, sizeof(size));
+  size &= 0x7fffffff;
+  top = size > top ? size : top;
+}
+
+// x = q - c, zero at the dimensions apart and behind the last; the largest magnitude.
+inline float centred(const Codes& codes, const float* query, int64_t padded, float* x) {
+  Integers top = {};
+  int64_t d = 0;
+  for (; d + kBlock <= codes.dim; d += kBlock) {
+    Floats value, centre;
+    get(value, query + d);
+    get(centre, codes.centre + d);
+    value -= centre;
+    put(value, x + d);
+    larger(value, top);
+  }
+  for (; d < codes.dim; ++d) x[d] = query[d] - codes.centre[d];
+  for (; d < padded; ++d) x[d] = 0.0f;
+  for (int64_t p = 0; p < codes.apart; ++p) x[codes.apart_at[p]] = 0.0f;
+  if (codes.apart > 0) top = Integers{};
+  // What has not been looked at yet, or has changed.
+  for (d = codes.apart > 0 ? 0 : codes.dim / kBlock * kBlock; d < padded; d += kBlock) {
+    Floats value;
+    get(value, x + d);
+    larger(value, top);
+  }
+  int32_t most = 0;
+  for (int j = 0; j < kBlock; ++j) most = top[j] > most ? top[j] : most;
+  float result;
+  __builtin_memcpy(&result, &most, sizeof(result));
+  return result;
+}
+
+// Code query b: as in CodedQueries.
+void code(
+    const Codes& codes, const float* query, CodedQueries& coded, int64_t b, int8_t* bytes, int64_t stride,
+    float* scratch) {
+  constexpr int64_t kPieces = kCuts + 2;  // the head, the rest of the first part, and the other parts
+  const int64_t padded = (codes.dim + kLanes - 1) / kLanes * kLanes, planes = coded.planes;
   float* own = coded.apart + b * codes.apart;
   double apart = 0.0;
   for (int64_t p = 0; p < codes.apart; ++p) {
     own[p] = query[codes.apart_at[p]];
     apart += static_cast<double>(own[p]) * own[p];
   }
-  for (int64_t d = 0; d < codes.dim; ++d) scratch[d] = query[d] - codes.centre[d];
-  for (int64_t d = codes.dim; d < padded; ++d) scratch[d] = 0.0f;
-  for (int64_t p = 0; p < codes.apart; ++p) scratch[codes.apart_at[p]] = 0.0f;
-
-  // The largest magnitude, by its bits: they are in the order of the values, NaN above infinity.
-  int32_t* whole = reinterpret_cast<int32_t*>(scratch + padded);
-  __builtin_memcpy(whole, scratch, padded * sizeof(float));
-  int32_t top = 0;
-  for (int64_t d = 0; d < padded; ++d) {
-    const int32_t size = whole[d] & 0x7fffffff;
-    top = size > top ? size : top;
-  }
-  float most;
-  __builtin_memcpy(&most, &top, sizeof(most));
-  const float squares = squares_of(scratch, nullptr, 0.0f, padded);
-  float scale = most / (coded.planes == 1 ? 127.0f : 127.0f * 256.0f);
+  const float most = centred(codes, query, padded, scratch);
+  const float first = most / (planes == 1 ? 127.0f : 127.0f * 256.0f);
   // Beyond these sizes squares could overflow, or scales lose their precision. NaN compares false.
-  const bool fine = squares <= 1e37 && apart <= 1e37 && (most == 0.0f || scale >= 1e-18f);
+  bool fine = most <= 4e18f && apart <= 1e37 && (most == 0.0f || first >= 1e-18f);
   if (!fine) {
     for (int64_t d = 0; d < padded; ++d) scratch[d] = 0.0f;
+  }
+  Sums pieces[kPieces], all;
+  int32_t offset[kPieces][2], total[2] = {};
+  int64_t begin = 0;
+  for (int64_t i = 0; i < kPieces; ++i) {
+    const int64_t quad = i == 0 ? coded.head : coded.begin_of(i, codes.quads);
+    const int64_t end = quad < codes.quads ? quad * 4 : padded;
+    const float inverse = fine && most > 0.0f ? 1.0f / first : 0.0f;
+    const auto run = planes == 1 ? codes_of<1> : codes_of<2>;
+    const float* next = query + (b + 1 < coded.batch ? stride : 0);
+    pieces[i] = run(scratch, begin, end, first, inverse, bytes + b * planes * stride, stride, next, offset[i]);
+    all.x += pieces[i].x;
+    all.r += pieces[i].r;
+    all.n += pieces[i].n;
+    all.rn += pieces[i].rn;
+    for (int64_t p = 0; p < planes; ++p) total[p] += offset[i][p];
+    begin = end;
+  }
+  fine = fine && all.x <= 1e37;
+  if (!fine) {
     for (int64_t p = 0; p < codes.apart; ++p) own[p] = 0.0f;
   }
-  // Rounds to nearest: the last bits of 1.5 * 2^23 + x are x.
-  const float inverse = fine && most > 0.0f ? 1.0f / scale : 0.0f;
-  float* rounded = reinterpret_cast<float*>(whole);
-  for (int64_t d = 0; d < padded; ++d) rounded[d] = scratch[d] * inverse + 12582912.0f;
-  __builtin_memcpy(whole, rounded, padded * sizeof(float));
-  for (int64_t d = 0; d < padded; ++d) whole[d] -= 0x4b400000;
-
-  int8_t* bytes = reinterpret_cast<int8_t*>(whole + padded);
-  for (int64_t p = 0; p < coded.planes; ++p) {
-    int32_t sum = 0;
-    if (coded.planes == 1) {
-      for (int64_t d = 0; d < padded; ++d) bytes[d] = static_cast<int8_t>(whole[d]);
-    } else if (p == 0) {
-      for (int64_t d = 0; d < padded; ++d) bytes[d] = static_cast<int8_t>((whole[d] + 128) >> 8);
-    } else {
-      for (int64_t d = 0; d < padded; ++d) bytes[d] = static_cast<int8_t>(((whole[d] + 128) & 255) - 128);
+  for (int64_t p = 0; p < planes; ++p) {
+    int32_t* to = coded.offset + b * planes + p;
+    const int64_t step = coded.batch * planes;
+    to[0] = offset[0][p];
+    to[step] = total[p];
+    int32_t behind = total[p] - offset[0][p] - offset[1][p];
+    for (int64_t c = 0; c < kCuts; ++c) {
+      to[(2 + c) * step] = behind;
+      behind -= offset[2 + c][p];
     }
-    for (int64_t d = 0; d < 4 * coded.head; ++d) sum += bytes[d];
-    coded.offset[b * coded.planes + p] = 128 * sum;
-    for (int64_t d = 4 * coded.head; d < padded; ++d) sum += bytes[d];
-    coded.offset[(coded.batch + b) * coded.planes + p] = 128 * sum;
-    put(bytes, coded, codes.quads, b * coded.planes + p);
   }
-  const double first = squares_of(whole, 4 * coded.head, coded.planes == 1);
-  const double second = squares_of(whole + 4 * coded.head, padded - 4 * coded.head, coded.planes == 1);
   // That of least squares: the residue is then at a right angle to the code.
-  const double squared = first + second;
-  scale = fine && squared > 0.0 ? static_cast<float>(product_of(scratch, whole, padded) / squared) : 0.0f;
+  const float scale = fine && all.n > 0.0 ? static_cast<float>(first + all.rn / all.n) : 0.0f;
   coded.scale[b] = scale;
   const double unit = static_cast<double>(scale) * scale;
-  coded.square[b] = static_cast<float>(unit * first);
-  coded.square[coded.batch + b] = static_cast<float>(unit * (first + second));
+  coded.square[b] = static_cast<float>(unit * pieces[0].n);
+  coded.square[coded.batch + b] = static_cast<float>(unit * all.n);
   // Subtracting the centre and the coded value rounds by 2^-24 of the value each, summing squares by another 2^-24
   // for each addition to a lane, and squares that underflow amount to less than 1e-16 in length.
   const double summing = 1 + (static_cast<double>(padded) / 16 + 32) * 6.1e-8;
-  const double left = __builtin_sqrt(static_cast<double>(squares_of(scratch, whole, scale, padded)));
-  const double rounded_off = __builtin_sqrt(static_cast<double>(squares)) * 2.5e-7;
-  const double error = (left + rounded_off) * summing + 1e-16;
+  const double change = static_cast<double>(scale) - first;  // r of the other scale is r - change n
+  const double left = all.r * summing * (1 + 4e-6) - 2 * change * all.rn + change * change * all.n * (1 + 4e-6);
+  const double rounded_off = __builtin_sqrt(all.x) * 2.5e-7;
+  const double error = (__builtin_sqrt(left > 0.0 ? left : 0.0) + rounded_off) * (1 + 1e-6) + 1e-16;
   coded.error[b] = fine ? static_cast<float>(error * (1 + 1e-6)) : __builtin_inff();
-  coded.length[b] = static_cast<float>((__builtin_sqrt(unit * (first + second)) + error) * (1 + 1e-6));
+  coded.length[b] = static_cast<float>((__builtin_sqrt(unit * all.n) + error) * (1 + 1e-6));
+  Sums behind;
+  for (int64_t c = kCuts - 1; c >= 0; --c) {
+    float* tail = coded.tails + (b * kCuts + c) * 3;
+    behind.x += pieces[2 + c].x;
+    behind.r += pieces[2 + c].r;
+    behind.n += pieces[2 + c].n;
+    tail[0] = static_cast<float>(behind.x * (2 - summing) * (1 - 1e-6));
+    tail[1] = static_cast<float>((__builtin_sqrt(behind.x * summing) + 1e-16) * (1 + 1e-6));
+    const double own_error =
+        __builtin_sqrt(behind.r * summing) + __builtin_fabs(change) * __builtin_sqrt(behind.n) + rounded_off;
+    tail[2] = fine ? static_cast<float>(own_error * (1 + 4e-6) + 1e-16) : __builtin_inff();
+  }
 }
 
-inline void dots(int64_t height, const uint8_t* keys, const int8_t* rows, int64_t quads, bool more, int32_t* out) {
-#define DUALEDIT_CASE(R)                                                          \
-  case R:                                                                         \
-    if constexpr (R <= Dots::kRows) Dots::tile<R>(keys, rows, quads, more, out);  \
+// Some blocks' keys, and where their products go.
+struct Blocks {
+  const uint8_t* keys;
+  int64_t step;  // bytes from one block to the next
+  int32_t* out;
+  int64_t apart;  // integers from the products of one to those of the next
+  int64_t count;
+};
+
+// Products of some quads of the blocks' keys with a tile.
+template <int R, class Kernel = Dots>
+inline void dots(const Blocks& blocks, const int8_t* rows, int64_t quads, bool more, Fetch fetch) {
+  if constexpr (R > 4 && Kernel::kBlocks == 2) {
+    if (blocks.count == 2) {
+      Kernel::template two<R>(blocks.keys, blocks.step, rows, quads, more, fetch, blocks.out, blocks.apart);
+      return;
+    }
+  }
+  for (int64_t i = 0; i < blocks.count; ++i) {
+    const uint8_t* keys = blocks.keys + i * blocks.step;
+    const Fetch own{fetch.from + i * blocks.step, fetch.step};
+    Kernel::template tile<R>(keys, rows, quads, more, own, blocks.out + i * blocks.apart);
+  }
+}
+
+inline void dots(
+    int64_t height, const Blocks& blocks, const int8_t* rows, int64_t quads, bool more, Fetch fetch) {
+#define DUALEDIT_CASE(R)                                                              \
+  case R:                                                                             \
+    if constexpr (R <= Dots::kRows) dots<R>(blocks, rows, quads, more, fetch);        \
     break
   switch (height) {
     DUALEDIT_CASE(1);
@@ -190,14 +295,6 @@ inline void dots(int64_t height, const uint8_t* keys, const int8_t* rows, int64_
     DUALEDIT_CASE(6);
     DUALEDIT_CASE(7);
     DUALEDIT_CASE(8);
-    DUALEDIT_CASE(9);
-    DUALEDIT_CASE(10);
-    DUALEDIT_CASE(11);
-    DUALEDIT_CASE(12);
-    DUALEDIT_CASE(13);
-    DUALEDIT_CASE(14);
-    DUALEDIT_CASE(15);
-    DUALEDIT_CASE(16);
     default:
       break;
   }
@@ -206,7 +303,7 @@ inline void dots(int64_t height, const uint8_t* keys, const int8_t* rows, int64_
 
 // Whether the panel needs the products of a tile's rows with a block.
 inline bool wanted(const CodedQueries& coded, const uint16_t* near, int64_t first, int64_t height) {
-  for (int64_t b = first / coded.planes; b * coded.planes < first + height; ++b) {
+  for (int64_t b = coded.planes == 2 ? first / 2 : first; b * coded.planes < first + height; ++b) {
     if (near[b] != 0) return true;
   }
   return false;
@@ -222,32 +319,62 @@ inline void head_squares(const Codes& codes, int64_t block, int64_t head, float*
   }
 }
 
-void bound(
-    const Codes& codes, const CodedQueries& coded, const Panel& panel, int64_t block, int64_t place, bool head,
-    bool whole) {
-  const uint8_t* keys = codes.codes + block * codes.quads * 4 * kBlock;
-  const int64_t rows = panel.rows;
-  int32_t* products = panel.product + place * rows * kBlock;
-  const uint16_t* near = panel.near + place * panel.batch;
-  // A part of the keys stays in the first-level cache while the tiles pass.
-  const int64_t part = tiles_of(rows) == 1 ? codes.quads : 256;
-  const int64_t begin = head || whole ? 0 : coded.head, end = head ? coded.head : codes.quads;
-  if (head) {  // the next block's is far from here
-    const uint8_t* next = keys + codes.quads * 4 * kBlock;
-    for (int64_t quad = 0; quad < end; ++quad) __builtin_prefetch(next + quad * 4 * kBlock);
+// Products of one row, of parts 0..last together.
+inline void total_of(const int32_t* product, int64_t last, int64_t rows, Integers& total) {
+  Integers part;
+  get(total, product);
+  for (int64_t p = 1; p <= last; ++p) {
+    get(part, product + p * rows * kBlock);
+    total += part;
   }
-  for (int64_t quad = begin; quad < end; quad += part) {
-    const int64_t quads = end - quad < part ? end - quad : part;
+}
+
+// Products of ``count`` blocks with the queries to which a key of them is near; the last part that has any.
+inline int64_t multiply(
+    const Codes& codes, const CodedQueries& coded, const Panel& panel, int64_t block, int64_t place, int64_t count,
+    bool head, bool whole) {
+  const int64_t size = codes.quads * 4 * kBlock, rows = panel.rows, tiles = tiles_of(rows);
+  const int64_t step = 64 / tiles, low = rows / tiles, higher = rows % tiles;  // as height_of: a division for each would be felt
+  const uint8_t* keys = codes.codes + block * size;
+  const int64_t apart = (kCuts + 1) * rows * kBlock;
+  int32_t* products = panel.product + place * apart;
+  const uint16_t* near = panel.near + place * panel.batch;
+  // Some of the keys' codes stay in the first-level cache while the tiles pass.
+  const int64_t most = tiles == 1 ? codes.quads : 256 / Dots::kBlocks;
+  const int64_t begin = head || whole ? 0 : coded.head, end = head ? coded.head : codes.quads;
+  int64_t part = 0;
+  for (int64_t quad = begin; quad < end;) {
+    while (coded.begin_of(part + 1, codes.quads) <= quad) ++part;
+    const int64_t start = coded.begin_of(part, codes.quads), stop = coded.begin_of(part + 1, codes.quads);
+    const int64_t edge = stop < end ? stop : end, quads = edge - quad < most ? edge - quad : most;
+    int32_t* sums = products + part * rows * kBlock;
+    // What comes next is fetched little by little, by all tiles; by a single one, a little ahead.
+    const uint8_t* now = keys + quad * 4 * kBlock;
+    const uint8_t* next = quad + quads < end ? now + quads * 64 : keys + count * size + begin * 64;
+    if (tiles == 1 && !head) next = now + 8192;
     int64_t first = 0;
-    for (int64_t t = 0; t < tiles_of(rows); ++t) {
-      const int64_t height = height_of(rows, t);
-      if (wanted(coded, near, first, height)) {
+    for (int64_t t = 0; t < tiles; ++t) {
+      const int64_t height = low + (t < higher ? 1 : 0);
+      const Fetch fetch{next + t * step * quads, step};
+      if (wanted(coded, near, first, height) || (count == 2 && wanted(coded, near + panel.batch, first, height))) {
         const int8_t* own = coded.codes + (first * codes.quads + quad * height) * 4;
-        dots(height, keys + quad * 4 * kBlock, own, quads, quad > 0, products + first * kBlock);
+        const Blocks blocks{now, size, sums + first * kBlock, apart, count};
+        dots(height, blocks, own, quads, quad > start, fetch);
       }
       first += height;
     }
+    quad += quads;
   }
+  return part;
+}
+
+// Bounds of one block from its products.
+inline void bound_block(
+    const Codes& codes, const CodedQueries& coded, const Panel& panel, int64_t block, int64_t place, bool head,
+    int64_t parts) {
+  const int64_t rows = panel.rows;
+  const int32_t* products = panel.product + place * (kCuts + 1) * rows * kBlock;
+  const uint16_t* near = panel.near + place * panel.batch;
   const float* apart = codes.rows + block * codes.apart * kBlock;
   const Integers number = Integers{} + static_cast<int32_t>(block - panel.start);
   Floats square, scale, error;
@@ -267,12 +394,12 @@ void bound(
     if (near[b] == 0) continue;
     const int32_t* product = products + b * coded.planes * kBlock;
     const int32_t* offset = coded.offset + (half + b) * coded.planes;
-    Integers part;
-    get(part, product);
-    Floats dot = __builtin_convertvector(part - offset[0], Floats);
+    Integers total;
+    total_of(product, parts, rows, total);
+    Floats dot = __builtin_convertvector(total - offset[0], Floats);
     if (coded.planes == 2) {
-      get(part, product + kBlock);
-      dot = dot * 256.0f + __builtin_convertvector(part - offset[1], Floats);
+      total_of(product + kBlock, parts, rows, total);
+      dot = dot * 256.0f + __builtin_convertvector(total - offset[1], Floats);
     }
     Floats sum = square + coded.square[half + b];
     for (int64_t p = 0; p < codes.apart; ++p) {
@@ -289,6 +416,17 @@ void bound(
     get(at, panel.at + b * kBlock);
     put(low < smallest ? number : at, panel.at + b * kBlock);
     put(low < smallest ? low : smallest, panel.smallest + b * kBlock);
+  }
+}
+
+void bound(
+    const Codes& codes, const CodedQueries& coded, const Panel& panel, int64_t block, int64_t place, int64_t count,
+    bool head, bool whole) {
+  // For a single tile reading the keys is the whole cost, and one stream of them is read the fastest; heads are none.
+  const int64_t step = tiles_of(panel.rows) == 1 && !head ? 1 : count;
+  for (int64_t i = 0; i < count; i += step) {
+    const int64_t parts = multiply(codes, coded, panel, block + i, place + i, step, head, whole);
+    for (int64_t j = i; j < i + step; ++j) bound_block(codes, coded, panel, block + j, place + j, head, parts);
   }
 }
 

@@ -27,54 +27,28 @@ using torch::stable::Tensor;
 namespace {
 
 constexpr int64_t kGroup = 256;  // queries that are worked on together
-constexpr int64_t kFewestQuads = 128;  // below, a head would say too little
 
 std::atomic<int64_t> refined{0}, given_up{0};
-
-// Exact distances of the keys of a list, the most promising first, unless more than ``worth`` are left after
-// that one. False if they contradict the codes.
-bool refine(Exact& exact, int64_t q, Shortlist& list, size_t worth) {
-  list.keep(list.limit);
-  if (list.keys.empty()) return true;
-  const auto nearer = [](const Candidate& a, const Candidate& b) { return a.lower < b.lower; };
-  auto first = std::min_element(list.keys.begin(), list.keys.end(), nearer);
-  bool right = exact.look(q, &first->index, &first->lower, 1, &first->index, 0, list);
-  list.keys.erase(first);
-  list.keep(list.limit);
-  list.too_long = list.keys.size() > worth;
-  if (list.too_long) return right;
-  int64_t keys[2][kMaxBlock], some[2];
-  float lower[2][kMaxBlock];
-  size_t at = 0;
-  const auto take = [&](int into) {  // the next keys that may still be nearest
-    some[into] = 0;
-    for (; at < list.keys.size() && some[into] < kMaxBlock; ++at) {
-      if (list.keys[at].lower > list.limit) continue;
-      keys[into][some[into]] = list.keys[at].index;
-      lower[into][some[into]++] = list.keys[at].lower;
-    }
-  };
-  take(0);
-  for (int now = 0; some[now] > 0; now = 1 - now) {
-    take(1 - now);
-    right &= exact.look(q, keys[now], lower[now], some[now], keys[1 - now], some[1 - now], list);
-  }
-  return right;
-}
 
 // Queries in codes of one or two planes, with the memory for them.
 struct Coding {
   Coding(const Codes& codes, const Lookup& lookup, int64_t first, int64_t batch, int64_t planes, CoarseKernel kernel)
-      : bytes(aligned((batch * planes * codes.quads * 4 + 3) / 4)),
-        integers(2 * batch * planes),
-        floats(batch * (5 + codes.apart)),
-        queries{batch, planes, head_of(codes), reinterpret_cast<int8_t*>(bytes.get()), integers.data(),
+      : bytes(aligned(batch * planes * codes.quads)),
+        integers((2 + kCuts) * batch * planes),
+        floats(batch * (5 + codes.apart + 3 * kCuts)),
+        queries{batch, planes, head_of(codes), {}, reinterpret_cast<int8_t*>(bytes.get()), integers.data(),
                 floats.data(), floats.data() + batch, floats.data() + 3 * batch, floats.data() + 4 * batch,
-                floats.data() + 5 * batch} {
-    Buffer scratch = aligned(lookup.stride * 5 / 2);
+                floats.data() + 5 * batch, floats.data() + (5 + codes.apart) * batch} {
+    // One query alone is not looked at in parts, nor is a key that has to be scaled first.
+    const bool whole = lookup.stream || lookup.cosine;
+    for (int64_t c = 0; c < kCuts; ++c) queries.cut[c] = whole ? codes.quads : cut_of(codes.quads, c);
+    const int64_t stride = lookup.stride;
+    Buffer rows = aligned(batch * planes * stride / 4), scratch = aligned(stride);
+    auto* own = reinterpret_cast<int8_t*>(rows.get());
     for (int64_t b = 0; b < batch; ++b) {
-      kernel.code(codes, lookup.query + (first + b) * lookup.stride, queries, b, scratch.get());
+      kernel.code(codes, lookup.query + (first + b) * stride, queries, b, own, stride, scratch.get());
     }
+    kernel.arrange(queries, codes.quads, own, stride);
   }
 
   // A sixteenth of the dimensions, 128 at least, in whole registers.
@@ -111,7 +85,7 @@ void look_up_coded(
   }
   // Products of coded rows and keys that an exact distance takes the time of.
   const double exact_cost = arguments.lookup.type == KeyType::kFloat32 ? 24 : 14;
-  const Pass pass{codes, coding->queries, kernel, rounding, first, count, exact_cost};
+  const Pass pass{codes, coding->queries, kernel, rounding, count, exact_cost};
   const int64_t blocks = (count + kBlock - 1) / kBlock;
   // Threads pay from about 2^19 byte products each.
   const double work = static_cast<double>(count) * codes.dim * batch / (1 << 19);
@@ -123,7 +97,7 @@ void look_up_coded(
   // One distance after the other costs several times what it costs in the tiles of a large batch.
   const size_t worth = static_cast<size_t>(batch <= 8 ? count / 4 : count / 6);
   auto scan_part = [&](int64_t begin, int64_t end) {
-    Exact exact(arguments, rounding);
+    Exact exact(arguments, rounding, coding->queries, first);
     for (int64_t p = begin; p < end; ++p) {
       const int64_t last = (p + 1) * share < blocks ? (p + 1) * share : blocks;
       if (!shortlist(pass, p * share, last, exact, lists[p].data())) right = false;
@@ -131,7 +105,7 @@ void look_up_coded(
     refined += exact.looked;
   };
   auto refine_part = [&](int64_t begin, int64_t end) {
-    Exact exact(arguments, rounding);
+    Exact exact(arguments, rounding, coding->queries, first);
     for (int64_t b = begin; b < end; ++b) {
       Shortlist& list = lists[0][b];
       for (int64_t p = 1; p < parts; ++p) {
@@ -144,8 +118,11 @@ void look_up_coded(
         }
         list.keys.insert(list.keys.end(), other.keys.begin(), other.keys.end());
       }
+    }
+    if (!exact.refine(begin, end, worth, lists[0].data())) right = false;
+    for (int64_t b = begin; b < end; ++b) {
+      const Shortlist& list = lists[0][b];
       if (list.too_long) continue;
-      if (!refine(exact, first + b, list, worth)) right = false;
       nearest.squared[first + b] = list.squared;
       nearest.index[first + b] = list.index;
     }
@@ -193,7 +170,7 @@ const float* floats(const char* name, const Tensor& tensor, int64_t least) {
 
 Codes unpack(
     const Tensor& codes, const Tensor& scale, const Tensor& square, const Tensor& error, const Tensor& centre,
-    const Tensor& rows, const Tensor& apart, int64_t count, int64_t dim, bool cosine) {
+    const Tensor& rows, const Tensor& apart, const Tensor& tails, int64_t count, int64_t dim, bool cosine) {
   const int64_t blocks = (count + kBlock - 1) / kBlock, quads = (dim + 3) / 4;
   STD_TORCH_CHECK(
       codes.scalar_type() == ScalarType::Byte && codes.is_contiguous() && codes.dim() == 4 &&
@@ -218,6 +195,7 @@ Codes unpack(
           apart.size(0),
           quads,
           dim,
+          floats("tails", tails, quads < kFewestQuads ? 0 : padded * 2 * kCuts),
           cosine ? (static_cast<float>(dim) / 16 + 32) * 6.2e-8f : 0.0f};
 }
 
@@ -226,11 +204,11 @@ Codes unpack(
 // `nearest_key` of nearest_key.cpp with codes as in dualedit_kernels/nearest_key/codes.py.
 std::tuple<Tensor, Tensor> nearest_key_coded(
     Tensor query, Tensor keys, Tensor radius, bool cosine, int64_t isa, Tensor codes, Tensor scale, Tensor square,
-    Tensor error, Tensor centre, Tensor rows, Tensor apart) {
+    Tensor error, Tensor centre, Tensor rows, Tensor apart, Tensor tails) {
   const Arguments arguments = prepare(query, keys, radius, cosine, isa);
   const int64_t batch = arguments.lookup.batch, count = arguments.count;
   const Codes tables =
-      unpack(codes, scale, square, error, centre, rows, apart, count, arguments.lookup.dim, cosine);
+      unpack(codes, scale, square, error, centre, rows, apart, tails, count, arguments.lookup.dim, cosine);
   Nearest nearest(batch);
   refined = given_up = 0;
   std::vector<int64_t> hopeless;

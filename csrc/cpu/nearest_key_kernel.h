@@ -357,67 +357,70 @@ void scan(const Lookup& lookup, int64_t first, int64_t last, float* best, int64_
   }
 }
 
-// One query and up to kMaxBlock keys, wherever they lie: summed in the order of the tiles.
+// Up to kMaxBlock pairs of a query and a key, wherever they lie: summed in the order of the tiles.
 template <class T>
 inline void few_typed(
-    const Lookup& lookup, const int64_t* keys, int64_t some, const int64_t* next, int64_t more, float* out,
-    float* scratch) {
+    const Lookup& lookup, const Piece& now, const Piece& next, float* const* lanes, float* out, float* scratch) {
+  const float* query[kMaxBlock];
   const T* key[kMaxBlock];
   const char* ahead[kMaxBlock];
   for (int64_t j = 0; j < kMaxBlock; ++j) {
+    const Pair& pair = now.pairs[j < now.some ? j : 0];
     const T* from = static_cast<const T*>(lookup.keys);
-    key[j] = from + keys[j < some ? j : 0] * lookup.key_stride;
-    ahead[j] = reinterpret_cast<const char*>(from + (j < more ? next[j] : keys[0]) * lookup.key_stride);
+    query[j] = lookup.query + pair.query * lookup.stride;
+    key[j] = from + pair.key * lookup.key_stride;
+    const T* then = j < next.some ? from + next.pairs[j].key * lookup.key_stride + next.begin : key[0] + now.begin;
+    ahead[j] = reinterpret_cast<const char*>(then);
   }
   constexpr int64_t kStep = Vec::kWidth * sizeof(T);
   if (lookup.cosine) {
-    for (int64_t j = 0; j < some; ++j) {
+    for (int64_t j = 0; j < now.some; ++j) {
       expand(key[j], lookup.dim, true, scratch + j * lookup.stride);
       for (int64_t byte = 0; byte < lookup.dim * static_cast<int64_t>(sizeof(T)); byte += kLine) {
         __builtin_prefetch(ahead[j] + byte, 0, 2);
       }
     }
-    for (int64_t j = 0; j < some; ++j) {
+    for (int64_t j = 0; j < now.some; ++j) {
       tile<1, 1, 0>(
-          lookup.query, lookup.stride, scratch + j * lookup.stride, lookup.stride, 0, lookup.dim, nullptr, nullptr,
+          query[j], lookup.stride, scratch + j * lookup.stride, lookup.stride, 0, lookup.dim, nullptr, nullptr,
           out + j);
     }
     return;
   }
   Vec total[kMaxBlock];
 #pragma GCC unroll 4
-  for (int j = 0; j < kMaxBlock; ++j) total[j] = Vec::zero();
-  int64_t d = 0;
-  for (; d + Vec::kWidth <= lookup.dim; d += Vec::kWidth) {
-    const Vec q = Vec::load(lookup.query + d);
+  for (int j = 0; j < kMaxBlock; ++j) total[j] = now.begin == 0 ? Vec::zero() : Vec::load(lanes[j]);
+  int64_t d = now.begin;
+  for (; d + Vec::kWidth <= now.end; d += Vec::kWidth) {
 #pragma GCC unroll 4
     for (int j = 0; j < kMaxBlock; ++j) {
       __builtin_prefetch(ahead[j], 0, 2);  // to the second level: the first holds what is at work
       ahead[j] += kStep;
-      total[j] = total[j].plus_square(q - Vec::load(key[j] + d));
+      total[j] = total[j].plus_square(Vec::load(query[j] + d) - Vec::load(key[j] + d));
     }
   }
-  if (d < lookup.dim) {
-    const Vec q = Vec::load(lookup.query + d);
+  if (d < now.end) {
 #pragma GCC unroll 4
     for (int j = 0; j < kMaxBlock; ++j) {
-      total[j] = total[j].plus_square(q - load_tail(key[j] + d, lookup.dim - d));
+      total[j] = total[j].plus_square(Vec::load(query[j] + d) - load_tail(key[j] + d, lookup.dim - d));
     }
+  }
+  if (now.end < lookup.dim) {
+    for (int64_t j = 0; j < now.some; ++j) total[j].store(lanes[j]);
   }
   float all[kMaxBlock];
   Vec::sums<kMaxBlock>(total, all);
-  for (int64_t j = 0; j < some; ++j) out[j] = all[j];
+  for (int64_t j = 0; j < now.some; ++j) out[j] = all[j];
 }
 
 void few(
-    const Lookup& lookup, const int64_t* keys, int64_t some, const int64_t* next, int64_t more, float* out,
-    float* scratch) {
+    const Lookup& lookup, const Piece& now, const Piece& next, float* const* lanes, float* out, float* scratch) {
   switch (lookup.type) {
     case KeyType::kFloat32:
-      return few_typed<float>(lookup, keys, some, next, more, out, scratch);
+      return few_typed<float>(lookup, now, next, lanes, out, scratch);
     case KeyType::kBFloat16:
-      return few_typed<BFloat16>(lookup, keys, some, next, more, out, scratch);
+      return few_typed<BFloat16>(lookup, now, next, lanes, out, scratch);
     case KeyType::kFloat16:
-      return few_typed<Float16>(lookup, keys, some, next, more, out, scratch);
+      return few_typed<Float16>(lookup, now, next, lanes, out, scratch);
   }
 }

@@ -4,6 +4,7 @@
 #include "cpu/nearest_key_shortlist.h"
 
 #include <algorithm>
+#include <cmath>
 
 namespace dualedit {
 
@@ -13,17 +14,17 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr size_t kLongest = 32768;  // keys of a query that are noted: 256 MB for a group, at worst
 constexpr int64_t kPatience = 7;  // panels without a look at heads, after one where heads ruled little out
 constexpr int64_t kFew = 4;  // queries
-constexpr int64_t kTile = 16;  // rows of queries whose products are skipped together, about
+constexpr int64_t kTile = 8;  // rows of queries whose products are skipped together, about
 
 // The memory of a panel.
 struct Room {
   Room(const CodedQueries& coded, int64_t most)
       : rows(coded.batch * coded.planes),
         blocks(std::min(most, std::min<int64_t>(64, std::max<int64_t>(8, 2048 / rows)))),
-        floats(aligned((rows + coded.batch) * blocks * kBlock + 2 * coded.batch * kBlock)),
+        floats(aligned(((kCuts + 1) * rows + coded.batch) * blocks * kBlock + 2 * coded.batch * kBlock)),
         near(coded.batch * blocks) {
     auto* product = reinterpret_cast<int32_t*>(floats.get());
-    float* low = floats.get() + rows * blocks * kBlock;
+    float* low = floats.get() + (kCuts + 1) * rows * blocks * kBlock;
     float* smallest = low + coded.batch * blocks * kBlock;
     panel = {0, coded.batch, rows, product, low, near.data(), smallest,
              reinterpret_cast<int32_t*>(smallest + coded.batch * kBlock)};
@@ -46,10 +47,13 @@ class Shortlister {
         panel_(room_.panel),
         candidate_(pass.coded.batch),
         bound_(pass.coded.batch),
+        wanted_(pass.coded.batch),
+        lower_(pass.coded.batch),
         limit_(pass.coded.batch),
         reach_(pass.coded.batch) {}
 
   bool run(int64_t begin, int64_t end) {
+    for (int64_t b = 0; b < panel_.batch; ++b) lists_[b].keys.reserve(64);
     // For few queries reading the codes is the whole cost, and heads read for themselves come slowly.
     if (pass_.coded.head > 0 && end - begin > room_.blocks && panel_.batch > kFew) sweep(begin, end);
     for (int64_t at = begin; at < end && right_; at += room_.blocks) {
@@ -89,7 +93,7 @@ class Shortlister {
     open();
     std::fill_n(panel_.smallest, panel_.batch * kBlock, kInfinity);
     for (int64_t block = begin; block < end; ++block) {
-      pass_.kernel.bound(pass_.codes, pass_.coded, panel_, block, 0, true, false);
+      pass_.kernel.bound(pass_.codes, pass_.coded, panel_, block, 0, 1, true, false);
     }
     look(true);
     // Of the last block at hand, as good as any: what heads leave there.
@@ -112,8 +116,9 @@ class Shortlister {
   // Bounds, a look at the most promising key, and which keys are near after that; how many.
   int64_t bounds(bool head, bool whole) {
     std::fill_n(panel_.smallest, panel_.batch * kBlock, kInfinity);
-    for (int64_t place = 0; place < blocks_; ++place) {
-      pass_.kernel.bound(pass_.codes, pass_.coded, panel_, start_ + place, place, head, whole);
+    for (int64_t place = 0; place < blocks_; place += 2) {
+      const int64_t count = std::min<int64_t>(2, blocks_ - place);
+      pass_.kernel.bound(pass_.codes, pass_.coded, panel_, start_ + place, place, count, head, whole);
     }
     look(head);
     int64_t pairs = 0;
@@ -146,14 +151,17 @@ class Shortlister {
       }
     }
     for (int64_t b = 0; b < panel_.batch; ++b) {
+      const int64_t key = candidate_[b];
+      wanted_[b] = -1;
+      if (key < 0) continue;
+      lower_[b] = lower_of(key, b, bound_[b], head);
+      if (key != lists_[b].last && !(lower_[b] > lists_[b].limit)) wanted_[b] = key;
+    }
+    right_ &= exact_.look(wanted_.data(), lower_.data(), lists_);
+    for (int64_t b = 0; b < panel_.batch; ++b) {
       Shortlist& list = lists_[b];
       const int64_t key = candidate_[b];
       if (key >= 0) {
-        const float lower = lower_of(key, b, bound_[b], head);
-        if (key != list.last && !(lower > list.limit)) {
-          const int64_t* next = &candidate_[b + 1 < panel_.batch ? b + 1 : b];
-          right_ &= exact_.look(pass_.first + b, &key, &lower, 1, next, *next >= 0 ? 1 : 0, list);
-        }
         if (!head && key == list.last && std::isfinite(list.last_squared)) {
           right_ &= !(list.last_squared > pass_.rounding.most(upper_of(key, b, bound_[b])));
         }
@@ -194,6 +202,38 @@ class Shortlister {
     return (high > 0.0 ? std::sqrt(high) * kUp : 0.0) + error_of(key, b);
   }
 
+  // The square of the distance in the dimensions behind a cut is not below it. With q = q' + r, k = k' + s there,
+  // q.k = q'.k' + q'.s + r.k, and |q'| is at most |q| + |r|.
+  float rest_of(int64_t key, int64_t b, int64_t cut) const {
+    const Codes& codes = pass_.codes;
+    const CodedQueries& coded = pass_.coded;
+    if (coded.cut[cut] >= codes.quads) return 0.0f;
+    const int64_t block = key / kBlock, j = key % kBlock, place = block - start_;
+    const float* tails = codes.tails + block * 2 * kCuts * kBlock + j;
+    const double length = tails[cut * kBlock], error = tails[(kCuts + cut) * kBlock];
+    const float* own = coded.tails + (b * kCuts + cut) * 3;
+    double dot = 0.0;
+    for (int64_t p = 0; p < coded.planes; ++p) {
+      const int64_t row = b * coded.planes + p;
+      const int32_t* product = panel_.product + place * (kCuts + 1) * panel_.rows * kBlock + row * kBlock + j;
+      int64_t sum = -static_cast<int64_t>(coded.offset[(2 + cut) * panel_.rows + row]);
+      for (int64_t part = cut + 1; part <= kCuts; ++part) sum += product[part * panel_.rows * kBlock];
+      dot = dot * 256.0 + static_cast<double>(sum);
+    }
+    dot *= static_cast<double>(coded.scale[b]) * codes.scale[key];
+    const double doubt = (static_cast<double>(own[1]) + own[2]) * error + own[2] * length;
+    double apart = 0.0;
+    for (int64_t p = 0; p < codes.apart; ++p) {
+      if (codes.apart_at[p] < coded.cut[cut] * 4) continue;
+      const double difference =
+          static_cast<double>(coded.apart[b * codes.apart + p]) - codes.rows[(block * codes.apart + p) * kBlock + j];
+      apart += difference * difference;
+    }
+    const double squares = own[0] + length * length * kDown * kDown;
+    const double rest = squares - 2.0 * (dot + doubt * kUp) - 1e-12 * std::abs(dot) + apart * kDown;
+    return rest > 0.0 ? static_cast<float>(rest * kDown) : 0.0f;  // 0, too, where nothing is known of a key
+  }
+
   // Products that bounds from all codes would take.
   double left() {
     double result = 0.0;
@@ -215,10 +255,11 @@ class Shortlister {
       for (int64_t b = 0; b < panel_.batch; ++b) {
         const float* low = panel_.low + (place * panel_.batch + b) * kBlock;
         for (uint32_t bits = near(place, b); bits != 0; bits &= bits - 1) {
-          int64_t j = 0;
-          while (!(bits >> j & 1)) ++j;
+          const int64_t j = __builtin_ctz(bits);
           const int64_t key = (start_ + place) * kBlock + j;
-          lists_[b].keys.push_back({key, lower_of(key, b, low[j], heads_only_)});
+          Candidate candidate{key, lower_of(key, b, low[j], heads_only_), {}};
+          for (int64_t c = 0; c < kCuts && !heads_only_; ++c) candidate.rest[c] = rest_of(key, b, c);
+          lists_[b].keys.push_back(candidate);
         }
       }
     }
@@ -240,6 +281,8 @@ class Shortlister {
   Panel& panel_;
   std::vector<int64_t> candidate_;
   std::vector<float> bound_;
+  std::vector<int64_t> wanted_;
+  std::vector<float> lower_;
   std::vector<float> limit_;
   std::vector<float> reach_;
   int64_t start_ = 0, blocks_ = 0, patience_ = 0;
@@ -248,51 +291,6 @@ class Shortlister {
 };
 
 }  // namespace
-
-void Shortlist::keep(double within) {
-  size_t kept = 0;
-  for (const Candidate& key : keys) {
-    if (!(key.lower > within)) keys[kept++] = key;
-  }
-  keys.resize(kept);
-}
-
-Exact::Exact(const Arguments& arguments, const Rounding& rounding)
-    : arguments_(arguments), rounding_(rounding), scratch_(aligned(kMaxBlock * arguments.lookup.stride)) {}
-
-bool Exact::look(
-    int64_t q, const int64_t* keys, const float* lower, int64_t some, const int64_t* next, int64_t more,
-    Shortlist& list) {
-  Lookup own = arguments_.lookup;
-  own.query += q * own.stride;
-  own.batch = 1;
-  own.head = 0;
-  float squared[kMaxBlock];
-  if (own.stream) {  // one query alone is summed in another order
-    for (int64_t i = 0; i < some; ++i) {
-      int64_t found = -1;
-      squared[i] = kInfinity;
-      arguments_.scan(own, keys[i], keys[i] + 1, &squared[i], &found, scratch_.get());
-    }
-  } else {
-    arguments_.few(own, keys, some, next, more, squared, scratch_.get());
-  }
-  looked += some;
-  bool right = true;
-  for (int64_t i = 0; i < some; ++i) {
-    const float s = squared[i];
-    right &= lower == nullptr || !(s < rounding_.least(lower[i]));
-    if (!(s < kInfinity)) continue;  // nor NaN
-    if (s < list.squared || (s == list.squared && keys[i] < list.index)) {
-      list.squared = s;
-      list.index = keys[i];
-      list.limit = std::min(list.limit, rounding_.reach(s));
-    }
-  }
-  list.last = keys[some - 1];
-  list.last_squared = squared[some - 1];
-  return right;
-}
 
 bool shortlist(const Pass& pass, int64_t begin, int64_t end, Exact& exact, Shortlist* lists) {
   if (begin >= end) return true;

@@ -28,6 +28,7 @@ METRICS = ("l2", "cosine")
 BLOCK = 16  # keys whose codes lie side by side, as in csrc/cpu/nearest_key_coarse.h
 MOST_DIMENSIONS = 65536
 MOST_APART = 16
+_FEWEST_QUADS = 128  # of dimensions; shorter codes are not cut
 _FAR_LARGER = 8.0  # a dimension is kept apart from this multiple of the median dimension on
 _CHUNK = 1 << 16  # values that are encoded at once: their fp64 copies stay in the second-level cache
 
@@ -42,6 +43,8 @@ class KeyCodes:
             for a key about which the codes say nothing (not finite, or too large or small for fp32 squares).
         centre: [D] fp32, zero where a dimension is kept apart.
         rows: [N / 16, P, 16] fp32, the keys at the dimensions kept apart.
+        tails: [N / 16, 4, 16] fp32, lengths of k - c behind a quarter and behind half of the dimensions, and
+            errors there: an exact distance can be given up at these places. None below 509 dimensions.
         apart: [P] int64, those dimensions.
         metric: of the lookup; codes for "cosine" are those of keys scaled to length 1.
         dtype: of the keys.
@@ -56,6 +59,7 @@ class KeyCodes:
     centre: Tensor
     rows: Tensor
     apart: Tensor
+    tails: Tensor
     metric: str
     dtype: torch.dtype
     count: int
@@ -66,7 +70,8 @@ class KeyCodes:
 
     def tensors(self) -> list[Tensor]:
         """The tensors in the order in which the operator takes them."""
-        return [self.codes, self.scale, self.square, self.error, self.centre, self.rows, self.apart]
+        values = [self.codes, self.scale, self.square, self.error, self.centre, self.rows]
+        return [*values, self.apart, self.tails]
 
     def nbytes(self) -> int:
         """Bytes of all tensors, room for more keys included."""
@@ -79,8 +84,8 @@ class KeyCodes:
         for new, old in zip(room[1:4], self.tensors()[1:4], strict=True):
             new[:count] = old[rows]
         block, place = rows.div(BLOCK, rounding_mode="floor"), rows % BLOCK
-        for new, old, dim in ((room[0], self.codes, 2), (room[4], self.rows, 2)):
-            flat = old.new_empty(blocks * BLOCK, *old.shape[1:dim], *old.shape[dim + 1 :])
+        for new, old in ((room[0], self.codes), (room[4], self.rows), (room[5], self.tails)):
+            flat = old.new_empty(blocks * BLOCK, old.shape[1], *old.shape[3:])
             flat[:count] = old[block, :, place]
             flat[count:] = 128 if new is room[0] else 0
             new.copy_(flat.view(blocks, BLOCK, *flat.shape[1:]).transpose(1, 2))
@@ -91,6 +96,7 @@ class KeyCodes:
             square=room[2],
             error=room[3],
             rows=room[4],
+            tails=room[5],
             count=count,
             written=[count],
         )
@@ -107,7 +113,8 @@ def encode_keys(keys: Tensor, metric: str = "l2", known: KeyCodes | None = None)
             encoded about twice, however many steps there are. ``known`` stays valid.
 
     Returns:
-        codes of all rows; about D + 12 bytes a key, and up to 64 more where activations are massive.
+        codes of all rows; about D + 28 bytes a key (D + 12 below 509
+            dimensions), and up to 64 more where activations are massive.
 
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape, device or value.
@@ -146,7 +153,8 @@ def check_codes(name: str, codes: object, keys: Tensor, metric: str) -> None:
 def _encoded(keys: Tensor, metric: str) -> KeyCodes:
     centre, apart = _centre(keys, metric)
     empty = _room(keys, 0, keys.shape[1], apart)
-    codes = KeyCodes(*empty[:4], centre, empty[4], apart, metric, keys.dtype, 0, keys.shape[1], len(keys))
+    tensors = (*empty[:4], centre, empty[4], apart, empty[5])
+    codes = KeyCodes(*tensors, metric, keys.dtype, 0, keys.shape[1], len(keys))
     return _extended(codes, keys, exactly=True)
 
 
@@ -157,11 +165,18 @@ def _extended(known: KeyCodes, keys: Tensor, exactly: bool = False) -> KeyCodes:
     if blocks > known.codes.shape[0] or known.written[0] != known.count:
         room = _room(keys, count if exactly else 2 * count, known.dim, known.apart)
         used = -(-known.count // BLOCK)
-        for new, old in zip(room, [*known.tensors()[:4], known.rows], strict=True):
+        for new, old in zip(room, [*known.tensors()[:4], known.rows, known.tails], strict=True):
             size = used * (BLOCK if new.ndim == 1 else 1)
             new[:size] = old[:size]
         known = replace(
-            known, codes=room[0], scale=room[1], square=room[2], error=room[3], rows=room[4], written=[0]
+            known,
+            codes=room[0],
+            scale=room[1],
+            square=room[2],
+            error=room[3],
+            rows=room[4],
+            tails=room[5],
+            written=[0],
         )
     known.written[0] = count
     step = max(BLOCK, _CHUNK // known.dim // BLOCK * BLOCK)
@@ -174,7 +189,7 @@ def _extended(known: KeyCodes, keys: Tensor, exactly: bool = False) -> KeyCodes:
 
 
 def _room(like: Tensor, count: int, dim: int, apart: Tensor) -> list[Tensor]:
-    """codes, scale, square, error and rows of keys about which nothing is known, where ``like`` is."""
+    """codes, scale, square, error, rows and tails of keys about which nothing is known, where ``like`` is."""
     device, quads, blocks = like.device, -(-dim // 4), -(-count // BLOCK)
     scale, square = (torch.zeros(blocks * BLOCK, device=device) for _ in range(2))
     return [
@@ -183,7 +198,14 @@ def _room(like: Tensor, count: int, dim: int, apart: Tensor) -> list[Tensor]:
         square,
         torch.full((blocks * BLOCK,), torch.inf, device=device),
         torch.zeros(blocks, len(apart), BLOCK, device=device),
+        torch.zeros(blocks, 4 if quads >= _FEWEST_QUADS else 0, BLOCK, device=device),
     ]
+
+
+def _cuts(dim: int) -> list[int]:
+    """Dimensions where codes are cut, as in csrc/cpu/nearest_key_coarse.h."""
+    quads = -(-dim // 4)
+    return [quads // 16 * 16, quads // 16 * 32] if quads >= _FEWEST_QUADS else []
 
 
 def _chunks(keys: Tensor) -> list[Tensor]:
@@ -238,7 +260,8 @@ def _write(codes: KeyCodes, chunk: Tensor, first: int) -> None:
     fitted = ((values * code).sum(1) / code.square().sum(1)).float()  # NaN where all codes are zero
     held = torch.where(usable & (fitted >= 1e-15), fitted, 0.0)
     decoded = code * held.double()[:, None]
-    left = torch.linalg.vector_norm(values - decoded, dim=1)
+    rest = values - decoded
+    left = torch.linalg.vector_norm(rest, dim=1)
     # 1e-15: fp64 itself rounds. 1e-6: the conversion to fp32 does.
     error = (left + torch.linalg.vector_norm(values, dim=1) * 1e-15 + rounding) * (1 + 1e-6)
     number = torch.arange(first, first + size, device=chunk.device)
@@ -255,3 +278,7 @@ def _write(codes: KeyCodes, chunk: Tensor, first: int) -> None:
     codes.scale[at] = held
     codes.square[at] = decoded.square().sum(1).float()
     codes.error[at] = torch.where(usable, error, torch.inf).float()
+    for i, cut in enumerate(_cuts(codes.dim)):
+        codes.tails[block, i, place] = torch.linalg.vector_norm(values[:, cut:], dim=1).float()
+        tail = torch.linalg.vector_norm(rest[:, cut:], dim=1) + (error - left)
+        codes.tails[block, 2 + i, place] = torch.where(usable, tail, torch.inf).float()

@@ -136,6 +136,37 @@ def test_heads_of_the_codes(generator, metric, dtype, rows):
 
 
 @pytest.mark.parametrize("metric", ["l2", "cosine"])
+@pytest.mark.parametrize("dim, dtype", [(509, torch.float32), (1027, torch.bfloat16), (770, torch.float16)])
+def test_distances_in_parts(generator, dim, dtype, metric):
+    """Keys of which several are nearest up to what codes resolve: none of them may be given up too early."""
+    keys = torch.randn(70, dim, generator=generator).repeat_interleave(5, 0)
+    keys = keys[torch.randperm(len(keys), generator=generator)]
+    keys += 3e-3 * torch.randn(len(keys), dim, generator=generator)
+    keys[:, [3, dim // 3, dim - 2]] += 300 * torch.rand(len(keys), 3, generator=generator).round()
+    keys[40:60] = keys[60:80]  # ties
+    keys = keys.to(dtype)
+    own = torch.randn(24, dim, generator=generator)
+    own[:, [3, dim // 3, dim - 2]] += 300
+    for query in (own, own[:6], 0.1 * own, keys[40:64].float() + 0.3 * own):
+        index, distance = same(query, keys, metric)
+        assert_nearest(index, distance, query, keys, torch.full((len(keys),), torch.inf), metric)
+    keys[300], keys[301, dim - 1] = torch.nan, torch.inf
+    same(own, keys, metric)
+    behind = keys.clone()  # all that tells them apart is at the end
+    behind[:, : dim * 3 // 4] = behind[0, : dim * 3 // 4]
+    same(own, behind, metric)
+
+
+def test_most_distances_are_given_up(generator, implementation):
+    if implementation not in CODED:
+        pytest.skip("reads no codes")
+    keys, query = torch.randn(1000, 2048, generator=generator), torch.randn(32, 2048, generator=generator)
+    same(query, keys)
+    nearest_key(query, keys, torch.ones(1000), "l2", encode_keys(keys))
+    assert 32 <= cpp.last_coded()[0] <= 32 * 10  # about 5; without parts 15
+
+
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf, 0.0])
 def test_values_without_a_distance(generator, metric, bad):
     keys = torch.randn(150, 20, generator=generator)
@@ -207,14 +238,15 @@ def test_bounds_that_are_no_use(generator, implementation):
 
 
 @pytest.mark.parametrize("metric", ["l2", "cosine"])
-def test_codes_hold_what_they_promise(generator, metric):
+@pytest.mark.parametrize("dim", [77, 530])
+def test_codes_hold_what_they_promise(generator, metric, dim):
     """||key - decoded key|| <= error, in float64."""
-    keys = torch.randn(90, 77, generator=generator) * torch.rand(90, 1, generator=generator)
+    keys = torch.randn(90, dim, generator=generator) * torch.rand(90, 1, generator=generator)
     keys[:, 4] *= 300
     keys[11] = 0.0
     keys[12] = torch.nan
     codes = encode_keys(keys, metric)
-    value = codes.codes.permute(0, 2, 1, 3).reshape(-1, 80)[:90, :77].double() - 128
+    value = codes.codes.permute(0, 2, 1, 3).reshape(96, -1)[:90, :dim].double() - 128
     value = value * codes.scale[:90, None]
     decoded = value + codes.centre
     decoded[:, codes.apart] = codes.rows.transpose(1, 2).reshape(96, len(codes.apart))[:90].double()
@@ -232,6 +264,14 @@ def test_codes_hold_what_they_promise(generator, metric):
     assert codes.apart.tolist() == [4] or metric == "cosine"
     assert not codes.centre[codes.apart].any()
     assert codes.error[90:].isinf().all()
+    assert codes.tails.shape[1] == (4 if dim > 508 else 0)
+    for i, cut in enumerate([128, 256] if dim > 508 else []):  # a quarter and half of the dimensions
+        length, own = codes.tails[:, [i, 2 + i]].transpose(1, 2).reshape(96, 2)[:90][known].double().unbind(1)
+        behind = (exact - codes.centre)[known]
+        behind[:, codes.apart] = 0.0
+        torch.testing.assert_close(length, behind[:, cut:].norm(dim=1), rtol=1e-6, atol=0)
+        assert ((exact - decoded)[known][:, cut:].norm(dim=1) <= own).all()
+        assert (own <= codes.error[:90][known]).all()
 
 
 @pytest.mark.parametrize("metric", ["l2", "cosine"])
