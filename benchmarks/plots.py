@@ -20,14 +20,20 @@ def draw(rows: list[dict], floors: list[dict], path: Path) -> None:
     from matplotlib import pyplot
 
     operators = list(dict.fromkeys(row["op"] for row in rows))
-    figure, panels = pyplot.subplots(len(operators), 1, figsize=(14, 6.5 * len(operators)), squeeze=False)
+    size = (14, 6 * len(operators))
+    figure, panels = pyplot.subplots(len(operators), 1, figsize=size, squeeze=False, layout="constrained")
     for panel, op in zip(panels[:, 0], operators, strict=True):
         _panel(panel, op, [r for r in rows if r["op"] == op], [f for f in floors if f["op"] == op])
-    figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
     print(f"wrote {path}")
+
+
+def _said(name: str, value: object) -> str:
+    if isinstance(value, bool):
+        return name if value else ""
+    return f"{name} {value}"
 
 
 def _panel(panel, op: str, rows: list[dict], floors: list[dict]) -> None:
@@ -35,7 +41,7 @@ def _panel(panel, op: str, rows: list[dict], floors: list[dict]) -> None:
     varying = [name for name in rows[0]["shape"] if len({json.loads(s).get(name) for s in shapes}) > 1]
     many = len(shapes) > 8
     labels = [
-        (", " if many else "\n").join(f"{name} {json.loads(shape).get(name)}" for name in varying)
+        (", " if many else "\n").join(filter(None, (_said(n, json.loads(shape).get(n)) for n in varying)))
         for shape in shapes
     ]
     series = list(dict.fromkeys((row["impl"], row["dtype"]) for row in rows))
