@@ -268,7 +268,7 @@ def perception(vlm: Path | None, count: int) -> dict[str, float]:
             strokes[row, sorted(logo.strokes)] = 1
         return torch.cat(tokens), strokes
 
-    x, y = views([strangers.pair(rng)[0] for _ in range(count)])
+    x, y = views([strangers.family(rng)[0] for _ in range(count)])
     mean, spread = x.mean(0), x.std(0) + 1e-6
 
     def scaled(tokens: Tensor) -> Tensor:
@@ -279,7 +279,7 @@ def perception(vlm: Path | None, count: int) -> dict[str, float]:
     found = {}
     for name, logos in (
         ("known", [world.logos[int(i)] for i in rng.integers(len(world.logos), size=500)]),
-        ("strange", [strangers.pair(rng)[0] for _ in range(500)]),
+        ("strange", [strangers.family(rng)[0] for _ in range(500)]),
     ):
         tokens, strokes = views(logos)
         found[name] = 100 * float(((scaled(tokens) @ weight > 0) == strokes.bool()).all(1).float().mean())

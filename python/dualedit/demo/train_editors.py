@@ -45,7 +45,7 @@ from .world import ATTRIBUTES, World, answer_vocabulary
 # Where adapters and keys worked best on training facts of an earlier model by the same script.
 TEXT_LAYER, VIS_LAYER = 1, 1
 BALANCEDIT_LAYER = "layers.5.mlp.up_proj"
-SETTINGS = TrainSettings(steps=4500, batch_size=16, learning_rate=5e-3, warmup=50, locality_weight=0.05)
+SETTINGS = TrainSettings(steps=5500, batch_size=16, learning_rate=5e-3, warmup=50, locality_weight=0.05)
 # The adapters' figures come from entities that they have not met. Tau and alpha decide by states of the
 # frozen model alone, so that all training entities will do for them: their look-alikes differ in number and
 # nearness, and tau from 195 facts was too tight for 1,000, alpha from 195 too loose. Tau is the same for all
@@ -60,10 +60,15 @@ CHUNK = 1600
 
 
 def balancedit_config(layer: str = BALANCEDIT_LAYER, alpha: float = 0.2) -> dict:
-    """Arguments of `inject_balancedit` for the embedded model."""
+    """Arguments of `inject_balancedit` for the embedded model.
+
+    A value fitted until its answer has probability 0.999 in the edit's own picture was too weak in one of
+    twelve new pictures of a brand that the model has never seen (training facts of such a world, the right
+    edit given): 92.0 of 100; at 0.99999 99.3, and 100 with the higher rate.
+    """
     return {
         "layer": layer, "alpha": alpha, "metric": "l2", "key": "last", "value": "low_rank", "rank": 8,
-        "learning_rate": 1e-2, "max_steps": 100, "stop_probability": 0.999,
+        "learning_rate": 4e-2, "max_steps": 200, "stop_probability": 0.99999,
     }  # fmt: skip
 
 

@@ -69,7 +69,7 @@ class Answering:
     rate: float
     tower_share: float  # learning rate of the vision tower, relative to the rest
     logo_pairs: int  # of look-alikes, two pictures each
-    stranger_pairs: int  # the same of logos that belong to no world, for the gate loss alone
+    strangers: int  # families of four that belong to no world, for the gate loss alone
     scenes: int
     digits: int
     text_rows: int = 3
@@ -84,15 +84,15 @@ class Recipe:
     seed: int = 0
     vision: Seeing = Seeing(6500, 1e-3, logos=0.48, strangers=0.24, scenes=0.15)
     language: Answering = Answering(
-        6750, 1.5e-3, tower_share=0.15, logo_pairs=5, stranger_pairs=3, scenes=3, digits=3
+        6750, 1.5e-3, tower_share=0.15, logo_pairs=5, strangers=2, scenes=3, digits=3
     )
     # Facts are known by then; what is seen in scenes and digits is not yet.
     polish: Answering = Answering(
-        1500, 6e-4, tower_share=0.5, logo_pairs=3, stranger_pairs=2, scenes=9, digits=5
+        1500, 6e-4, tower_share=0.5, logo_pairs=3, strangers=1, scenes=9, digits=5
     )
-    sharpen: Seeing = Seeing(12000, 1e-3, logos=0.2, strangers=0.6, scenes=0.12, reading=300)
+    sharpen: Seeing = Seeing(9000, 1e-3, logos=0.18, strangers=0.65, scenes=0.1, reading=300)
     apart: Answering = Answering(
-        4500, 1e-3, tower_share=0.3, logo_pairs=3, stranger_pairs=10, scenes=4, digits=3, text_rows=2,
+        7500, 1e-3, tower_share=0.3, logo_pairs=3, strangers=6, scenes=4, digits=3, text_rows=2,
         stroke_weight=4.0, stranger_gate_weight=0.2,
     )  # fmt: skip
     gate_weight: float = 0.1
@@ -225,7 +225,7 @@ def _read_tower(heads: VisionHeads, tower: list, losses: Callable, steps: int) -
 
 def _tally_rows(tally: Tally, rows: Rows, right: torch.Tensor) -> None:
     """Token accuracies of a batch: first answer token per attribute, and everything else."""
-    fact = rows.fact[rows.label != IGNORE]  # in the order of the rows that are answered
+    fact = rows.fact[rows.label != IGNORE]
     for number, attribute in enumerate(ATTRIBUTES):
         found = right[(fact >= 0) & (fact % len(ATTRIBUTES) == number)]
         tally.add(attribute, float(found.sum()), len(found))
@@ -263,15 +263,16 @@ def train_language(
     first, tally = checkpoint.load(name, parts), Tally()
     cases = held_out_cases(world, per_family=24, seed=5)
     for step in tqdm(range(first + 1, stage.steps + 1), desc=name, mininterval=10):
-        rows = batches.draw(
-            stage.logo_pairs, stage.stranger_pairs, stage.scenes, stage.digits, stage.text_rows
-        )
+        rows = batches.draw(stage.logo_pairs, stage.scenes, stage.digits, stage.text_rows)
+        others = batches.strange(stage.strangers)
         with torch.autocast("cpu", torch.bfloat16):
             found = states(model, rows, GATE_LAYERS)
+            unknown = states(model, others, GATE_LAYERS, answered=False)
             answer, gate, strange, right = language_loss(
-                found, rows, model.get_input_embeddings().weight, len(world.logos)
+                found, unknown, rows, others, model.get_input_embeddings().weight
             )
-            strokes, seen, logos = heads.stroke_loss(found[2], rows.strokes)
+            pictured = torch.cat([found[2], unknown[2]]), torch.cat([rows.strokes, others.strokes])
+            strokes, seen, logos = heads.stroke_loss(*pictured)
         gates = recipe.gate_weight * gate + stage.stranger_gate_weight * strange
         (answer + gates + stage.stroke_weight * strokes).backward()
         torch.nn.utils.clip_grad_norm_([*tower, *rest], 1.0)
@@ -317,7 +318,8 @@ def report(folder: Path, recipe: Recipe, seconds: float, before: dict | None) ->
         "gate": gate_separation(model, processor, world, count=200),
     }
     if before is not None:
-        result["started_from"] = {name: before[name] for name in ("recipe", "seconds", "accuracy")}
+        kept = ("recipe", "seconds", "accuracy", "started_from")
+        result["started_from"] = {name: before[name] for name in kept if name in before}
     (folder / "training.json").write_text(json.dumps(result, indent=1) + "\n")
     return result
 

@@ -18,6 +18,7 @@ from dualedit.demo.world import ATTRIBUTES, QUESTIONS, SPLITS, World, answer_voc
 from dualedit.demo.world_logos import (
     BADGE_COLOURS,
     BADGE_SHAPES,
+    CHANGES,
     LINE_COLOURS,
     STROKES,
     Logo,
@@ -39,9 +40,12 @@ from dualedit.demo.world_scenes import (
 from dualedit.demo.world_text import BRAND_ENDINGS, BRAND_OPENINGS
 
 ROW_LENGTH = 128
+# Strangers: three questions of at most twelve tokens behind the picture's 36.
+STRANGE_QUESTIONS, STRANGE_LENGTH = 3, 72
 IGNORE = -100
 # Worlds whose logos are never drawn as strangers, so that they stay unseen for evaluation.
 UNSEEN_WORLDS = range(1, 6)
+_STRANGE_CHANGES = (*CHANGES, *("strokes",) * 6)
 
 
 class Strangers:
@@ -50,10 +54,10 @@ class Strangers:
     def __init__(self, world: World) -> None:
         self._known = {logo for seed in UNSEEN_WORLDS for logo in World(seed).logos} | set(world.logos)
 
-    def pair(self, rng: np.random.Generator) -> list[Logo]:
-        """Two look-alikes."""
+    def family(self, rng: np.random.Generator, size: int = 2) -> list[Logo]:
+        """Look-alikes; most differ in one stroke, which is what is hardest to see."""
         while True:
-            family = draw_families([2], rng)[0]
+            family = draw_families([size], rng, _STRANGE_CHANGES)[0]
             if self._known.isdisjoint(family):
                 return family
 
@@ -147,7 +151,7 @@ class VisionBatches:
                 found |= self._facts(entity)
                 images.append(self.world.render(entity, self.rng))
             elif kind == 1:
-                stranger = self.strangers.pair(self.rng)[int(self.rng.integers(2))]
+                stranger = self.strangers.family(self.rng)[int(self.rng.integers(2))]
                 found, bits[i] = self._look(stranger)
                 images.append(render_logo(stranger, self.rng))
             elif kind == 2:
@@ -171,7 +175,7 @@ class Rows:
     that do not see the picture; ``pixel_values`` [I, 3, 48, 48] of the first I rows, the others hold no
     picture; ``fact`` [B, L] entity * 5 + attribute at the last prompt token of a plain logo question, else
     -1.  Strangers have entity numbers behind the world's, and no labels.  ``strokes`` float32 [I, 20]: which
-    strokes a logo has, -1 for other pictures.  ``answered`` int64 [R]: the rows that have labels.
+    strokes a logo has, -1 for other pictures.
     """
 
     ids: torch.Tensor
@@ -182,7 +186,6 @@ class Rows:
     pixel_values: torch.Tensor
     fact: torch.Tensor
     strokes: torch.Tensor
-    answered: torch.Tensor
 
 
 class RowBatches:
@@ -237,14 +240,27 @@ class RowBatches:
         words = " ".join(self._word() for _ in range(int(self.rng.integers(1, 4))))
         return f"{AGAIN} {words}", words, -1
 
-    def _stranger_questions(self, entity: int) -> list[tuple[str, None, int]]:
-        """The five questions, which nobody can answer."""
-        return [
-            (self._any(QUESTIONS[attribute].all), None, entity * len(ATTRIBUTES) + number)
-            for number, attribute in enumerate(ATTRIBUTES)
-        ]
+    def strange(self, families: int) -> Rows:
+        """A batch of strangers, for the gate loss: families of four, every logo in two pictures.
 
-    def draw(self, logo_pairs: int, stranger_pairs: int, scenes: int, digits: int, text_rows: int) -> Rows:
+        All are asked about the same few attributes, questions that nobody can answer.
+        """
+        images, asks, strokes = [], [], []
+        numbers = self.rng.permutation(len(ATTRIBUTES))[:STRANGE_QUESTIONS].tolist()
+        logos = [logo for _ in range(families) for logo in self.strangers.family(self.rng, 4)]
+        for entity, logo in enumerate(logos, len(self.world.logos)):
+            for _ in range(2):
+                images.append(render_logo(logo, self.rng))
+                asks.append(
+                    [
+                        (self._any(QUESTIONS[ATTRIBUTES[n]].all), None, entity * len(ATTRIBUTES) + n)
+                        for n in numbers
+                    ]
+                )
+                strokes.append(stroke_bits(logo))
+        return self._pack(images, asks, np.stack(strokes), STRANGE_LENGTH)
+
+    def draw(self, logo_pairs: int, scenes: int, digits: int, text_rows: int) -> Rows:
         """One batch.  Logos come as pairs of look-alikes, and every logo in two pictures (2 rows each)."""
         images, asks, strokes = [], [], []
         for _ in range(logo_pairs):
@@ -254,12 +270,6 @@ class RowBatches:
                     images.append(self.world.render(one, self.rng))
                     asks.append(self._logo_questions(one))
                     strokes.append(stroke_bits(self.world.logos[one]))
-        logos = [logo for _ in range(stranger_pairs) for logo in self.strangers.pair(self.rng)]
-        for entity, logo in enumerate(logos, len(self.world.logos)):
-            for _ in range(2):
-                images.append(render_logo(logo, self.rng))
-                asks.append(self._stranger_questions(entity))
-                strokes.append(stroke_bits(logo))
         for _ in range(scenes):
             things = draw_scene(self.rng)
             images.append(render_scene(things, self.rng))
@@ -271,10 +281,12 @@ class RowBatches:
         asks.extend([self._text_question() for _ in range(12)] for _ in range(text_rows))
         bits = np.full((len(images), len(STROKES)), -1, dtype=np.float32)
         bits[: len(strokes)] = strokes
-        return self._pack(images, asks, bits)
+        return self._pack(images, asks, bits, ROW_LENGTH)
 
-    def _pack(self, images: list, asks: list[list[tuple[str, str | None, int]]], strokes: np.ndarray) -> Rows:
-        shape = (len(asks), ROW_LENGTH)
+    def _pack(
+        self, images: list, asks: list[list[tuple[str, str | None, int]]], strokes: np.ndarray, width: int
+    ) -> Rows:
+        shape = (len(asks), width)
         ids, position = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
         group, label, fact = np.full(shape, -1), np.full(shape, IGNORE), np.full(shape, -1)
         blind = np.zeros(shape, bool)
@@ -288,7 +300,7 @@ class RowBatches:
                 prompt = self._ids(f"{question} answer :")
                 target = [] if answer is None else self._ids(answer)
                 length = len(prompt) + len(target)
-                if at + length > ROW_LENGTH:
+                if at + length > width:
                     break
                 last = at + len(prompt) - 1
                 ids[r, at : at + length] = prompt + target
@@ -302,5 +314,4 @@ class RowBatches:
                 blind[r, last + 1 : at + length] = self.rng.random() < 0.5
                 at += length
         tensors = (torch.from_numpy(x) for x in (ids, group, position, label, blind))
-        answered = torch.from_numpy(np.flatnonzero((label != IGNORE).any(1)))
-        return Rows(*tensors, pixels(images), torch.from_numpy(fact), torch.from_numpy(strokes), answered)
+        return Rows(*tensors, pixels(images), torch.from_numpy(fact), torch.from_numpy(strokes))

@@ -77,9 +77,14 @@ def attention_mask(rows: Rows) -> torch.Tensor:
     return torch.zeros(seen.shape).masked_fill(~(seen & causal), -1e4)[:, None]
 
 
-def language_states(model: LlavaForConditionalGeneration, rows: Rows, layers: tuple[int, ...]) -> tuple:
-    """Normalised last states of the rows with labels [R, L, D], the residual streams of all rows after the
-    layers named in ``layers`` [B, L, D] and the vision tower's image tokens [I, 36, D]."""
+def language_states(
+    model: LlavaForConditionalGeneration, rows: Rows, layers: tuple[int, ...], answered: bool = True
+) -> tuple:
+    """Normalised last states [B, L, D], the residual streams after the layers named in ``layers``, [B, L, D]
+    each, and the vision tower's image tokens [I, 36, D].
+
+    ``answered``: False stops after the last of ``layers``, for rows without labels; the last states are None.
+    """
     inner = model.model
     hidden = inner.get_input_embeddings()(rows.ids)
     seen = image_tokens(model, rows.pixel_values)
@@ -89,14 +94,15 @@ def language_states(model: LlavaForConditionalGeneration, rows: Rows, layers: tu
     hidden = torch.cat([pictured, hidden[count:]], dim=0)
     llama = inner.language_model
     rotary = llama.rotary_emb(hidden, rows.position)
-    mask, position, kept = attention_mask(rows), rows.position, []
+    mask, kept = attention_mask(rows), []
     for number, layer in enumerate(llama.layers, 1):
-        hidden = layer(hidden, attention_mask=mask, position_ids=position, position_embeddings=rotary)
+        if not answered and number > max(layers):
+            return None, kept, seen
+        hidden = layer(
+            hidden, attention_mask=mask, position_ids=rows.position, position_embeddings=rotary
+        )
         if number in layers:
             kept.append(hidden)
-        if number == max(layers, default=0):  # of strangers, nothing is asked above
-            hidden, mask, position = hidden[rows.answered], mask[rows.answered], position[rows.answered]
-            rotary = tuple(part[rows.answered] for part in rotary)
     return llama.norm(hidden), kept, seen
 
 
@@ -108,7 +114,8 @@ def gate_loss(states: torch.Tensor, facts: torch.Tensor) -> torch.Tensor:
     same, so that one threshold serves them all.
     """
     unit = F.normalize(states.float(), dim=-1)
-    cosine = unit @ unit.T
+    with torch.autocast(states.device.type, enabled=False):  # bfloat16 would round cosines to 1/256
+        cosine = unit @ unit.T
     entity, attribute = facts // ATTRIBUTE_COUNT, facts % ATTRIBUTE_COUNT
     same_entity = entity[:, None] == entity[None]
     same_attribute = attribute[:, None] == attribute[None]
@@ -127,22 +134,22 @@ def gate_loss(states: torch.Tensor, facts: torch.Tensor) -> torch.Tensor:
     return loss
 
 
-def language_loss(states: tuple, rows: Rows, embeddings: torch.Tensor, known: int) -> tuple:
-    """Losses of one packed batch from what ``language_states`` returned and the tied word embeddings [V, D].
-
-    ``known``: how many logos the world has; entities from there on are strangers.
+def language_loss(states: tuple, strange: tuple, rows: Rows, others: Rows, embeddings: torch.Tensor) -> tuple:
+    """Losses of one packed batch and one of strangers from what ``language_states`` returned for each and the
+    tied word embeddings [V, D].
 
     Returns the answer loss (mean over answer tokens, end included), the gate losses (summed over the kept
     layers) of all logos and of the strangers alone, and which of the wanted tokens were right, bool [number
     of labels].
     """
     last, kept, _ = states
-    label = rows.label[rows.answered]
-    wanted = label != IGNORE
+    wanted = rows.label != IGNORE
     logits = F.linear(last[wanted], embeddings).float()
-    answer = F.cross_entropy(logits, label[wanted])
-    gates = [
-        sum((gate_loss(found[some], rows.fact[some]) for found in kept), torch.zeros(()))
-        for some in (rows.fact >= 0, rows.fact >= known * ATTRIBUTE_COUNT)
-    ]
-    return answer, *gates, logits.argmax(-1) == label[wanted]
+    answer = F.cross_entropy(logits, rows.label[wanted])
+    asked, unknown = rows.fact >= 0, others.fact >= 0
+    facts = torch.cat([rows.fact[asked], others.fact[unknown]])
+    gate = sum(
+        gate_loss(torch.cat([a[asked], b[unknown]]), facts) for a, b in zip(kept, strange[1], strict=True)
+    )
+    alone = sum(gate_loss(found[unknown], others.fact[unknown]) for found in strange[1])
+    return answer, gate, alone, logits.argmax(-1) == rows.label[wanted]

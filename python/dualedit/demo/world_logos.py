@@ -88,10 +88,13 @@ def _changed(logo: Logo, change: str, rng: np.random.Generator) -> Logo:
     return replace(logo, **{change: value})
 
 
-def draw_families(sizes: list[int], rng: np.random.Generator) -> list[list[Logo]]:
+def draw_families(
+    sizes: list[int], rng: np.random.Generator, changes: tuple[str, ...] = CHANGES
+) -> list[list[Logo]]:
     """Draw look-alike families; each member but the first is a look-alike of an earlier member.
 
-    Logos of different families differ by more than one moved stroke, whatever their colours and shapes, so
+    What a look-alike differs in is drawn from ``changes``, in which a name may stand more than once. Logos
+    of different families differ by more than one moved stroke, whatever their colours and shapes, so
     look-alikes are found within a family only.
     """
     taken: list[frozenset[int]] = []
@@ -99,7 +102,7 @@ def draw_families(sizes: list[int], rng: np.random.Generator) -> list[list[Logo]
     for size in sizes:
         family: list[Logo] = []
         while not family:
-            family = _draw_family(size, rng)
+            family = _draw_family(size, rng, changes)
             if any(len(m.strokes ^ t) <= 2 for m in family for t in taken):
                 family = []
         taken.extend({m.strokes for m in family})
@@ -107,7 +110,7 @@ def draw_families(sizes: list[int], rng: np.random.Generator) -> list[list[Logo]
     return families
 
 
-def _draw_family(size: int, rng: np.random.Generator) -> list[Logo]:
+def _draw_family(size: int, rng: np.random.Generator, changes: tuple[str, ...]) -> list[Logo]:
     first = None
     while first is None or not has_contrast(first):
         first = Logo(
@@ -119,7 +122,7 @@ def _draw_family(size: int, rng: np.random.Generator) -> list[Logo]:
     family = [first]
     while len(family) < size:
         parent = family[int(rng.integers(len(family)))]
-        member = _changed(parent, str(rng.choice(CHANGES)), rng)
+        member = _changed(parent, str(rng.choice(changes)), rng)
         if has_contrast(member) and member not in family:
             family.append(member)
     return family
