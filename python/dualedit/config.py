@@ -23,7 +23,7 @@ class EditType(str, Enum):
 GATES = ("prompt", "published")
 METRICS = ("l2", "cosine")
 KEYS = ("mean", "last")
-ROUTING_KEYS = ("last", "learned")
+ROUTING_KEYS = ("last", "pooled", "learned")
 RADII = ("threshold", "own")
 VALUES = ("low_rank", "full")
 
@@ -118,10 +118,11 @@ class DualEditConfig(EditConfig):
         gate: "prompt" compares the last prompt token on both sides (what is known when a question is asked);
             "published" compares the last input token, as the published evaluation does, where that token is
             part of the answer: it sees the label and is for comparison only.
-        key: by what the gate looks an input up: "last", the state of the last token (the paper's), or
-            "learned", what a `RoutingKey` makes of the prompt's states; train it with
-            `training.train_routing_key`.
-        key_dim: width of a learned key (P).
+        key: by what the gate looks an input up: "last", the state of the last token (the paper's); "pooled",
+            a linear map of that and of the mean image token (`PooledKey`), fitted in closed form by
+            `training.fit_pooled_key`; "learned", what a `RoutingKey` makes of the prompt's states, trained
+            by `training.train_routing_key`.
+        key_dim: width of a pooled or learned key (P).
         radius: how far an edit reaches. "threshold" is tau for all (the paper's); "own" lets each edit
             measure it, between the farthest sample that must be recognised and the nearest that must not:
             alpha * d(positive) + (1 - alpha) * d(negative), as BalancEdit does (ICML 2025, Eq. 10).
@@ -147,9 +148,9 @@ class DualEditConfig(EditConfig):
         default="prompt", metadata={"help": "'prompt' (honest) or 'published' (sees the answer)."}
     )
     key: str = field(
-        default="last", metadata={"help": "Look inputs up by the 'last' token or a 'learned' key."}
+        default="last", metadata={"help": "Look inputs up by 'last' token, 'pooled' or 'learned' key."}
     )
-    key_dim: int = field(default=128, metadata={"help": "Width of a learned key."})
+    key_dim: int = field(default=128, metadata={"help": "Width of a pooled or learned key."})
     radius: str = field(
         default="threshold", metadata={"help": "An edit reaches as far as 'threshold', or its 'own' radius."}
     )

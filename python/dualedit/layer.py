@@ -17,7 +17,7 @@ from .context import Bound, EditRuntime, ForwardPass, Record
 from .memory import EditMemory, MemoryGroup, Snapshot
 from .modules import EditCrossAttention, EditKV
 from .routing import Decision, cosine_radius, last_state, route_codebook
-from .routing_key import RoutingKey
+from .routing_key import PooledKey, RoutingKey
 
 
 def _first(output: Any) -> Tensor:
@@ -167,8 +167,7 @@ class DualEditLayer(EditLayer):
                 for part in parts
             }
         )
-        learned = config.key == "learned"
-        router = RoutingKey(hidden_size, config.key_dim, eps=config.norm_eps) if learned else None
+        router = _router_of(config, hidden_size)
         if next(adapters.parameters()).device.type != "meta":
             for made in (adapters, router):
                 if made is not None:
@@ -177,7 +176,8 @@ class DualEditLayer(EditLayer):
         if role.gate and router is not None:
             self.dualedit_router[adapter_name] = router
         tokens = {f"{kind}_{part}": config.mid_dim for part in parts for kind in ("k", "v")}
-        keys = {"key": (config.key_dim if learned else hidden_size,), "radius": ()} if role.gate else {}
+        width = hidden_size if router is None else config.key_dim
+        keys = {"key": (width,), "radius": ()} if role.gate else {}
         memory = EditMemory(keys, tokens, device=device, dtype=dtype)
         self.dualedit_memory[adapter_name] = memory
         group.memories[self.layer_name] = memory
@@ -280,6 +280,14 @@ class DualEditLayer(EditLayer):
             span = forward.columns(mask).to(hidden.device)
             hidden, _ = adapter(hidden, span, edits[part], route=route.to(hidden.device))
         return hidden
+
+
+def _router_of(config: DualEditConfig, hidden_size: int) -> nn.Module | None:
+    if config.key == "last":
+        return None
+    if config.key == "pooled":
+        return PooledKey(hidden_size, config.key_dim)
+    return RoutingKey(hidden_size, config.key_dim, eps=config.norm_eps)
 
 
 def _kv_of(snapshot: Snapshot) -> dict[str, EditKV]:

@@ -10,8 +10,8 @@ from dualedit.demo.vlm import load_embedded
 from dualedit.demo.world import World
 from dualedit.model import inject_dualedit
 from dualedit.prompting import Prompter
-from dualedit.routing_key import RoutingKey
-from dualedit.training import TrainSettings, train_routing_key
+from dualedit.routing_key import PooledKey, RoutingKey, pooled_parts
+from dualedit.training import TrainSettings, fit_pooled_key, train_routing_key
 from dualedit.training.routing_key import join, read_questions, routing_loss, routing_probes
 from peft import PeftModel
 from tiny_models import FAMILIES, LLAVA, edit_layers, editor_of, store
@@ -87,13 +87,34 @@ def test_untrained_it_is_nearly_the_plain_key(generator):
     assert (key @ key.T - plain @ plain.T).abs().max() < 0.22
 
 
+def test_a_pooled_key_is_the_formula_in_float64(generator):
+    head = trained_like(PooledKey(D, P), generator)
+    hidden, text, image, last = prompts(generator)
+    wide = hidden.double()
+    end, seen = wide[:, -1], wide[:, 1:5].mean(1)
+    parts = torch.cat([end / end.norm(dim=1, keepdim=True), seen / seen.norm(dim=1, keepdim=True)], 1)
+    wanted = (parts - head.centre.double()) @ head.map.double().T
+    wanted /= wanted.norm(dim=1, keepdim=True)
+    found = head(hidden, text, image, last)
+    torch.testing.assert_close(found.double(), wanted, atol=1e-6, rtol=1e-5)
+    padded = torch.cat([torch.full((3, 2, D), torch.nan), hidden], 1)
+    again = head(padded, None, torch.nn.functional.pad(image, (2, 0)), last + 2)
+    torch.testing.assert_close(again, found)
+    # Without an image its part is zero, not minus the mean: text-only questions stay as far apart as before.
+    for nothing in (None, torch.zeros_like(image)):
+        alone = (parts[:, :D] - head.centre[:D].double()) @ head.map[:, :D].double().T
+        alone /= alone.norm(dim=1, keepdim=True)
+        torch.testing.assert_close(head(hidden, text, nothing, last).double(), alone, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["learned", "pooled"])
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
-def test_fires_travels_and_leaves_others_bit_for_bit(family, generator, tmp_path):
+def test_fires_travels_and_leaves_others_bit_for_bit(family, kind, generator, tmp_path):
     base = family.build()
     other = family.question(generator, words=8)
     with torch.no_grad():
         before = base(**other).logits
-    model = editor_of(family, "dualedit", base, key="learned", key_dim=P)
+    model = editor_of(family, "dualedit", base, key=kind, key_dim=P)
     gate = edit_layers(model)[0]
     trained_like(gate.dualedit_router["default"], generator)
     asked = family.question(generator)
@@ -141,6 +162,58 @@ def test_training_moves_the_head_alone_and_tells_facts_better_apart(seed):
     assert sum(history[-10:]) < sum(history[:10])
 
 
+def test_fitting_whitens_what_varies_within_a_fact_and_moves_the_head_alone(seed):
+    base, processor = load_embedded()
+    model = inject_dualedit(base, 1, 1, mid_dim=32, num_heads=4, key="pooled", key_dim=256)
+    samples = edit_samples(World(0), "train", 60, seed=seed % 1000)
+    prompter = Prompter(processor)
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    told = fit_pooled_key(model, prompter, samples, shrinkage=1e-6, progress=False)
+    assert told == {"facts": 60, "pairs": 60 * 8}  # five rephrases and three other images each
+    moved = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
+    assert {name.rpartition(".")[2] for name in moved} == {"map", "centre"}
+    router = edit_layers(model)[0].dualedit_router["default"]
+    apart, edits = [], []
+    for read in read_questions(model, prompter, samples, progress=False):
+        parts = pooled_parts(read.states, read.image, read.last())
+        again = (read.fact == read.fact[0]) & ~read.anchor
+        apart.append((parts[again] - parts[:1]) / 2**0.5)
+        edits.append(parts[:1])
+    apart, edits = torch.cat(apart).double(), torch.cat(edits)
+    mapped = apart @ router.map.double().T
+    covariance = mapped.T @ mapped / len(mapped)
+    # Directions in which nothing varies but by rounding keep less than one: the shrinkage is their variance.
+    assert (covariance - torch.diag(covariance.diag())).abs().max() < 2e-2
+    assert covariance.diag().max() < 1.01 and (covariance.diag() > 0.9).sum() > 50
+    torch.testing.assert_close(router.centre, edits.mean(0))
+
+
+def test_a_pooled_key_tells_look_alikes_better_apart(seed):
+    """Of a world that the model has never seen; fitted on another such world."""
+    base, processor = load_embedded()
+    model = inject_dualedit(base, 1, 1, mid_dim=32, num_heads=4, key="pooled", key_dim=128)
+    prompter = Prompter(processor)
+    fit_pooled_key(model, prompter, edit_samples(World(100), "train", 150, seed=3), progress=False)
+    router = edit_layers(model)[0].dualedit_router["default"]
+    found = {"plain": ([], []), "pooled": ([], [])}
+    samples = edit_samples(World(101), "train", 80, seed=seed % 97)
+    for sample, read in zip(samples, read_questions(model, prompter, samples, progress=False), strict=True):
+        same, others = routing_probes(sample)
+        alike = [p in sample.locality["hard_image"] for p in others]
+        plain = torch.nn.functional.normalize(read.states[:, -1].float(), dim=1)
+        keys = {"plain": plain, "pooled": router(read.states, read.text, read.image, read.last())}
+        for name, key in keys.items():
+            cosine = (key @ key[0]).tolist()
+            found[name][0].extend(cosine[len(same) - 3 : len(same)])  # other images
+            found[name][1].extend(c for c, look in zip(cosine[len(same) :], alike, strict=True) if look)
+
+    def confused(near, far):
+        near, far = torch.tensor(near), torch.tensor(far)
+        return (near[:, None] < far[None]).float().mean()
+
+    assert confused(*found["pooled"]) < confused(*found["plain"])
+
+
 def test_questions_are_told_apart_by_their_facts(generator):
     samples = edit_samples(World(0), "train", 3, seed=4)
     base, processor = load_embedded()
@@ -158,13 +231,22 @@ def test_questions_are_told_apart_by_their_facts(generator):
 
 
 def test_refusals():
-    with pytest.raises(ValueError, match="key='first'.*'last', 'learned'"):
+    with pytest.raises(ValueError, match="key='first'.*'last', 'pooled', 'learned'"):
         DualEditConfig(key="first")
     with pytest.raises(ValueError, match="key_dim=6"):
         DualEditConfig(key="learned", key_dim=6)
     model = editor_of(LLAVA, "dualedit")
     with pytest.raises(ValueError, match="no learned routing key.*key='learned'"):
         train_routing_key(model, None, [], None)
+    with pytest.raises(ValueError, match="no pooled routing key.*key='pooled'"):
+        fit_pooled_key(model, None, [])
+    pooled = editor_of(LLAVA, "dualedit", key="pooled", key_dim=P)
+    with pytest.raises(ValueError, match="no learned routing key"):
+        train_routing_key(pooled, None, [], None)
+    with pytest.raises(ValueError, match="shrinkage=0.*above 0"):
+        fit_pooled_key(pooled, None, [], shrinkage=0)
+    with pytest.raises(ValueError, match="none of 0 has a rephrase"):
+        fit_pooled_key(pooled, None, [], progress=False)
     learned = editor_of(LLAVA, "dualedit", key="learned", key_dim=P)
     with pytest.raises(ValueError, match="samples is empty"):
         train_routing_key(learned, None, [], None)

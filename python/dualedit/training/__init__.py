@@ -20,7 +20,7 @@ from .calibration import (
 from .dualedit import TrainSettings, optimise, train_adapters
 from .loop import Outcome, train
 from .recipe import Recipe, read_recipe
-from .routing_key import train_routing_key
+from .routing_key import fit_pooled_key, train_routing_key
 
 __all__ = [
     "Curve",
@@ -40,6 +40,7 @@ __all__ = [
     "read_recipe",
     "train",
     "train_adapters",
+    "fit_pooled_key",
     "train_routing_key",
     "with_threshold",
 ]

@@ -1,4 +1,4 @@
-"""Training a learned routing key: the same fact close, everything else apart, on frozen states."""
+"""Routing keys made from training facts: the same fact close, everything else apart, on frozen states."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from ..fitting import to_device
 from ..layer import DualEditLayer
 from ..model import active_group
 from ..prompting import Prompter
+from ..routing_key import pooled_parts
 from .dualedit import TrainSettings, optimise
 
 SCALE, CENTRE = 16.0, 0.5  # a cosine above CENTRE is called the same fact
@@ -122,14 +123,15 @@ def read_questions(
     return read
 
 
-def _gated_layer(model: nn.Module) -> DualEditLayer:
+def _gated_layer(model: nn.Module, kind: str | None = None) -> DualEditLayer:
     name, config, group = active_group(model)
     for layer in edit_layers(model, group).values():
-        if isinstance(layer, DualEditLayer) and name in layer.dualedit_router:
+        fits = isinstance(layer, DualEditLayer) and name in layer.dualedit_router
+        if fits and kind in (None, config.key):
             return layer
     raise ValueError(
-        f"adapter {name!r} ({type(config).__name__}) has no learned routing key: inject it with "
-        f"inject_dualedit(model, ..., key='learned')."
+        f"adapter {name!r} ({type(config).__name__}) has no {kind or 'learned'} routing key: inject it with "
+        f"inject_dualedit(model, ..., key={kind or 'learned'!r})."
     )
 
 
@@ -199,7 +201,7 @@ def train_routing_key(
     """
     settings = settings or TrainSettings(steps=1500, batch_size=48, learning_rate=1e-3)
     name, _, group = active_group(model)
-    layer = _gated_layer(model)
+    layer = _gated_layer(model, "learned")
     if len(group):
         raise ValueError(f"model holds {len(group)} edits: train on an adapter without any.")
     if not samples:
@@ -219,3 +221,73 @@ def train_routing_key(
         return loss, torch.zeros_like(loss)
 
     return [change for change, _ in optimise(parameters, losses_of, settings, on_step)]
+
+
+def fit_pooled_key(
+    model: nn.Module,
+    prompter: Prompter,
+    samples: Sequence[EditSample],
+    shrinkage: float = 0.01,
+    progress: bool = True,
+) -> dict[str, int]:
+    """Fit the pooled key of the active DualEdit adapter in place, in closed form; nothing else changes.
+
+    Linear discriminant analysis (Fisher 1936; Rao 1948): the covariance of what differs between an edit and
+    its own rephrases and other images is made the unit matrix, and of the directions left those are kept
+    in which the edits differ most.
+
+    Args:
+        model: from `inject_dualedit(..., key="pooled")`, with no stored edits (their keys would go stale).
+        samples: training facts with rephrases or other images; entities that the test uses must not be
+            among them. As many as the key has dimensions, or more: with fewer, directions nobody varied
+            decide.
+        shrinkage: share of the mean variance that is added to each direction, above 0: more trusts the
+            samples less.
+
+    Returns:
+        {"facts", "pairs"} that it was fitted on.
+
+    Raises:
+        ValueError: no samples or none with another question about its fact, a model that holds edits, an
+            adapter without a pooled key, a shrinkage that is not above 0.
+    """
+    name, _, group = active_group(model)
+    layer = _gated_layer(model, "pooled")
+    if len(group):
+        raise ValueError(f"model holds {len(group)} edits: fit the key of an adapter without any.")
+    if not shrinkage > 0:
+        raise ValueError(f"shrinkage={shrinkage}: pass a number above 0, such as 0.01.")
+    router = layer.dualedit_router[name]
+    edits, others, own = [], [], []
+    for place, read in enumerate(read_questions(model, prompter, samples, progress)):
+        parts = pooled_parts(read.states, read.image, read.last()).double()
+        again = (read.fact == read.fact[read.anchor]) & ~read.anchor
+        edits.append(parts[read.anchor])
+        others.append(parts[again])
+        own += [place] * int(again.sum())
+    if not own:
+        raise ValueError(
+            f"samples: none of {len(samples)} has a rephrase or another image, so nothing tells what varies "
+            "within a fact. Pass facts that have."
+        )
+    edits, others = torch.cat(edits), torch.cat(others)
+    with torch.no_grad():
+        router.centre.copy_(_means(edits))
+    apart = (others - edits[own]) / 2**0.5
+    within = apart.T @ apart / len(apart)
+    within += shrinkage * within.trace() / len(within) * torch.eye(len(within), dtype=within.dtype)
+    spread, axes = torch.linalg.eigh(within)
+    whitened = axes * spread.rsqrt()  # [2 D, 2 D]
+    between = router.centred(edits).detach() @ whitened
+    kept = torch.linalg.eigh(between.T @ between)[1].flip(1)[:, : len(router.map)]
+    with torch.no_grad():
+        router.map.copy_((whitened @ kept).T)
+    return {"facts": len(edits), "pairs": len(own)}
+
+
+def _means(edits: Tensor) -> Tensor:
+    """Means [2 D] of the parts of edits [N, 2 D], the image's over those that have one."""
+    width = edits.shape[1] // 2
+    seen = edits[(edits[:, width:] != 0).any(1), width:]
+    image = seen.mean(0) if len(seen) else edits.new_zeros(width)
+    return torch.cat([edits[:, :width].mean(0), image])
