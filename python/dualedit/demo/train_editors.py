@@ -2,8 +2,9 @@
 
     python -m dualedit.demo.train_editors --out DIR
 
-writes DIR/dualedit (the adapters, calibrated tau included) and DIR/editors.json (settings, seconds, figures
-on training facts that the adapters were not trained on).
+writes DIR/dualedit (the adapters, routing key and calibrated tau included) and DIR/editors.json (settings,
+seconds, figures on training facts that the adapters were not trained on). ``--adapters DIR`` takes adapters
+that are trained already and does what comes after.
 """
 
 from __future__ import annotations
@@ -18,18 +19,21 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from peft import set_peft_model_state_dict
+from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
+from dualedit.architectures import unwrap
 from dualedit.data import EditSample
 from dualedit.editing import edit_layers
 from dualedit.editor import Editor
-from dualedit.evaluation import ask_before
 from dualedit.model import active_group, inject_balancedit, inject_dualedit
 from dualedit.prompting import Prompter
 from dualedit.storage import save_edits
 from dualedit.training import (
     TrainSettings,
     calibrate_alpha,
+    fit_pooled_key,
     measure_curve,
     optimise,
     save_calibration,
@@ -55,6 +59,9 @@ CALIBRATION_FACTS, THRESHOLD_FACTS, STORED = 200, 1000, 100
 # that set tau and alpha every other one, of the edits that adapters learn on a third. The brands that the
 # model knows lie so far apart that almost any threshold suits them; it matters for those it does not.
 STRANGE_WORLDS = 100
+# The routing key is fitted on facts of the model's own world and of others of its own that it has not seen.
+KEY_DIM, KEY_FACTS, KEY_WORLDS = 128, 1500, range(50, 55)
+TRAINING, REPORT = "training.json", "editors.json"
 # Facts made, run through the lower layers and trained on at a time.
 CHUNK = 1600
 
@@ -95,6 +102,15 @@ def threshold_samples(world: World, count: int, seed: int) -> list:
     return [sample for pair in itertools.zip_longest(known, strange) for sample in pair if sample is not None]
 
 
+def key_samples(world: World, count: int, seed: int) -> list:
+    """Edits of training entities for the routing key: a third of the model's own world, then of others."""
+    found = calibration_samples(world, count // 3, 1 + seed)
+    each = -(-(count - len(found)) // len(KEY_WORLDS))
+    for number in KEY_WORLDS:
+        found += calibration_samples(World(number), each, seed)
+    return found[:count]
+
+
 def training_samples(world: World, count: int, seed: int) -> list:
     """Edits of the training entities that calibration does not use, with several targets a fact.
 
@@ -123,19 +139,26 @@ def _any_target(sample: EditSample, generator: torch.Generator) -> EditSample:
 
 
 def train_dualedit(
-    world: World, vlm: Path | None, settings: TrainSettings, layers: tuple[int | None, int], mid_dim: int
+    world: World,
+    vlm: Path | None,
+    settings: TrainSettings,
+    layers: tuple[int | None, int],
+    mid_dim: int,
+    key: str = "pooled",
 ) -> tuple[Editor, list[tuple[float, float]], float]:
     """The embedded model with freshly trained adapters, the two losses of each step, and the seconds.
+
+    The gate has no part in it: while adapters are trained, each question is told which edit it belongs to.
 
     No edit comes twice. Five passes over 10,000 edits left adapters that knew those edits by heart (two-token
     names right in 99 of 100) and wrote new ones for the same entities, let alone for others, in 87 of 100.
     """
     began = time.perf_counter()
-    base, processor = load_embedded(vlm)
+    editor = _untrained(vlm, layers, mid_dim, settings.seed, key)
+    model, processor = editor.model, editor.processor
+    base = unwrap(model)
     # On a CPU the fused attention kernel's backward costs several times the plain one's.
     base.set_attn_implementation("eager")
-    torch.manual_seed(settings.seed)
-    model = inject_dualedit(base, *layers, mid_dim=mid_dim, num_heads=8, threshold=0.8)
     name, _, group = active_group(model)
     wrapped = edit_layers(model, group)
     parameters = [p for layer in wrapped.values() for p in layer.dualedit_adapter[name].parameters()]
@@ -155,7 +178,29 @@ def train_dualedit(
         history = optimise(parameters, losses, settings, report)
     model.eval()
     base.set_attn_implementation("sdpa")
-    return Editor(model, processor), history, time.perf_counter() - began
+    return editor, history, time.perf_counter() - began
+
+
+def _untrained(vlm: Path | None, layers: tuple[int | None, int], mid_dim: int, seed: int, key: str) -> Editor:
+    base, processor = load_embedded(vlm)
+    torch.manual_seed(seed)
+    model = inject_dualedit(
+        base, *layers, mid_dim=mid_dim, num_heads=8, threshold=0.8, key=key, key_dim=KEY_DIM
+    )
+    return Editor(model, processor)
+
+
+def trained_adapters(folder: Path, vlm: Path | None, layers: tuple[int, int], mid_dim: int) -> Editor:
+    """The embedded model with the adapters of an earlier run, whatever key they were saved with."""
+    editor = _untrained(vlm, layers, mid_dim, 0, "pooled")
+    saved = load_file(folder / "adapter_model.safetensors")
+    weights = {name: value for name, value in saved.items() if ".dualedit_adapter." in name}
+    missing = set_peft_model_state_dict(editor.model, weights).missing_keys
+    lacking = [name for name in missing if ".dualedit_adapter." in name]
+    if lacking or not weights:
+        raise ValueError(f"{folder} lacks {(lacking or ['adapters'])[0]}: pass a folder of adapters.")
+    editor.model.eval()
+    return editor
 
 
 def _fresh_batches(
@@ -176,51 +221,73 @@ def _tail_mean(history: list[tuple[float, float]], column: int, steps: int = 50)
     return sum(tail) / len(tail)
 
 
-def run(
+def make_dualedit(
     out: Path,
     vlm: Path | None,
     settings: TrainSettings,
     layers: tuple[int, int],
     mid_dim: int,
     calibration: int,
+    adapters: Path | None = None,
 ) -> dict:
-    """Train, calibrate, save; returns what is written to editors.json."""
+    """Train, fit the key, set tau, save to out/dualedit; returns what editors.json says of it."""
     world = World(0)
-    editor, history, seconds = train_dualedit(world, vlm, settings, layers, mid_dim)
-    facts = threshold_samples(world, THRESHOLD_FACTS * calibration // CALIBRATION_FACTS, settings.seed)
-    before = ask_before(editor, facts)
-    curve = measure_curve(editor, facts, STORED, before=before)
-    sweep = sweep_threshold(curve)
-    with_threshold(editor, sweep.chosen)
-    out.mkdir(parents=True, exist_ok=True)
-    save_edits(editor.model, out / "dualedit")
-    save_calibration(out / "dualedit", sweep, curve)
-    samples = calibration_samples(world, calibration, settings.seed, held_out_entities(world))
-    held_out = measure_curve(editor, samples, together=True)
-    figures = held_out.figures(lambda point: 1.0 - sweep.chosen)
-    base, processor = load_embedded(vlm)
-    balance = Editor(inject_balancedit(base, **balancedit_config()), processor)
-    alpha, balance_figures = calibrate_alpha(measure_curve(balance, facts, together=True, before=before))
-    report = {
-        "dualedit": {
-            "threshold": sweep.chosen, "text_layer": layers[0], "vis_layer": layers[1], "mid_dim": mid_dim,
+    if adapters is None:
+        editor, history, seconds = train_dualedit(world, vlm, settings, layers, mid_dim)
+        training = {
             "steps": settings.steps, "batch_size": settings.batch_size,
             "learning_rate": settings.learning_rate, "locality_weight": settings.locality_weight,
             "facts": settings.steps * settings.batch_size, "seed": settings.seed,
             "seconds": round(seconds, 1),
             "loss_change": _tail_mean(history, 0), "loss_keep": _tail_mean(history, 1),
-            "threshold_facts": len(facts), "threshold_figures": sweep.chosen_figures,
-            "calibration_figures": figures,
-        },
-        "balancedit": {
-            "config": balancedit_config(alpha=alpha),
-            "threshold_facts": len(facts), "threshold_figures": balance_figures,
-        },
-        "calibration_facts": len(samples),
-        "calibration_protocol": f"all of them stored at once; DualEdit's threshold_facts {STORED} at a time",
-        "torch": torch.__version__, "python": platform.python_version(), "threads": torch.get_num_threads(),
+        }  # fmt: skip
+        (out / TRAINING).write_text(json.dumps(training, indent=1) + "\n")
+        save_edits(editor.model, out / "dualedit")  # what takes longest: --adapters goes on from here
+    else:
+        editor = trained_adapters(adapters, vlm, layers, mid_dim)
+        told = adapters.parent / TRAINING
+        training = json.loads(told.read_text()) if told.is_file() else {}
+    keys = key_samples(world, KEY_FACTS * calibration // CALIBRATION_FACTS, settings.seed)
+    fitted = fit_pooled_key(editor.model, Prompter(editor.processor), keys)
+    facts = threshold_samples(world, THRESHOLD_FACTS * calibration // CALIBRATION_FACTS, settings.seed)
+    curve = measure_curve(editor, facts, STORED)
+    sweep = sweep_threshold(curve)
+    with_threshold(editor, sweep.chosen)
+    save_edits(editor.model, out / "dualedit")
+    save_calibration(out / "dualedit", sweep, curve)
+    samples = calibration_samples(world, calibration, settings.seed, held_out_entities(world))
+    held_out = measure_curve(editor, samples, together=True)
+    figures = held_out.figures(lambda point: 1.0 - sweep.chosen)
+    return {
+        "threshold": sweep.chosen, "text_layer": layers[0], "vis_layer": layers[1], "mid_dim": mid_dim,
+        "key": "pooled", "key_dim": KEY_DIM, "key_facts": fitted["facts"], **training,
+        "threshold_facts": len(facts), "threshold_figures": sweep.chosen_figures,
+        "calibration_facts": len(samples), "calibration_figures": figures,
+        "calibration_protocol": f"all of them stored at once; threshold_facts {STORED} at a time",
     }  # fmt: skip
-    (out / "editors.json").write_text(json.dumps(report, indent=1) + "\n")
+
+
+def make_balancedit(vlm: Path | None, seed: int, calibration: int) -> dict:
+    """Set alpha; returns what editors.json says of it."""
+    facts = threshold_samples(World(0), THRESHOLD_FACTS * calibration // CALIBRATION_FACTS, seed)
+    base, processor = load_embedded(vlm)
+    editor = Editor(inject_balancedit(base, **balancedit_config()), processor)
+    alpha, figures = calibrate_alpha(measure_curve(editor, facts, together=True))
+    return {
+        "config": balancedit_config(alpha=alpha), "threshold_facts": len(facts),
+        "threshold_figures": figures,
+    }  # fmt: skip
+
+
+def _note(out: Path, name: str, found: dict) -> dict:
+    """Write what is known of an editor into editors.json, beside the other's."""
+    file = out / REPORT
+    report = json.loads(file.read_text()) if file.is_file() else {}
+    report |= {name: found, "torch": torch.__version__, "python": platform.python_version(),
+               "threads": torch.get_num_threads()}  # fmt: skip
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps(report, indent=1) + "\n")
+    temporary.replace(file)
     return report
 
 
@@ -229,6 +296,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder to write the editors to")
     parser.add_argument("--vlm", type=Path, help="folder of the embedded model; the shipped one if not given")
+    parser.add_argument("--editor", choices=("both", "dualedit", "balancedit"), default="both")
+    parser.add_argument("--adapters", type=Path, help="folder of trained adapters: only set key and tau")
     parser.add_argument("--steps", type=int, default=SETTINGS.steps)
     parser.add_argument("--batch-size", type=int, default=SETTINGS.batch_size)
     parser.add_argument("--learning-rate", type=float, default=SETTINGS.learning_rate)
@@ -248,14 +317,16 @@ def main(arguments: list[str] | None = None) -> None:
         given.steps, given.batch_size, given.learning_rate, SETTINGS.warmup,
         locality_weight=given.locality_weight, seed=given.seed,
     )  # fmt: skip
-    report = run(
-        given.out,
-        given.vlm,
-        settings,
-        (given.text_layer, given.vis_layer),
-        given.mid_dim,
-        given.calibration,
-    )
+    given.out.mkdir(parents=True, exist_ok=True)
+    if given.editor in ("both", "dualedit"):
+        layers = (given.text_layer, given.vis_layer)
+        made = make_dualedit(
+            given.out, given.vlm, settings, layers, given.mid_dim, given.calibration, given.adapters
+        )
+        report = _note(given.out, "dualedit", made)
+    if given.editor in ("both", "balancedit"):
+        made = make_balancedit(given.vlm, settings.seed, given.calibration)
+        report = _note(given.out, "balancedit", made)
     print(json.dumps(report, indent=1))
 
 

@@ -28,7 +28,7 @@ VIS_LAYER, MID_DIM, MEASURED_FACTS = 1, 256, 40
 def run(out: Path, vlm: Path | None, settings: TrainSettings, layer: int, measured: int) -> dict:
     """Train, measure on held-out training facts, save; returns what is written to visedit.json."""
     world = World(0)
-    editor, history, seconds = train_dualedit(world, vlm, settings, (None, layer), MID_DIM)
+    editor, history, seconds = train_dualedit(world, vlm, settings, (None, layer), MID_DIM, "last")
     with_threshold(editor, -1.0)  # every cosine is at least -1: no gate, as in the paper
     held_out = held_out_entities(world)
     drawn = edit_samples(world, "train", 12 * measured, seed=778)
