@@ -101,7 +101,7 @@ def read(editor: Editor, samples: list[EditSample], title: str) -> Facts:
             key = layer.route_key(
                 "default", seen[layer.layer_name], attended & ~image, image, torch.full((len(asked),), -1)
             )
-            keys.setdefault("learned", []).append(key.detach().to(torch.float16))
+            keys.setdefault(layer.configs["default"].key, []).append(key.detach().to(torch.float16))
     return Facts(
         {name: torch.cat(parts) for name, parts in keys.items()},
         *(torch.tensor(x) for x in (own, about, kind, near, far, edit)),
