@@ -8,7 +8,12 @@ from dualedit.data import Probe
 from dualedit.demo.adapter_pool import Pool
 from dualedit.demo.embedded import load_editor
 from dualedit.demo.samples import edit_samples
-from dualedit.demo.train_editors import calibration_samples, held_out_entities, training_samples
+from dualedit.demo.train_editors import (
+    calibration_samples,
+    held_out_entities,
+    trained_adapters,
+    training_samples,
+)
 from dualedit.demo.vlm import load_embedded
 from dualedit.demo.world import World
 from dualedit.editing import edit_layers
@@ -142,3 +147,19 @@ def test_a_curve_foretells_what_a_threshold_gives(together, world):
         with_threshold(editor, threshold)
         found = measure(editor, samples, "dualedit", progress=False, before=before).row.metrics
         assert curve.figures(lambda point, r=1 - threshold: r) == pytest.approx(found)
+
+
+def test_trained_adapters_are_taken_whatever_key_they_were_saved_with(tmp_path):
+    folder = tmp_path / "last"
+    base, _ = load_embedded()
+    torch.manual_seed(3)
+    saved = inject_dualedit(base, 1, 1, mid_dim=32, num_heads=8)
+    saved.save_pretrained(folder)
+    taken = trained_adapters(folder, None, (1, 1), 32)
+    config = taken.model.peft_config["default"]
+    assert (config.key, config.key_dim) == ("pooled", 128)
+    wanted = {n: p for n, p in saved.named_parameters() if ".dualedit_adapter." in n}
+    found = {n: p for n, p in taken.model.named_parameters() if ".dualedit_adapter." in n}
+    assert wanted.keys() == found.keys() and all(torch.equal(wanted[n], found[n]) for n in wanted)
+    with pytest.raises(ValueError, match=r"layers\.2.*pass a folder of adapters"):
+        trained_adapters(folder, None, (1, 2), 32)
