@@ -9,6 +9,7 @@ from dualedit.demo.adapter_pool import Pool
 from dualedit.demo.embedded import load_editor
 from dualedit.demo.samples import edit_samples
 from dualedit.demo.train_editors import (
+    KEY_DIM,
     calibration_samples,
     held_out_entities,
     trained_adapters,
@@ -157,7 +158,7 @@ def test_trained_adapters_are_taken_whatever_key_they_were_saved_with(tmp_path):
     saved.save_pretrained(folder)
     taken = trained_adapters(folder, None, (1, 1), 32)
     config = taken.model.peft_config["default"]
-    assert (config.key, config.key_dim) == ("pooled", 128)
+    assert (config.key, config.key_dim) == ("pooled", KEY_DIM)
     wanted = {n: p for n, p in saved.named_parameters() if ".dualedit_adapter." in n}
     found = {n: p for n, p in taken.model.named_parameters() if ".dualedit_adapter." in n}
     assert wanted.keys() == found.keys() and all(torch.equal(wanted[n], found[n]) for n in wanted)

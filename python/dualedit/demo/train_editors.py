@@ -60,7 +60,7 @@ CALIBRATION_FACTS, THRESHOLD_FACTS, STORED = 200, 1000, 100
 # model knows lie so far apart that almost any threshold suits them; it matters for those it does not.
 STRANGE_WORLDS = 100
 # The routing key is fitted on facts of the model's own world and of others of its own that it has not seen.
-KEY_DIM, KEY_FACTS, KEY_WORLDS = 128, 1500, range(50, 55)
+KEY_DIM, KEY_FACTS, KEY_WORLDS = 256, 1500, range(50, 55)
 TRAINING, REPORT = "training.json", "editors.json"
 # Facts made, run through the lower layers and trained on at a time.
 CHUNK = 1600

@@ -227,7 +227,7 @@ def fit_pooled_key(
     model: nn.Module,
     prompter: Prompter,
     samples: Sequence[EditSample],
-    shrinkage: float = 0.01,
+    shrinkage: float = 0.1,
     progress: bool = True,
 ) -> dict[str, int]:
     """Fit the pooled key of the active DualEdit adapter in place, in closed form; nothing else changes.
@@ -256,7 +256,7 @@ def fit_pooled_key(
     if len(group):
         raise ValueError(f"model holds {len(group)} edits: fit the key of an adapter without any.")
     if not shrinkage > 0:
-        raise ValueError(f"shrinkage={shrinkage}: pass a number above 0, such as 0.01.")
+        raise ValueError(f"shrinkage={shrinkage}: pass a number above 0, such as 0.1.")
     router = layer.dualedit_router[name]
     edits, others, own = [], [], []
     for place, read in enumerate(read_questions(model, prompter, samples, progress)):
