@@ -59,6 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="file for the figures")
+    parser.add_argument("--methods", default=",".join(METHODS), help="which editors, with commas")
     parser.add_argument("--edits", type=int, default=1000)
     parser.add_argument("--per-family", type=int, default=200, help="questions of each family")
     parser.add_argument("--seed", type=int, default=0, help="which facts are edited, and how")
@@ -68,7 +69,10 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     cases = held_out_cases(World(0), options.per_family, seed=options.seed + 2)
     rows = []
-    for method in METHODS:
+    for method in options.methods.split(","):
+        if method not in METHODS:
+            parser.error(f"--methods {method}: choose among {', '.join(METHODS)}")
+    for method in options.methods.split(","):
         row = measure(method, cases, options.edits, options.seed, options.weights)
         rows.append(row)
         print(
