@@ -10,10 +10,8 @@ from dualedit.editing import append_target
 from dualedit.frames import FRAMES
 from generating import NEVER, NEW, decode, generate
 from tiny_models import (
-    FAMILIES,
     IMAGE,
     LLAVA,
-    METHODS,
     PAD,
     QWEN,
     VIDEO,
@@ -23,16 +21,6 @@ from tiny_models import (
     row_of,
     store,
 )  # fmt: skip
-
-
-@pytest.fixture(params=FAMILIES, ids=lambda family: family.name)
-def family(request):
-    return request.param
-
-
-@pytest.fixture(params=METHODS)
-def method(request):
-    return request.param
 
 
 @pytest.fixture(autouse=True)

@@ -13,9 +13,7 @@ from generating import NEW, generate
 from peft import LoraConfig, inject_adapter_in_model
 from tiny_models import (
     BLIP2,
-    FAMILIES,
     LLAVA,
-    METHODS,
     QWEN,
     WORDS,
     editor_of,
@@ -23,16 +21,6 @@ from tiny_models import (
     store,
     tiny_llama,
 )  # fmt: skip
-
-
-@pytest.fixture(params=FAMILIES, ids=lambda family: family.name)
-def family(request):
-    return request.param
-
-
-@pytest.fixture(params=METHODS)
-def method(request):
-    return request.param
 
 
 @pytest.fixture(autouse=True)
