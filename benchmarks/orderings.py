@@ -57,11 +57,15 @@ def gate(samples: Sequence[EditSample], unedited: Unedited) -> dict[str, Figures
 
 @torch.no_grad()
 def modalities(samples: Sequence[EditSample], unedited: Unedited) -> dict[str, Figures]:
-    """DualEdit, and each half of its adapter alone: one that was trained together with the other."""
+    """DualEdit, and each half of its adapter alone: one that was trained together with the other.
+
+    Edits are not refined: what the adapters write by themselves is compared.
+    """
     rows = {}
     for row, silent in (("both", ()), ("text half", ("vision",)), ("image half", ("text",))):
         editor = load_editor("dualedit")
-        name, _, group = active_group(editor.model)
+        name, config, group = active_group(editor.model)
+        config.refine_steps = 0
         for layer in edit_layers(editor.model, group).values():
             for part in set(silent) & set(layer.dualedit_adapter[name]):
                 # With nothing projected back, the adapter's residual leaves its positions as they were.

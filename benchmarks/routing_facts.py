@@ -99,8 +99,9 @@ def read(editor: Editor, samples: list[EditSample], title: str) -> Facts:
                     keys.setdefault(f"{name}@{place}", []).append(key.to(torch.float16))
         for layer in routers:
             key = layer.route_key(
-                "default", seen[layer.layer_name], attended & ~image, image, torch.full((len(asked),), -1)
-            )
+                "default", seen[layer.layer_name], attended & ~image, image, torch.full((len(asked),), -1),
+                seen.pictured,
+            )  # fmt: skip
             keys.setdefault(layer.configs["default"].key, []).append(key.detach().to(torch.float16))
     return Facts(
         {name: torch.cat(parts) for name, parts in keys.items()},

@@ -119,14 +119,19 @@ class DualEditConfig(EditConfig):
             "published" compares the last input token, as the published evaluation does, where that token is
             part of the answer: it sees the label and is for comparison only.
         key: by what the gate looks an input up: "last", the state of the last token (the paper's); "pooled",
-            a linear map of that and of the mean image token (`PooledKey`), fitted in closed form by
-            `training.fit_pooled_key`; "learned", what a `RoutingKey` makes of the prompt's states, trained
-            by `training.train_routing_key`.
-        key_dim: width of a pooled or learned key (P).
+            linear maps of that and of the mean image token as it enters the decoder (`PooledKey`), fitted in
+            closed form by `training.fit_pooled_key`; "learned", what a `RoutingKey` makes of the prompt's
+            states, trained by `training.train_routing_key`.
+        key_dim: width of a pooled or learned key (P); a pooled one at most twice that of the residual stream.
         radius: how far an edit reaches. "threshold" is tau for all (the paper's); "own" lets each edit
             measure it, between the farthest sample that must be recognised and the nearest that must not:
             alpha * d(positive) + (1 - alpha) * d(negative), as BalancEdit does (ICML 2025, Eq. 10).
         alpha: of an own radius, in [0, 1].
+        refine_steps: above 0, a new edit's own question is run once with the edit written, and where the
+            target does not come out, the edit's own keys and values are mended in at most so many steps of
+            Adam; the adapters stay as they are. 0 (the paper's): an edit is one forward, and nobody checks.
+        refine_rate, refine_probability: Adam's learning rate, and the probability that each target token must
+            have.
         norm_eps: epsilon of the adapters' LayerNorms.
         init_weights: True starts the adapters as the identity (output projection zero); False at random.
         calibrated_threshold: the tau that calibration on training facts found for these adapters and this
@@ -155,6 +160,13 @@ class DualEditConfig(EditConfig):
         default="threshold", metadata={"help": "An edit reaches as far as 'threshold', or its 'own' radius."}
     )
     alpha: float = field(default=0.5, metadata={"help": "Own radius between positive (1), negative (0)."})
+    refine_steps: int = field(
+        default=0, metadata={"help": "Check a new edit's answer and mend its keys and values; 0: do not."}
+    )
+    refine_rate: float = field(default=3e-2, metadata={"help": "Adam's learning rate of that mending."})
+    refine_probability: float = field(
+        default=0.9, metadata={"help": "Least probability of every target token of an edit that is checked."}
+    )
     norm_eps: float = field(default=1e-5, metadata={"help": "Epsilon of the adapters' LayerNorms."})
     init_weights: bool = field(default=True, metadata={"help": "Start as the identity (True) or at random."})
     calibrated_threshold: float | None = field(
@@ -194,6 +206,15 @@ class DualEditConfig(EditConfig):
         _require(self.key in ROUTING_KEYS, "key", self.key, f"choose one of {ROUTING_KEYS}")
         _require(self.radius in RADII, "radius", self.radius, f"choose one of {RADII}")
         _require(0.0 <= self.alpha <= 1.0, "alpha", self.alpha, "pass a number in [0, 1]")
+        whole = isinstance(self.refine_steps, int) and self.refine_steps >= 0
+        _require(whole, "refine_steps", self.refine_steps, "pass a number of steps, 0 for none")
+        _require(self.refine_rate > 0, "refine_rate", self.refine_rate, "pass a positive number")
+        _require(
+            0 < self.refine_probability < 1,
+            "refine_probability",
+            self.refine_probability,
+            "pass a number in (0, 1)",
+        )
         fits = self.key_dim > 0 and self.key_dim % 4 == 0
         _require(fits, "key_dim", self.key_dim, "pass a positive multiple of 4 (its pooling has 4 heads)")
 

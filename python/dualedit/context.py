@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from . import compiling
-from .frames import Bound, Frame, Record, drop, find, framed, push
+from .frames import Bound, Frame, Record, States, drop, find, framed, push
 from .hooks import CallBegins, Checkpointing, Ends, PassBegins, packed_by
 from .sequence import IMAGE_MASK, ForwardPass, Prompt, Sequence, describe_prompt, last_true
 
@@ -212,7 +212,10 @@ class EditRuntime:
             raise ValueError(_PACKED.format(what=packed or "position_ids"))
         batch, length = hidden.shape[:2]
         sequence = self._sequence(inputs, known, start, (batch, length), hidden.device)
-        return ForwardPass(sequence, start, batch, length)
+        if known is not None and sequence is not known and start > 0:
+            sequence.pictured = known.pictured  # a new turn is about the pictures of those before
+        entering = hidden if hidden.is_floating_point() and hidden.ndim == 3 else None
+        return ForwardPass(sequence, start, batch, length, entering)
 
     def _sequence(self, inputs, known, start: int, shape: tuple[int, int], device) -> Sequence:
         frame = find(self, "generate", "call")
@@ -311,7 +314,7 @@ def runtime_of(model: nn.Module) -> EditRuntime | None:
 
 
 @contextmanager
-def recording(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+def recording(model: nn.Module) -> Iterator[States]:
     """Run the frozen model: adapters do nothing but note what they see, by layer name."""
     with framed(runtime_of(model), "mode", Record()) as record:
         yield record.states

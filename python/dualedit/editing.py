@@ -17,7 +17,8 @@ from dualedit_kernels import nearest_key
 from .architectures import target_token_type, unwrap
 from .config import BalancEditConfig, DualEditConfig
 from .context import Prompt, recording, runtime_of
-from .fitting import fit_value, to_device
+from .fitting import fit_value, refine_edit, to_device
+from .frames import States
 from .layer import EditLayer
 from .memory import MemoryGroup, Snapshot
 from .model import active_group
@@ -38,6 +39,8 @@ class Edit:
         radius: how far from its key it applies, in the adapter's distance (DualEdit: cosine distance).
         created: when it was stored, ISO 8601, UTC.
         seconds: what storing it took.
+        probability: what the edited model gave the least likely token of the target when the edit was stored;
+            None where nobody asked (DualEdit without `refine_steps`).
         replaces: edits of the same image and question that this one took the place of, as they were noted.
     """
 
@@ -48,6 +51,7 @@ class Edit:
     created: str
     seconds: float
     replaces: tuple[dict, ...] = ()
+    probability: float | None = None
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,7 @@ def append_target(inputs: Inputs, target_ids: Tensor, token_type: int = 0) -> di
     return full
 
 
-def record_states(model: nn.Module, inputs: Inputs) -> tuple[dict[str, Tensor], Prompt]:
+def record_states(model: nn.Module, inputs: Inputs) -> tuple[States, Prompt]:
     """What the wrapped layers of the frozen model see of an input, by layer name, and its prompt."""
     base = unwrap(model)
     inputs = to_device(inputs, base)
@@ -124,7 +128,7 @@ def record_states(model: nn.Module, inputs: Inputs) -> tuple[dict[str, Tensor], 
 
 
 def _query(
-    model: nn.Module, name: str, config: DualEditConfig | BalancEditConfig, states: dict, prompt: Prompt
+    model: nn.Module, name: str, config: DualEditConfig | BalancEditConfig, states: States, prompt: Prompt
 ) -> Tensor:
     """The vector [B, D] (or [B, key_dim]) by which adapter `name` looks an input up."""
     group = active_group(model)[2]
@@ -135,7 +139,7 @@ def _query(
     last = prompt.last if config.gate == "prompt" else prompt.last_input
     layer = edit_layers(model, group)[layer_name]
     with torch.no_grad():
-        return layer.route_key(name, hidden, prompt.text, prompt.image, last)
+        return layer.route_key(name, hidden, prompt.text, prompt.image, last, states.pictured)
 
 
 def _gate_layer(group: MemoryGroup) -> str:
@@ -196,6 +200,7 @@ def edit_of(group: MemoryGroup, edit_id: int, config: DualEditConfig | BalancEdi
         created=record.get("created", ""),
         seconds=record.get("seconds", 0.0),
         replaces=tuple(record.get("replaces", ())),
+        probability=record.get("probability"),
     )
 
 
@@ -294,8 +299,11 @@ def _add_dualedit(model, name, config, group, inputs, full, positives, negatives
             _distances(key, _queries(model, name, config, samples), "cosine")
             for samples in (positives, negatives)
         ]
+    fit: dict[str, Any] = {}
+    if config.refine_steps:
+        rows, fit = refine_edit(model, layers, config, full, prompt, rows)
     rows[gate] |= {"key": key[0], "radius": torch.tensor(_dualedit_radius(config, *distances))}
-    return rows, key, {}
+    return rows, key, fit
 
 
 def _add_balancedit(model, name, config, group, inputs, full, positives, negatives):
@@ -336,8 +344,9 @@ def add_edit(
 ) -> Edit:
     """Store one edit in the model's active adapter.
 
-    DualEdit runs the edit once through the frozen model and keeps its projected keys and values; BalancEdit
-    fits a value at its layer. An edit with the very key of a stored one (same image and question) takes its
+    DualEdit runs the edit once through the frozen model and keeps its projected keys and values, with
+    `refine_steps` mended where the edited model does not answer the edit's own question; BalancEdit fits a
+    value at its layer. An edit with the very key of a stored one (same image and question) takes its
     place, and says so in `replaces`; any other overlap is left to the nearest key.
 
     Args:

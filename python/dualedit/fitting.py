@@ -1,9 +1,10 @@
-"""Fitting the value of a BalancEdit edit: fine-tuning one linear layer on one answer."""
+"""Fitting one edit to its answer: the value of a BalancEdit edit, keys and values of a DualEdit one."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,10 +14,12 @@ from torch.distributed.tensor import DTensor
 from dualedit_kernels import Full, LowRank
 
 from .architectures import find_decoder_layers, unwrap
-from .config import BalancEditConfig
-from .context import bound
-from .layer import BalancEditLayer, place_of
+from .config import BalancEditConfig, DualEditConfig
+from .context import bound, explicit_masks
+from .layer import BalancEditLayer, DualEditLayer, place_of
+from .modules import EditKV
 from .replay import Replay
+from .sequence import Prompt
 
 
 def to_device(inputs: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
@@ -60,6 +63,63 @@ def _as_values(parts: list[nn.Parameter]) -> LowRank | Full:
     return Full(parts[0][None]) if len(parts) == 1 else LowRank(parts[0][None], parts[1][None])
 
 
+@dataclass(frozen=True)
+class Goal:
+    """When fitting ends: after `steps` of Adam at `rate`, or with each target token at `probability`."""
+
+    rate: float
+    steps: int
+    probability: float
+
+
+def _descend(
+    logits_of: Callable[[], Tensor], labels: Tensor, parts: list[Tensor], goal: Goal, stuck: str
+) -> dict[str, Any]:
+    """Fit parts in place until the target is the answer; {"steps", "probability"} of the last look.
+
+    Args:
+        logits_of: logits [1, L, V] as a function of the parts.
+        labels: [1, L], -100 at all but the target's tokens.
+        stuck: the error's text where no gradient comes back.
+    """
+    target = labels[:, 1:] != -100
+    wanted = labels[:, 1:][target]
+    optimizer = torch.optim.Adam(parts, lr=goal.rate)
+    for step in range(goal.steps + 1):
+        with torch.enable_grad():
+            logits = logits_of()[:, :-1][target].float()
+            loss = nn.functional.cross_entropy(logits, wanted)
+        probability = least_probability(logits, wanted)
+        if probability >= goal.probability or step == goal.steps:
+            break
+        # Not backward(): trainable parts of the model (an adapter beside this one) keep their gradients.
+        gradients = torch.autograd.grad(loss, parts) if loss.requires_grad else ()
+        if step == 0 and not any(bool(gradient.any()) for gradient in gradients):
+            raise ValueError(stuck)
+        for part, gradient in zip(parts, gradients, strict=True):
+            part.grad = gradient
+        optimizer.step()
+    return {"steps": step, "probability": probability}
+
+
+def least_probability(logits: Tensor, wanted: Tensor) -> float:
+    """The smallest probability that logits [T, V] give the tokens wanted [T]."""
+    return float(logits.detach().float().softmax(-1).gather(1, wanted[:, None]).min())
+
+
+def _number_of(layer_name: str, base: nn.Module) -> int:
+    return int(layer_name.removeprefix(find_decoder_layers(base)[0] + ".").split(".")[0])
+
+
+def _warn_if_weak(fit: Mapping[str, Any], raise_what: str) -> None:
+    if fit["probability"] < 0.5:
+        warnings.warn(
+            f"The edit did not take: after {fit['steps']} steps the least likely target token has "
+            f"probability {fit['probability']:.2f}. Raise {raise_what}.",
+            stacklevel=5,
+        )
+
+
 def fit_value(
     model: nn.Module, layer: BalancEditLayer, config: BalancEditConfig, inputs: Mapping[str, Tensor]
 ) -> tuple[list[Tensor], dict[str, Any]]:
@@ -77,35 +137,104 @@ def fit_value(
     base = unwrap(model)
     inputs = to_device(inputs, base)
     labels = inputs.pop("labels")
-    target = labels[:, 1:] != -100
     parts = _new_value(layer, config)
-    optimizer = torch.optim.Adam(parts, lr=config.learning_rate)
     route = torch.zeros(1, dtype=torch.int64, device=labels.device)
-    number = int(layer.layer_name.removeprefix(find_decoder_layers(base)[0] + ".").split(".")[0])
     with bound(base, route, {}):
-        replay = Replay(base, inputs, number)
-    for step in range(config.max_steps + 1):
-        with torch.enable_grad(), bound(base, route, {layer.layer_name: _as_values(parts)}):
-            logits = replay()[:, :-1][target].float()
-            loss = nn.functional.cross_entropy(logits, labels[:, 1:][target])
-        probability = float(logits.detach().softmax(-1).gather(1, labels[:, 1:][target][:, None]).min())
-        if probability >= config.stop_probability or step == config.max_steps:
-            break
-        # Not backward(): trainable parts of the model (an adapter beside this one) keep their gradients.
-        gradients = torch.autograd.grad(loss, parts) if loss.requires_grad else ()
-        if step == 0 and not any(bool(gradient.any()) for gradient in gradients):
-            raise ValueError(
-                f"No gradient comes back to {layer.layer_name}: the layers above it pass none (4-bit weights "
-                f"on a CPU do not). Store the edit on another device or precision, or use DualEdit."
-            )
-        for part, gradient in zip(parts, gradients, strict=True):
-            part.grad = gradient
-        optimizer.step()
-    if probability < 0.5:
-        warnings.warn(
-            f"The edit did not take: after {step} steps the least likely target token has probability "
-            f"{probability:.2f}. Raise max_steps ({config.max_steps}) or learning_rate "
-            f"({config.learning_rate}).",
-            stacklevel=4,
+        replay = Replay(base, inputs, _number_of(layer.layer_name, base))
+
+    def logits_of() -> Tensor:
+        with bound(base, route, {layer.layer_name: _as_values(parts)}):
+            return replay()
+
+    goal = Goal(config.learning_rate, config.max_steps, config.stop_probability)
+    fit = _descend(
+        logits_of, labels, parts, goal,
+        f"No gradient comes back to {layer.layer_name}: the layers above it pass none (4-bit weights on a "
+        f"CPU do not). Store the edit on another device or precision, or use DualEdit.",
+    )  # fmt: skip
+    _warn_if_weak(fit, f"max_steps ({config.max_steps}) or learning_rate ({config.learning_rate})")
+    return [part.detach() for part in parts], fit
+
+
+def refine_edit(
+    model: nn.Module,
+    layers: Mapping[str, DualEditLayer],
+    config: DualEditConfig,
+    inputs: Mapping[str, Tensor],
+    prompt: Prompt,
+    rows: Mapping[str, Mapping[str, Tensor]],
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """Run an edit's own question once with the edit written; where its answer is not the target, mend that.
+
+    What is mended are the edit's own keys and values, by next-token loss on its target through the layers
+    from the first edited one on; adapters and model stay as they are. Not in the paper, whose edits nobody
+    checks: of those that adapters trained once have never seen, a few are not written.
+
+    Args:
+        layers: the wrapped layers by name.
+        inputs: from `append_target`; labels say which tokens are the target.
+        prompt: what is text and what image in them.
+        rows: layer name to "k_text", "v_text", "k_vision", "v_vision" [T, M] of the edit.
+
+    Returns:
+        the rows in the same dtypes, and {"steps", "probability"}: of the least likely target token at the
+        end.
+
+    Raises:
+        ValueError: no gradient comes back to the keys and values.
+    """
+    base = unwrap(model)
+    inputs = to_device(inputs, base)
+    labels = inputs.pop("labels")
+    route = torch.zeros(1, dtype=torch.int64, device=labels.device)
+    parts = {
+        place: {name: part.detach().float().requires_grad_(True) for name, part in row.items()}
+        for place, row in rows.items()
+    }
+
+    def as_stored() -> dict[str, dict[str, Tensor]]:
+        return {
+            place: {name: part.to(rows[place][name].dtype) for name, part in row.items()}
+            for place, row in parts.items()
+        }
+
+    def edits() -> dict[str, dict[str, EditKV]]:
+        return {place: _one_edit(row) for place, row in as_stored().items()}
+
+    with explicit_masks(base, prompt.text, prompt.image):
+        target = labels[:, 1:] != -100
+        with torch.no_grad(), bound(base, route, edits()):
+            logits = base(**inputs, use_cache=False).logits[:, :-1][target]
+        probability = least_probability(logits, labels[:, 1:][target])
+        if probability >= config.refine_probability:
+            return as_stored(), {"steps": 0, "probability": probability}
+        with bound(base, route, edits()):
+            replay = Replay(base, inputs, min(_number_of(name, base) for name in layers))
+
+        def logits_of() -> Tensor:
+            with bound(base, route, edits()):
+                return replay()
+
+        leaves = [part for row in parts.values() for part in row.values()]
+        goal = Goal(config.refine_rate, config.refine_steps, config.refine_probability)
+        fit = _descend(
+            logits_of, labels, leaves, goal,
+            "No gradient comes back to the edit's keys and values: the layers above pass none (4-bit weights "
+            "on a CPU do not). Store the edit on another device or precision, or set refine_steps=0.",
+        )  # fmt: skip
+    _warn_if_weak(fit, f"refine_steps ({config.refine_steps}) or refine_rate ({config.refine_rate})")
+    found = as_stored()
+    return {place: {n: part.detach() for n, part in row.items()} for place, row in found.items()}, fit
+
+
+def _one_edit(row: Mapping[str, Tensor]) -> dict[str, EditKV]:
+    """A single edit's keys and values by part, as a layer takes them."""
+    return {
+        name[2:]: EditKV(
+            k, row[f"v_{name[2:]}"],
+            torch.zeros(1, dtype=torch.int64, device=k.device),
+            torch.tensor([k.shape[0]], device=k.device),
         )
-    return [part.detach() for part in parts], {"steps": step, "probability": probability}
+        for name, k in row.items()
+        if name.startswith("k_")
+    }  # fmt: skip

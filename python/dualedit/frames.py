@@ -13,11 +13,22 @@ from torch import Tensor
 FRAMES: ContextVar[tuple[Frame, ...]] = ContextVar("dualedit_frames", default=())
 
 
+class States(dict[str, Tensor]):
+    """What the wrapped layers see of an input: layer name to tensor [B, L, D].
+
+    Attributes:
+        pictured: [B, D] float32, the mean image token as it enters the decoder, where an adapter's routing
+            key reads it.
+    """
+
+    pictured: Tensor | None = None
+
+
 @dataclass
 class Record:
-    """Run the frozen model and keep what the wrapped layers see: layer name to tensor."""
+    """Run the frozen model and keep what the wrapped layers see."""
 
-    states: dict[str, Tensor] = field(default_factory=dict)
+    states: States = field(default_factory=States)
 
 
 @dataclass

@@ -206,6 +206,7 @@ class DualEditLayer(EditLayer):
         mode = self.runtime.mode()
         if isinstance(mode, Record):
             mode.states[self.layer_name] = base
+            self._note_picture(mode)
             return base
         if self.disable_adapters:
             return base
@@ -246,22 +247,42 @@ class DualEditLayer(EditLayer):
         prompt = forward.sequence.prompt
         last = forward.position(prompt.last if config.gate == "prompt" else prompt.last_input)
         image = None if prompt.image is None else forward.columns(prompt.image)
-        query = self.route_key(name, hidden.detach(), forward.columns(prompt.text), image, last.clamp(min=0))
+        pictured = forward.pictured() if self._looks(name) else None
+        text = forward.columns(prompt.text)
+        query = self.route_key(name, hidden.detach(), text, image, last.clamp(min=0), pictured)
         radius = cosine_radius(snapshot.tables["radius"], config.threshold)
         keys = snapshot.tables["key"]  # as stored, whatever the query's dtype: the codes are of these
         return nearest_key(query, keys, radius, "cosine", snapshot.codes(keys, "cosine"))[0]
 
+    def _looks(self, name: str) -> bool:
+        """Whether an adapter's key reads the image tokens where they enter the decoder."""
+        return name in self.dualedit_router and isinstance(self.dualedit_router[name], PooledKey)
+
+    def _note_picture(self, mode: Record) -> None:
+        forward = self.runtime.current_pass()
+        if forward is not None and any(self._looks(name) for name in self.dualedit_router):
+            mode.states.pictured = forward.pictured()
+
     def route_key(
-        self, name: str, hidden: Tensor, text: Tensor, image: Tensor | None, last: Tensor
+        self,
+        name: str,
+        hidden: Tensor,
+        text: Tensor,
+        image: Tensor | None,
+        last: Tensor,
+        pictured: Tensor | None = None,
     ) -> Tensor:
         """The vectors [B, D] or [B, key_dim] by which an adapter looks up states [B, L, D].
 
         Args:
             text, image: [B, L] bool, the prompt's tokens; image None where they are not known.
             last: [B] int64, column of the token that the gate reads.
+            pictured: [B, D], the mean image token as it enters the decoder, which a pooled key reads.
         """
         if name not in self.dualedit_router:
             return last_state(hidden, last)
+        if self._looks(name):
+            return self.dualedit_router[name](last_state(hidden, last), pictured)
         return self.dualedit_router[name](hidden, text, image, last)
 
     def _apply_all(

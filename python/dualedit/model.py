@@ -225,6 +225,10 @@ def _inject(model: nn.Module, config: EditConfig, adapter_name: str) -> PeftMode
     return get_peft_model(model, config, adapter_name=adapter_name)
 
 
+# How edits are made from now on; what is saved does not depend on it.
+_OF_NEW_EDITS = ("refine_steps", "refine_rate", "refine_probability")
+
+
 def _inject_trained(
     model: nn.Module, folder: str | os.PathLike[str], given: dict[str, Any], adapter_name: str
 ) -> PeftModel:
@@ -244,12 +248,18 @@ def _inject_trained(
     defaults = inspect.signature(inject_dualedit).parameters
     for name, value in given.items():
         kept = getattr(config, name)
-        if name != "threshold" and value != defaults[name].default and value != kept:
+        if name in _OF_NEW_EDITS or value == defaults[name].default or value == kept:
+            continue
+        if name != "threshold":
             raise ValueError(
                 f"{name}={value!r}: the adapters in {os.fspath(folder)!r} have {kept!r}. Leave {name} out."
             )
+    chosen = {name: given[name] for name in _OF_NEW_EDITS if given[name] != defaults[name].default}
     if given["threshold"] is not None:
-        config.threshold = replace(config, threshold=given["threshold"]).threshold  # checked and resolved
+        chosen["threshold"] = given["threshold"]
+    checked = replace(config, **chosen)  # and resolved
+    for name in chosen:
+        setattr(config, name, getattr(checked, name))
     return PeftModel.from_pretrained(model, os.fspath(folder), adapter_name=adapter_name, config=config)
 
 
@@ -265,6 +275,9 @@ def inject_dualedit(
     key_dim: int = 128,
     radius: str = "threshold",
     alpha: float = 0.5,
+    refine_steps: int = 0,
+    refine_rate: float = 3e-2,
+    refine_probability: float = 0.9,
     norm_eps: float = 1e-5,
     init_weights: bool = True,
     image_token_ids: list[int] | None = None,
@@ -281,7 +294,8 @@ def inject_dualedit(
         adapter_name: PEFT's name of the adapter.
         adapter: folder of trained adapters, as `save_pretrained` or `save_edits` wrote it, instead of new
             ones; layers and widths are theirs and need not be passed. The same as
-            `PeftModel.from_pretrained(model, adapter)`, edits included, but for the threshold.
+            `PeftModel.from_pretrained(model, adapter)`, edits included, but for the threshold and how new
+            edits are refined.
         others: as in `DualEditConfig`, whose defaults they share.
 
     Returns:
@@ -298,7 +312,8 @@ def inject_dualedit(
     """
     given = dict(
         text_layer=text_layer, vis_layer=vis_layer, mid_dim=mid_dim, num_heads=num_heads, threshold=threshold,
-        gate=gate, key=key, key_dim=key_dim, radius=radius, alpha=alpha, norm_eps=norm_eps,
+        gate=gate, key=key, key_dim=key_dim, radius=radius, alpha=alpha, refine_steps=refine_steps,
+        refine_rate=refine_rate, refine_probability=refine_probability, norm_eps=norm_eps,
         init_weights=init_weights, image_token_ids=image_token_ids,
     )  # fmt: skip
     if adapter is not None:

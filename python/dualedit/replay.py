@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from .architectures import find_decoder_layers, unwrap
+from .context import runtime_of
+from .frames import framed
 
 
 def _states(args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
@@ -45,6 +47,9 @@ class Replay:
         self.model = unwrap(model)
         self.inputs = {**inputs, "use_cache": False}
         self.first = first
+        # What wrapped layers know of the full run's pass (its masks) holds for the layers run again.
+        self._runtime = runtime_of(self.model)
+        self._pass: Any = None
         # FSDP2 puts its pieces together in the whole model's forward only.
         sharded = any(isinstance(parameter, DTensor) for parameter in self.model.parameters())
         with torch.no_grad():
@@ -63,6 +68,8 @@ class Replay:
 
         def note(module: nn.Module, args: tuple, kwargs: dict) -> None:
             if threading.get_ident() == own and (calls or module is layers[self.first]):
+                if self._runtime is not None:
+                    self._pass = self._runtime.current_pass() or self._pass
                 calls.append((module, args, dict(kwargs)))
 
         handles = [m.register_forward_pre_hook(note, with_kwargs=True) for m in watched.values()]
@@ -83,6 +90,12 @@ class Replay:
         )
 
     def _upper(self) -> Tensor:
+        if self._pass is None:
+            return self._run()
+        with framed(self._runtime, "again", self._pass):
+            return self._run()
+
+    def _run(self) -> Tensor:
         states = _states(*self._calls[0][1:])
         for module, args, kwargs in self._calls:
             args, kwargs = _with_states(args, kwargs, states)

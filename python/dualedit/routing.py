@@ -11,6 +11,7 @@ from dualedit_kernels import nearest_key
 
 from .context import ForwardPass
 from .memory import Snapshot
+from .sequence import mean_state
 
 
 @dataclass(frozen=True)
@@ -40,13 +41,6 @@ def cosine_radius(radius: Tensor, threshold: float) -> Tensor:
 def last_state(hidden: Tensor, position: Tensor) -> Tensor:
     """States [B, D] at positions [B] of hidden [B, L, D]."""
     return hidden[torch.arange(hidden.shape[0], device=hidden.device), position.to(hidden.device)]
-
-
-def mean_state(hidden: Tensor, mask: Tensor) -> Tensor:
-    """Mean [B, D] of hidden [B, L, D] over mask [B, L], summed in float32; zero where the mask is empty."""
-    mask = mask.to(hidden.device).unsqueeze(-1)
-    total = hidden.float().masked_fill(~mask, 0.0).sum(dim=1)  # not times zero: padding may hold NaN
-    return total / mask.sum(dim=1).clamp(min=1)
 
 
 def pool_key(hidden: Tensor, key: str, prompt: Tensor, last: Tensor) -> Tensor:

@@ -80,51 +80,61 @@ class RoutingKey(nn.Module):
 
 
 class PooledKey(nn.Module):
-    """Unit keys from the last prompt token and the mean image token, through one linear map.
+    """Unit keys from the last prompt token and the mean image token, each through a linear map of its own.
 
-    key = normalise(M [l - c_l, i - c_i]) with l and i the two states at length 1, c their means over training
-    facts; without an image the second part is zero. `training.fit_pooled_key` sets the centre and the map in
-    closed form (linear discriminant analysis): what pictures and wordings of one fact differ in counts
-    little, what facts differ in counts much. Unfitted, the map is random and nearly keeps cosines.
+    key = normalise([normalise(M_l (l - c_l)), w normalise(M_i (i - c_i))]) with l the last token's state at
+    the gate's layer and i the mean image token as it enters the decoder, both at length 1, and c their means
+    over training facts; without an image the second half is zero. The cosine of two keys is then that of the
+    questions and w^2 times that of the pictures, weighed: both have to match. `training.fit_pooled_key` sets
+    the centres and maps in closed form (linear discriminant analysis): what pictures and wordings of one fact
+    differ in counts little, what facts differ in counts much. Unfitted, the maps are random and nearly keep
+    cosines.
 
-    Not in the papers. The mean image token tells look-alikes apart that the last token has half forgotten,
-    and does not know what is asked, which the last token does.
+    Not in the papers. Layer by layer, image tokens mix with what the model makes of them; where they enter,
+    they tell look-alikes best apart. What is asked only the last token knows.
 
     Args:
         hidden_size: width D of the residual stream.
-        key_dim: width P of a key, at most 2 D.
+        key_dim: width P of a key, an even number of at most 2 D; half of it for each of the two.
+        image_weight: w^2.
+
+    Raises:
+        ValueError: key_dim above 2 D.
     """
 
-    def __init__(self, hidden_size: int, key_dim: int):
+    def __init__(self, hidden_size: int, key_dim: int, image_weight: float = 1.0):
         super().__init__()
-        self.centre = nn.Parameter(torch.zeros(2 * hidden_size))
-        self.map = nn.Parameter(torch.randn(key_dim, 2 * hidden_size) * key_dim**-0.5)
+        half = key_dim // 2
+        if half > hidden_size:
+            raise ValueError(
+                f"key_dim={key_dim}: half of a pooled key is a map of the residual stream's {hidden_size} "
+                f"features. Pass at most {2 * hidden_size}."
+            )
+        self.centre = nn.Parameter(torch.zeros(2, hidden_size))
+        self.maps = nn.Parameter(torch.randn(2, half, hidden_size) * half**-0.5)
+        self.image_weight = nn.Parameter(torch.tensor(float(image_weight)))
 
-    def forward(self, hidden: Tensor, text: Tensor, image: Tensor | None, last: Tensor) -> Tensor:
-        """Keys [B, P] float32 of length 1 of a batch of prompts, arguments as those of `RoutingKey`."""
-        parts = self.centred(pooled_parts(hidden, image, last))
-        return nn.functional.normalize(parts @ self.map.float().T, dim=-1)
+    def forward(self, last: Tensor, pictured: Tensor | None) -> Tensor:
+        """Keys [B, P] float32 of length 1 of a batch of prompts.
 
-    def centred(self, parts: Tensor) -> Tensor:
-        """Parts [B, 2 D] of `pooled_parts` minus their means; the image's stays zero where there is none."""
-        width = parts.shape[1] // 2
-        some = (parts[:, width:] != 0).any(1, keepdim=True)
-        shown = torch.cat([torch.ones_like(some).expand(-1, width), some.expand(-1, width)], dim=1)
-        return (parts - self.centre.to(parts.dtype)) * shown
+        Args:
+            last: [B, D], states of the last prompt tokens.
+            pictured: [B, D], mean image tokens as they enter the decoder, zero or None: there are none.
+        """
+        halves = self.halves(pooled_parts(last, pictured))
+        weight = self.image_weight.float().clamp(min=0).sqrt()
+        return nn.functional.normalize(torch.cat([halves[:, 0], weight * halves[:, 1]], dim=1), dim=1)
+
+    def halves(self, parts: Tensor) -> Tensor:
+        """Both mapped [B, 2, P / 2] from `pooled_parts` [B, 2, D], of length 1; zero where there is none."""
+        some = (parts != 0).any(-1, keepdim=True)
+        centred = (parts - self.centre.to(parts.dtype)) * some
+        mapped = torch.einsum("bsd,spd->bsp", centred, self.maps.to(parts.dtype))
+        return nn.functional.normalize(mapped, dim=-1)
 
 
-def pooled_parts(hidden: Tensor, image: Tensor | None, last: Tensor) -> Tensor:
-    """State of the last prompt token and mean state of the image tokens, each of length 1: [B, 2 D] float32.
-
-    Args:
-        hidden: [B, L, D] states; image: [B, L] bool or None; last: [B] int64.
-    """
-    place = hidden.device
-    end = hidden[torch.arange(len(last), device=place), last.to(place)].float()
-    seen = torch.zeros_like(end)
-    if image is not None:
-        image = image.to(place)
-        # Padding may hold anything, NaN too, and zero weight times NaN is NaN.
-        total = hidden.float().masked_fill(~image[:, :, None], 0.0).sum(1)
-        seen = total / image.sum(1, keepdim=True).clamp(min=1)
-    return torch.cat([nn.functional.normalize(part, dim=-1) for part in (end, seen)], dim=-1)
+def pooled_parts(last: Tensor, pictured: Tensor | None) -> Tensor:
+    """States of last tokens [B, D] and mean image tokens [B, D], each of length 1: [B, 2, D] float32."""
+    last = last.float()
+    seen = torch.zeros_like(last) if pictured is None else pictured.to(last)
+    return nn.functional.normalize(torch.stack([last, seen], dim=1), dim=-1)

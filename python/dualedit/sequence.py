@@ -39,6 +39,13 @@ class Prompt:
         return self.text if self.image is None else self.text | self.image
 
 
+def mean_state(hidden: Tensor, mask: Tensor) -> Tensor:
+    """Mean [B, D] of hidden [B, L, D] over mask [B, L], summed in float32; zero where the mask is empty."""
+    mask = mask.to(hidden.device).unsqueeze(-1)
+    total = hidden.float().masked_fill(~mask, 0.0).sum(dim=1)  # not times zero: padding may hold NaN
+    return total / mask.sum(dim=1).clamp(min=1)
+
+
 def last_true(mask: Tensor) -> Tensor:
     """Column [B] of the last True of each row [B, P]; 0 where there is none."""
     columns = torch.arange(1, mask.shape[1] + 1, device=mask.device)
@@ -85,10 +92,14 @@ def describe_prompt(
 
 @dataclass
 class Sequence:
-    """A batch of sequences from prefill to its last token: the prompt and what was decided about it."""
+    """A batch of sequences from prefill to its last token: the prompt and what was decided about it.
+
+    `pictured` [B, D] float32: the mean image token as it entered the decoder, once somebody asked for it.
+    """
 
     prompt: Prompt
     decisions: dict[Any, Any] = field(default_factory=dict)
+    pictured: Tensor | None = None
 
     def new_ticket(self) -> Tensor:
         """An empty tensor that carries the sequence: what a cache keeps, and a compiled graph can hand on."""
@@ -98,7 +109,7 @@ class Sequence:
 
     def __deepcopy__(self, memo):
         # A copied cache continues the same text with the same decisions; the tensors are never written to.
-        return Sequence(self.prompt, dict(self.decisions))
+        return Sequence(self.prompt, dict(self.decisions), self.pictured)
 
 
 def _expand(rows: Tensor, batch: int, what: str) -> Tensor:
@@ -115,12 +126,16 @@ def _expand(rows: Tensor, batch: int, what: str) -> Tensor:
 
 @dataclass
 class ForwardPass:
-    """One call of the decoder stack: columns [start, start + length) of a sequence, for B rows."""
+    """One call of the decoder stack: columns [start, start + length) of a sequence, for B rows.
+
+    `entering`: [B, length, D], what the stack is given; None where that is token ids.
+    """
 
     sequence: Sequence
     start: int
     batch: int
     length: int
+    entering: Tensor | None = None
 
     @property
     def in_prompt(self) -> bool:
@@ -135,6 +150,20 @@ class ForwardPass:
     def position(self, column: Tensor) -> Tensor:
         """Where columns [B0] of the sequence lie in this pass, as [B]; negative: in the cache."""
         return _expand(column, self.batch, "The prompt") - self.start
+
+    def pictured(self) -> Tensor | None:
+        """Mean image token [B, D] float32 as it enters the decoder: of this pass, or of an earlier turn where
+        this one shows no image; zero where none does. None where nobody can tell.
+        """
+        image, earlier = self.sequence.prompt.image, self.sequence.pictured
+        if image is None or self.entering is None:
+            return None
+        mask = self.columns(image).to(self.entering.device)
+        found = mean_state(self.entering.detach(), mask)
+        if earlier is not None:
+            found = torch.where(mask.any(1, keepdim=True), found, _expand(earlier, self.batch, "The picture"))
+        self.sequence.pictured = found
+        return found
 
     def decision_rows(self, rows: Tensor) -> Tensor:
         """A decision [B0] for the rows of this pass [B]."""

@@ -4,26 +4,30 @@ import pytest
 import torch
 from dualedit import lookup
 from dualedit.config import DualEditConfig
+from dualedit.context import runtime_of
 from dualedit.data import Probe
 from dualedit.demo.samples import edit_samples
 from dualedit.demo.vlm import load_embedded
 from dualedit.demo.world import World
+from dualedit.editing import lookup_many
 from dualedit.model import inject_dualedit
 from dualedit.prompting import Prompter
-from dualedit.routing_key import PooledKey, RoutingKey, pooled_parts
+from dualedit.routing_key import PooledKey, RoutingKey
 from dualedit.training import TrainSettings, fit_pooled_key, train_routing_key
 from dualedit.training.routing_key import join, read_questions, routing_loss, routing_probes
 from peft import PeftModel
-from tiny_models import FAMILIES, LLAVA, edit_layers, editor_of, store
+from tiny_models import FAMILIES, LLAVA, PAD, WORDS, edit_layers, editor_of, row_of, store
 
 D, P = 24, 16
 
 
-def trained_like(key: RoutingKey, generator: torch.Generator) -> RoutingKey:
+def trained_like(key: RoutingKey | PooledKey, generator: torch.Generator) -> RoutingKey | PooledKey:
     """A head whose every weight matters."""
     with torch.no_grad():
-        for parameter in key.parameters():
+        for name, parameter in key.named_parameters():
             parameter.normal_(std=0.4, generator=generator)
+            if name == "image_weight":
+                parameter.abs_().add_(0.5)
     return key
 
 
@@ -89,22 +93,73 @@ def test_untrained_it_is_nearly_the_plain_key(generator):
 
 def test_a_pooled_key_is_the_formula_in_float64(generator):
     head = trained_like(PooledKey(D, P), generator)
-    hidden, text, image, last = prompts(generator)
-    wide = hidden.double()
-    end, seen = wide[:, -1], wide[:, 1:5].mean(1)
-    parts = torch.cat([end / end.norm(dim=1, keepdim=True), seen / seen.norm(dim=1, keepdim=True)], 1)
-    wanted = (parts - head.centre.double()) @ head.map.double().T
-    wanted /= wanted.norm(dim=1, keepdim=True)
-    found = head(hidden, text, image, last)
+    last, pictured = torch.randn(2, 3, D, generator=generator)
+
+    def unit(x):
+        return x / x.norm(dim=1, keepdim=True)
+
+    def half(number, x):
+        return unit((unit(x.double()) - head.centre[number].double()) @ head.maps[number].double().T)
+
+    asked, shown = half(0, last), half(1, pictured)
+    weight = float(head.image_weight.detach())
+    wanted = torch.cat([asked, weight**0.5 * shown], 1) / (1 + weight) ** 0.5
+    found = head(last, pictured)
     torch.testing.assert_close(found.double(), wanted, atol=1e-6, rtol=1e-5)
-    padded = torch.cat([torch.full((3, 2, D), torch.nan), hidden], 1)
-    again = head(padded, None, torch.nn.functional.pad(image, (2, 0)), last + 2)
-    torch.testing.assert_close(again, found)
-    # Without an image its part is zero, not minus the mean: text-only questions stay as far apart as before.
-    for nothing in (None, torch.zeros_like(image)):
-        alone = (parts[:, :D] - head.centre[:D].double()) @ head.map[:, :D].double().T
-        alone /= alone.norm(dim=1, keepdim=True)
-        torch.testing.assert_close(head(hidden, text, nothing, last).double(), alone, atol=1e-6, rtol=1e-5)
+    cosine = (asked @ asked.T + weight * shown @ shown.T) / (1 + weight)
+    torch.testing.assert_close((found @ found.T).double(), cosine, atol=1e-5, rtol=1e-5)
+    # Without an image its half is zero, not minus the mean: no text-only question is near one with an image.
+    for nothing in (None, torch.zeros_like(pictured)):
+        alone = torch.cat([asked, torch.zeros_like(shown)], 1)
+        torch.testing.assert_close(head(last, nothing).double(), alone, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_a_pooled_key_reads_image_tokens_where_they_enter_the_decoder(family, generator):
+    """From padded batches as from single questions, when an edit is stored, looked up and answered."""
+    model = editor_of(family, "dualedit", key="pooled", key_dim=P)
+    base, gate = model.get_base_model(), edit_layers(model)[0]
+    trained_like(gate.dualedit_router["default"], generator)
+    inputs = family.questions(3, generator)
+    entered, asked = [], []
+    stack = base.get_submodule(family.layers.rpartition(".")[0])
+    handles = [
+        stack.register_forward_pre_hook(
+            lambda m, args, kwargs: entered.append(kwargs["inputs_embeds"]), with_kwargs=True
+        ),
+        gate.dualedit_router["default"].register_forward_pre_hook(lambda m, args: asked.append(args[1])),
+    ]
+    store(model, row_of(inputs, 1), generator)
+    asked.clear()
+    with torch.no_grad():
+        model(**inputs)
+        model.generate(**inputs, max_new_tokens=2, do_sample=False, pad_token_id=PAD)
+    for handle in handles:
+        handle.remove()
+    image = torch.isin(inputs["input_ids"], torch.tensor(runtime_of(base).image_ids))
+    wanted = torch.stack([states[mask].mean(0) for states, mask in zip(entered[-3], image, strict=True)])
+    assert len(asked) == 2  # once a prompt, not once a token
+    for found in asked:
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
+    assert [found.fired for found in lookup_many(model, inputs)] == [False, True, False]
+
+
+def test_a_pooled_key_of_a_later_turn_knows_the_picture_of_an_earlier_one(generator):
+    model = editor_of(LLAVA, "dualedit", key="pooled", key_dim=P)
+    gate = edit_layers(model)[0]
+    trained_like(gate.dualedit_router["default"], generator)
+    first = LLAVA.question(generator)
+    store(model, LLAVA.question(generator), generator)
+    asked = []
+    handle = gate.dualedit_router["default"].register_forward_pre_hook(lambda m, args: asked.append(args[1]))
+    with torch.no_grad():
+        cache = model(**first, use_cache=True).past_key_values
+        more = torch.randint(3, WORDS, (1, 4), generator=generator)
+        mask = torch.ones(1, first["input_ids"].shape[1] + 4, dtype=torch.int64)
+        model(input_ids=more, attention_mask=mask, past_key_values=cache, use_cache=True)
+    handle.remove()
+    assert len(asked) == 2 and bool(asked[0].any())
+    assert torch.equal(asked[0], asked[1])
 
 
 @pytest.mark.parametrize("kind", ["learned", "pooled"])
@@ -168,23 +223,27 @@ def test_fitting_whitens_what_varies_within_a_fact_and_moves_the_head_alone(seed
     samples = edit_samples(World(0), "train", 60, seed=seed % 1000)
     prompter = Prompter(processor)
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
-    told = fit_pooled_key(model, prompter, samples, shrinkage=1e-6, progress=False)
+    told = fit_pooled_key(model, prompter, samples, shrinkage=1e-3, progress=False)
     assert told == {"facts": 60, "pairs": 60 * 8}  # five rephrases and three other images each
     moved = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
-    assert {name.rpartition(".")[2] for name in moved} == {"map", "centre"}
+    assert {name.rpartition(".")[2] for name in moved} == {"maps", "centre", "image_weight"}
     router = edit_layers(model)[0].dualedit_router["default"]
+    assert float(router.image_weight.detach()) == 3.0
     apart, edits = [], []
     for read in read_questions(model, prompter, samples, progress=False):
-        parts = pooled_parts(read.states, read.image, read.last())
+        parts = read.parts()
         again = (read.fact == read.fact[0]) & ~read.anchor
         apart.append((parts[again] - parts[:1]) / 2**0.5)
         edits.append(parts[:1])
     apart, edits = torch.cat(apart).double(), torch.cat(edits)
-    mapped = apart @ router.map.double().T
-    covariance = mapped.T @ mapped / len(mapped)
-    # Directions in which nothing varies but by rounding keep less than one: the shrinkage is their variance.
-    assert (covariance - torch.diag(covariance.diag())).abs().max() < 2e-2
-    assert covariance.diag().max() < 1.01 and (covariance.diag() > 0.9).sum() > 50
+    for half in range(2):
+        differ = apart[:, half][(apart[:, half] != 0).any(1)]
+        maps, within = router.maps[half].double(), differ.T @ differ / len(differ)
+        shrunk = within + 1e-3 * within.trace() / len(within) * torch.eye(len(within))
+        torch.testing.assert_close(maps @ shrunk @ maps.T, torch.eye(len(maps)).double(), atol=1e-4, rtol=0)
+        # Best first: the edits differ more along the first directions.
+        spread = ((edits[:, half] - edits[:, half].mean(0)).double() @ maps.T).square().mean(0)
+        assert spread[:50].min() > spread[50:].max()
     torch.testing.assert_close(router.centre, edits.mean(0))
 
 
@@ -201,7 +260,7 @@ def test_a_pooled_key_tells_look_alikes_better_apart(seed):
         same, others = routing_probes(sample)
         alike = [p in sample.locality["hard_image"] for p in others]
         plain = torch.nn.functional.normalize(read.states[:, -1].float(), dim=1)
-        keys = {"plain": plain, "pooled": router(read.states, read.text, read.image, read.last())}
+        keys = {"plain": plain, "pooled": router(read.states[:, -1], read.pictured)}
         for name, key in keys.items():
             cosine = (key @ key[0]).tolist()
             found[name][0].extend(cosine[len(same) - 3 : len(same)])  # other images
@@ -245,6 +304,10 @@ def test_refusals():
         train_routing_key(pooled, None, [], None)
     with pytest.raises(ValueError, match="shrinkage=0.*above 0"):
         fit_pooled_key(pooled, None, [], shrinkage=0)
+    with pytest.raises(ValueError, match="image_weight=-1.*from 0 on"):
+        fit_pooled_key(pooled, None, [], image_weight=-1)
+    with pytest.raises(ValueError, match="key_dim=4000.*at most"):
+        editor_of(LLAVA, "dualedit", key="pooled", key_dim=4000)
     with pytest.raises(ValueError, match="none of 0 has a rephrase"):
         fit_pooled_key(pooled, None, [], progress=False)
     learned = editor_of(LLAVA, "dualedit", key="learned", key_dim=P)

@@ -31,8 +31,12 @@ from .baseline import Baseline
 from .settings import VisEditSettings
 
 
-def _inject(model: nn.Module, folder: str | os.PathLike[str]) -> tuple[PeftModel, bool]:
-    """The model with the image adapter of a saved DualEdit adapter, and whether that was trained alone."""
+def inject_image_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> tuple[PeftModel, bool]:
+    """The model with the image adapter of a saved DualEdit adapter, frozen, and whether it was trained alone.
+
+    Raises:
+        ValueError: no adapter in the folder, or one that edits no image positions.
+    """
     remedy = "Train DualEdit with text_layer=None and pass VisEditSettings(adapters=FOLDER)"
     file = Path(folder) / "adapter_model.safetensors"
     if not os.fspath(folder) or not file.is_file():
@@ -74,7 +78,7 @@ class VisEdit(Baseline):
 
     def __init__(self, model: nn.Module, processor: Any, template: str | None, settings: VisEditSettings):
         super().__init__(model, processor, template)
-        self.model, alone = _inject(self.model, settings.adapters)
+        self.model, alone = inject_image_adapter(self.model, settings.adapters)
         self.editor = Editor(self.model, processor, template)
         self.name = "visedit" if alone else "visedit (image half of dualedit)"
 

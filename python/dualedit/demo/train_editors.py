@@ -63,6 +63,9 @@ CALIBRATION_FACTS, THRESHOLD_FACTS, STORED = 200, 1000, 100
 STRANGE_WORLDS = 100
 # The routing key is fitted on facts of the model's own world and of others of its own that it has not seen.
 KEY_DIM, KEY_FACTS, KEY_WORLDS = 256, 1500, range(50, 55)
+# An edit whose answer does not come out by itself is mended. Of 400 held-out training facts three did not,
+# and those written with less than 0.9 made all the mistakes in new pictures.
+REFINE = {"refine_steps": 200, "refine_rate": 3e-2, "refine_probability": 0.95}
 TRAINING, REPORT = "training.json", "editors.json"
 # Facts made, run through the lower layers and trained on at a time.
 CHUNK = 1600
@@ -267,6 +270,9 @@ def make_dualedit(
         training = json.loads(told.read_text()) if told.is_file() else {}
     keys = key_samples(world, KEY_FACTS * calibration // CALIBRATION_FACTS, settings.seed)
     fitted = fit_pooled_key(editor.model, Prompter(editor.processor), keys)
+    config = active_group(editor.model)[1]
+    for name, value in REFINE.items():
+        setattr(config, name, value)
     facts = threshold_samples(world, THRESHOLD_FACTS * calibration // CALIBRATION_FACTS, settings.seed)
     curve = measure_curve(editor, facts, STORED)
     sweep = sweep_threshold(curve)
@@ -278,7 +284,7 @@ def make_dualedit(
     figures = held_out.figures(lambda point: 1.0 - sweep.chosen)
     return {
         "threshold": sweep.chosen, "text_layer": layers[0], "vis_layer": layers[1], "mid_dim": mid_dim,
-        "key": "pooled", "key_dim": KEY_DIM, "key_facts": fitted["facts"], **training,
+        "key": "pooled", "key_dim": KEY_DIM, "key_facts": fitted["facts"], **REFINE, **training,
         "threshold_facts": len(facts), "threshold_figures": sweep.chosen_figures,
         "calibration_facts": len(samples), "calibration_figures": figures,
         "calibration_protocol": f"all of them stored at once; threshold_facts {STORED} at a time",

@@ -32,6 +32,7 @@ class Questions:
         text, image: [R, L] bool.
         fact: [R] int64, which fact a question is about; negative: about none that is edited.
         anchor: [R] bool, the edits themselves.
+        pictured: [R, D] float32, mean image token as it enters the decoder; zero where there is none.
     """
 
     states: Tensor
@@ -39,6 +40,11 @@ class Questions:
     image: Tensor
     fact: Tensor
     anchor: Tensor
+    pictured: Tensor
+
+    def parts(self) -> Tensor:
+        """What a pooled key is made of, [R, 2, D] (`pooled_parts`)."""
+        return pooled_parts(self.states[:, -1], self.pictured)
 
     def last(self) -> Tensor:
         """[R] int64: prompts are padded on the left."""
@@ -63,8 +69,8 @@ class _Seen(Exception):
     """Leaves a forward once the gate's layer has run."""
 
 
-def _states(base: nn.Module, layer: DualEditLayer, inputs: dict[str, Tensor]) -> Tensor:
-    """[R, L, D] what the layer puts out, without running the layers above it."""
+def _states(base: nn.Module, layer: DualEditLayer, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+    """[R, L, D] what the layer puts out, without running the layers above it, and its `States.pictured`."""
 
     def leave(module: nn.Module, args: tuple, output: object) -> None:
         raise _Seen
@@ -77,7 +83,7 @@ def _states(base: nn.Module, layer: DualEditLayer, inputs: dict[str, Tensor]) ->
             pass
         finally:
             handle.remove()
-    return states[layer.layer_name]
+    return states[layer.layer_name], states.pictured
 
 
 class _Numbers:
@@ -111,13 +117,15 @@ def read_questions(
             ids, attended, None, runtime_of(base).image_ids, tuple(ids.shape), ids.device
         )
         own = numbers.of(sample.fact or ("sample", place))
+        states, pictured = _states(base, layer, inputs)
         read.append(
             Questions(
-                states=_states(base, layer, inputs).to(torch.float16),
+                states=states.to(torch.float16),
                 text=prompt.text,
                 image=prompt.image,
                 fact=torch.tensor([own] * len(same) + [numbers.of(probe.fact) for probe in others]),
                 anchor=torch.arange(len(same) + len(others)) == 0,
+                pictured=states.new_zeros(states.shape[0], states.shape[2]) if pictured is None else pictured,
             )
         )
     return read
@@ -144,7 +152,7 @@ def join(questions: Sequence[Questions]) -> Questions:
 
     return Questions(
         *(torch.cat([wide(getattr(q, name)) for q in questions]) for name in ("states", "text", "image")),
-        *(torch.cat([getattr(q, name) for q in questions]) for name in ("fact", "anchor")),
+        *(torch.cat([getattr(q, name) for q in questions]) for name in ("fact", "anchor", "pictured")),
     )
 
 
@@ -228,13 +236,14 @@ def fit_pooled_key(
     prompter: Prompter,
     samples: Sequence[EditSample],
     shrinkage: float = 0.1,
+    image_weight: float = 3.0,
     progress: bool = True,
 ) -> dict[str, int]:
     """Fit the pooled key of the active DualEdit adapter in place, in closed form; nothing else changes.
 
-    Linear discriminant analysis (Fisher 1936; Rao 1948): the covariance of what differs between an edit and
-    its own rephrases and other images is made the unit matrix, and of the directions left those are kept
-    in which the edits differ most.
+    Linear discriminant analysis (Fisher 1936; Rao 1948), of the last token's state and of the mean image
+    token on their own: the covariance of what differs between an edit and its own rephrases and other images
+    is made the unit matrix, and of the directions left those are kept in which the edits differ most.
 
     Args:
         model: from `inject_dualedit(..., key="pooled")`, with no stored edits (their keys would go stale).
@@ -243,13 +252,14 @@ def fit_pooled_key(
             decide.
         shrinkage: share of the mean variance that is added to each direction, above 0: more trusts the
             samples less.
+        image_weight: how many times the cosine of the pictures counts that of the questions, at least 0.
 
     Returns:
         {"facts", "pairs"} that it was fitted on.
 
     Raises:
         ValueError: no samples or none with another question about its fact, a model that holds edits, an
-            adapter without a pooled key, a shrinkage that is not above 0.
+            adapter without a pooled key, a shrinkage that is not above 0, an image weight below 0.
     """
     name, _, group = active_group(model)
     layer = _gated_layer(model, "pooled")
@@ -257,10 +267,12 @@ def fit_pooled_key(
         raise ValueError(f"model holds {len(group)} edits: fit the key of an adapter without any.")
     if not shrinkage > 0:
         raise ValueError(f"shrinkage={shrinkage}: pass a number above 0, such as 0.1.")
+    if not image_weight >= 0:
+        raise ValueError(f"image_weight={image_weight}: pass a number from 0 on, such as 3.")
     router = layer.dualedit_router[name]
     edits, others, own = [], [], []
     for place, read in enumerate(read_questions(model, prompter, samples, progress)):
-        parts = pooled_parts(read.states, read.image, read.last()).double()
+        parts = read.parts().double()
         again = (read.fact == read.fact[read.anchor]) & ~read.anchor
         edits.append(parts[read.anchor])
         others.append(parts[again])
@@ -271,23 +283,26 @@ def fit_pooled_key(
             "within a fact. Pass facts that have."
         )
     edits, others = torch.cat(edits), torch.cat(others)
-    with torch.no_grad():
-        router.centre.copy_(_means(edits))
     apart = (others - edits[own]) / 2**0.5
-    within = apart.T @ apart / len(apart)
-    within += shrinkage * within.trace() / len(within) * torch.eye(len(within), dtype=within.dtype)
-    spread, axes = torch.linalg.eigh(within)
-    whitened = axes * spread.rsqrt()  # [2 D, 2 D]
-    between = router.centred(edits).detach() @ whitened
-    kept = torch.linalg.eigh(between.T @ between)[1].flip(1)[:, : len(router.map)]
     with torch.no_grad():
-        router.map.copy_((whitened @ kept).T)
+        router.image_weight.fill_(image_weight)
+        for half in range(2):
+            known = edits[:, half][(edits[:, half] != 0).any(1)]
+            centre = known.mean(0) if len(known) else torch.zeros_like(edits[0, half])
+            router.centre[half].copy_(centre)
+            moved = apart[:, half][(apart[:, half] != 0).any(1)]
+            if len(moved):  # else nothing varies in it: its map stays as it was
+                router.maps[half].copy_(
+                    _discriminants(known - centre, moved, shrinkage)[: router.maps.shape[1]]
+                )
     return {"facts": len(edits), "pairs": len(own)}
 
 
-def _means(edits: Tensor) -> Tensor:
-    """Means [2 D] of the parts of edits [N, 2 D], the image's over those that have one."""
-    width = edits.shape[1] // 2
-    seen = edits[(edits[:, width:] != 0).any(1), width:]
-    image = seen.mean(0) if len(seen) else edits.new_zeros(width)
-    return torch.cat([edits[:, :width].mean(0), image])
+def _discriminants(edits: Tensor, apart: Tensor, shrinkage: float) -> Tensor:
+    """Directions [D, D], best first, for centred edits [N, D] and differences [R, D] within a fact."""
+    within = apart.T @ apart / len(apart)
+    within += shrinkage * within.trace() / len(within) * torch.eye(len(within), dtype=within.dtype)
+    spread, axes = torch.linalg.eigh(within)
+    whitened = axes * spread.rsqrt()
+    between = edits @ whitened
+    return (whitened @ torch.linalg.eigh(between.T @ between)[1].flip(1)).T
