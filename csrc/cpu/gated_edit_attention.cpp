@@ -53,7 +53,8 @@ Tensor attend_bf16(Tensor q, Tensor k, Tensor v, int64_t heads) {
   a.q = rows_of("q", q, width);
   a.k = rows_of("k", k, width);
   a.v = rows_of("v", v, width);
-  STD_TORCH_CHECK(k.size(0) == v.size(0) && k.size(0) > 0, "gated_edit_attention: as many keys as values, one at least");
+  STD_TORCH_CHECK(
+      k.size(0) == v.size(0) && k.size(0) > 0, "gated_edit_attention: as many keys as values, one at least");
   Tensor out = torch::stable::new_empty(q, {q.size(0), width}, ScalarType::BFloat16);
   a.out = static_cast<uint16_t*>(out.mutable_data_ptr());
   a.queries = q.size(0);
