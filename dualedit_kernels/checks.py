@@ -24,7 +24,7 @@ def tensor(
     sizes = value.shape
     fits = len(sizes) == len(shape)
     for want, got in zip(shape, sizes, strict=False):  # a lookup takes microseconds: no generator
-        fits = fits and (want == got or not isinstance(want, int))
+        fits = fits and (not isinstance(want, int) or want == got)
     if not fits:
         raise ValueError(
             f"{name} has shape {list(value.shape)}, expected {_show(shape)}: reshape {name} or the others."
