@@ -21,8 +21,11 @@ def tensor(
         raise TypeError(
             f"{name} must be a tensor, got {type(value).__name__}: pass one of shape {_show(shape)}."
         )
-    sizes = zip(shape, value.shape, strict=False)
-    if value.ndim != len(shape) or any(isinstance(want, int) and want != got for want, got in sizes):
+    sizes = value.shape
+    fits = len(sizes) == len(shape)
+    for want, got in zip(shape, sizes, strict=False):  # a lookup takes microseconds: no generator
+        fits = fits and (not isinstance(want, int) or want == got)
+    if not fits:
         raise ValueError(
             f"{name} has shape {list(value.shape)}, expected {_show(shape)}: reshape {name} or the others."
         )

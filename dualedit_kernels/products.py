@@ -3,10 +3,12 @@
 PyTorch hands fp32 products to its BLAS. The one it ships with (MKL) leaves half of the speed of AMD
 processors unused; oneDNN, which PyTorch ships too and uses for bf16, does not: 576 x 4096 x 1024 took 40 ms
 in place of 92 on one core of an EPYC. `ONEDNN` is that second road, used by the implementations of that name.
+`COMPILED` is the same with the compiled library's attention, where the processor multiplies bf16.
 """
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,8 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import library
+
 # Below this many multiply-adds the call costs more than it gains.
 _WORTH_IT = 1 << 21
+_FASTER = (torch.float32, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -41,10 +46,25 @@ def onednn_refuses(device: str, dtype: torch.dtype) -> str | None:
     return None
 
 
+def compiled_refuses(device: str, dtype: torch.dtype) -> str | None:
+    """The reason why `COMPILED` cannot run there, or None."""
+    reason = onednn_refuses(device, dtype)
+    if reason is not None:
+        return reason
+    if library.COMPILED is None:
+        return f"the compiled library is {library.COMPILED_REASON}"
+    if dtype != torch.bfloat16:
+        return f"it has no {str(dtype).removeprefix('torch.')}"
+    able = ctypes.CDLL(str(library.COMPILED)).dualedit_has_bf16_products
+    able.restype = ctypes.c_bool
+    return None if able() else "this processor lacks AVX512-BF16"
+
+
 def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    if x.dtype != torch.float32 or x.numel() * weight.shape[0] < _WORTH_IT:
+    if x.dtype not in _FASTER or x.numel() * weight.shape[0] < _WORTH_IT:
         return F.linear(x, weight, bias)
-    # The operator that torch.compile emits for a linear layer on the CPU.
+    # The operator that torch.compile emits for a linear layer on the CPU. In bf16, too, where PyTorch's own
+    # writes the bias into every row before oneDNN adds the product: a tenth more for 576 x 1024 x 4096.
     return torch.ops.mkldnn._linear_pointwise(_plain(x), _plain(weight), bias, "none", [], "")
 
 
@@ -56,19 +76,41 @@ def _plain(matrix: Tensor) -> Tensor:
 def _onednn_attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     # Head by head: PyTorch's fused attention took three times as long in bf16, twice in fp32.
     rows, heads, queries, size = q.shape
-    if q.dtype not in (torch.float32, torch.bfloat16) or queries * k.shape[2] * size < _WORTH_IT:
+    if q.dtype not in _FASTER or queries * k.shape[2] * size < _WORTH_IT:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    out = q.new_empty(rows, queries, heads, size)  # heads side by side, as the next product wants them
     for row in range(rows):
         for head in range(heads):
-            scores = _onednn_linear(q[row, head], k[row, head]).float().mul_(size**-0.5)  # [P, S]
+            scores = _scores(q[row, head], k[row, head])  # [P, S]
             if mask is not None:
                 scores.masked_fill_(~mask[row, 0], -torch.inf)
-            out[row, head] = _onednn_linear(
-                torch.softmax(scores, -1).to(v.dtype), v[row, head].contiguous().t()
-            )
-    return out
+            out[row, :, head] = _onednn_linear(torch.softmax(scores, -1), v[row, head].contiguous().t())
+    return out.transpose(1, 2)
+
+
+def _scores(q: Tensor, k: Tensor) -> Tensor:
+    """q [P, K] @ k [S, K].T / sqrt(K), in one pass where oneDNN has the operands' dtype for it."""
+    scale = q.shape[1] ** -0.5
+    if q.dtype == torch.bfloat16:
+        return torch.addmm(q.new_empty(len(k)), q, k.t(), beta=0, alpha=scale)
+    return _onednn_linear(q * scale, k)
+
+
+def _compiled_attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    rows, heads, queries, size = q.shape
+    if queries * k.shape[2] * size < _WORTH_IT:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    out = []
+    for row in range(rows):
+        side_by_side = [t[row].transpose(0, 1).flatten(1) for t in (q, k, v)]  # [*, M], without a copy mostly
+        if mask is not None:
+            kept = mask[row, 0, 0]
+            side_by_side[1:] = [t[kept] for t in side_by_side[1:]]
+        out.append(torch.ops.dualedit_kernels.attend_bf16_cpp(*side_by_side, heads))
+    one = out[0][None] if rows == 1 else torch.stack(out)
+    return one.unflatten(-1, (heads, size)).transpose(1, 2)
 
 
 PLAIN = Products(F.linear, F.scaled_dot_product_attention)
 ONEDNN = Products(_onednn_linear, _onednn_attend, by_head=True)
+COMPILED = Products(_onednn_linear, _compiled_attend, by_head=True)

@@ -1,7 +1,7 @@
 // 16 keys by R rows of queries, 64 products an instruction. Included in a namespace compiled for AVX512-VNNI.
 struct Dots {
   static constexpr int kRows = 8;
-  static constexpr int kBlocks = 2;  // side by side: a row that is loaded serves both
+  static constexpr int kBlocks = 3;  // side by side: a row that is loaded serves all; 3 x 8 accumulators, 3 keys, 1 row
 
   // out [R, kBlock]: products over some quads, on top of what is there if ``more``. Meanwhile codes are
   // fetched.
@@ -39,48 +39,67 @@ struct Dots {
     }
   }
 
-  // The same for two blocks, ``step`` bytes apart, whose products are ``apart`` integers apart.
-  template <int R>
-  static void two(
+  // The same for K blocks, ``step`` bytes apart, whose products are ``apart`` integers apart.
+  template <int K, int R>
+  static void together(
       const uint8_t* keys, int64_t step, const int8_t* rows, int64_t quads, bool more, Fetch fetch, int32_t* out,
       int64_t apart) {
-    __m512i total[2][R];
+    __m512i total[K][R];
+#pragma GCC unroll 3
+    for (int k = 0; k < K; ++k) {
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      total[0][r] = more ? _mm512_loadu_si512(out + r * kBlock) : _mm512_setzero_si512();
-      total[1][r] = more ? _mm512_loadu_si512(out + apart + r * kBlock) : _mm512_setzero_si512();
+      for (int r = 0; r < R; ++r) {
+        total[k][r] = more ? _mm512_loadu_si512(out + k * apart + r * kBlock) : _mm512_setzero_si512();
+      }
     }
     for (int64_t t = 0; t < quads; ++t, keys += 64) {
-      __builtin_prefetch(fetch.from);
-      __builtin_prefetch(fetch.from + step);
+      __m512i own[K];
+#pragma GCC unroll 3
+      for (int k = 0; k < K; ++k) {
+        __builtin_prefetch(fetch.from + k * step);
+        own[k] = _mm512_loadu_si512(keys + k * step);
+      }
       fetch.from += fetch.step;
-      const __m512i one = _mm512_loadu_si512(keys), other = _mm512_loadu_si512(keys + step);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
         int32_t four;
         __builtin_memcpy(&four, rows + (t * R + r) * 4, sizeof(four));
         const __m512i row = _mm512_set1_epi32(four);
-        add(total[0][r], one, row);
-        add(total[1][r], other, row);
+#pragma GCC unroll 3
+        for (int k = 0; k < K; ++k) add(total[k][r], own[k], row);
       }
     }
+#pragma GCC unroll 3
+    for (int k = 0; k < K; ++k) {
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      _mm512_storeu_si512(out + r * kBlock, total[0][r]);
-      _mm512_storeu_si512(out + apart + r * kBlock, total[1][r]);
+      for (int r = 0; r < R; ++r) _mm512_storeu_si512(out + k * apart + r * kBlock, total[k][r]);
     }
   }
 
   // out [kBlock]: sums of squares of code - 128 over some quads: code (code - 128) less 128 times (code - 128).
   static void squares(const uint8_t* keys, int64_t quads, int32_t* out) {
     const __m512i sign = _mm512_set1_epi8(static_cast<char>(0x80));
-    __m512i total = _mm512_setzero_si512(), sums = _mm512_setzero_si512();
-    for (int64_t t = 0; t < quads; ++t) {
-      const __m512i code = _mm512_loadu_si512(keys + t * 64), less = _mm512_xor_si512(code, sign);
-      total = _mm512_dpbusd_epi32(total, code, less);
-      sums = _mm512_dpbusd_epi32(sums, sign, less);
+    __m512i totals[4], sums[4];  // so that a multiply-add need not wait for the one before
+#pragma GCC unroll 4
+    for (int u = 0; u < 4; ++u) totals[u] = sums[u] = _mm512_setzero_si512();
+    int64_t t = 0;
+    for (; t + 4 <= quads; t += 4) {
+#pragma GCC unroll 4
+      for (int u = 0; u < 4; ++u) squares(keys + (t + u) * 64, sign, totals[u], sums[u]);
     }
-    _mm512_storeu_si512(out, _mm512_sub_epi32(total, sums));
+    for (; t < quads; ++t) squares(keys + t * 64, sign, totals[0], sums[0]);
+#pragma GCC unroll 3
+    for (int u = 1; u < 4; ++u) {
+      totals[0] = _mm512_add_epi32(totals[0], totals[u]);
+      sums[0] = _mm512_add_epi32(sums[0], sums[u]);
+    }
+    _mm512_storeu_si512(out, _mm512_sub_epi32(totals[0], sums[0]));
+  }
+
+  static void squares(const uint8_t* keys, __m512i sign, __m512i& total, __m512i& sum) {
+    const __m512i code = _mm512_loadu_si512(keys), less = _mm512_xor_si512(code, sign);
+    add(total, code, less);
+    add(sum, sign, less);
   }
 
   // Bit j: not low[j] > edge[j], for NaN, too.

@@ -199,8 +199,7 @@ void look_up(Scan scan, const Lookup& lookup, int64_t count, Nearest& nearest) {
   // it for rows shorter than two pages, which memory delivers almost as slowly as whole, nor where reading all
   // keys is the whole cost: few queries and more keys than a cache holds.
   const int64_t row_bytes = lookup.dim * (lookup.type == KeyType::kFloat32 ? 4 : 2);
-  const bool cached = count <= (int64_t{32} << 20) / row_bytes;
-  if (lookup.head > 0 && row_bytes >= 8192 && (lookup.batch >= 4 || cached)) {
+  if (lookup.head > 0 && row_bytes >= 8192 && (lookup.batch >= 4 || fit_cache(lookup, count))) {
     Lookup coarse = lookup;
     coarse.dim = lookup.head;
     coarse.head = 0;

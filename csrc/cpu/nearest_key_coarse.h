@@ -28,6 +28,8 @@ struct Codes {
 };
 
 constexpr int64_t kBlock = 16;  // keys side by side
+constexpr int64_t kTogether = 3;  // blocks whose products are computed together
+constexpr int64_t kMostQueries = 256;  // that are coded together
 constexpr int64_t kMostCodedDim = 65536;  // 255 * 127 * dim, and 255 * 128 * dim, fit 32 bits
 
 // Codes are cut in three: behind a quarter and behind half of their quads, in whole registers. What is behind a cut
@@ -86,12 +88,12 @@ struct CoarseKernel {
       float* scratch);
   // Those codes in tiles.
   void (*arrange)(const CodedQueries& coded, int64_t quads, const int8_t* bytes, int64_t stride);
-  // Products of ``count`` blocks, one or two (from ``place`` on in the panel), over their heads, or over all that is
-  // behind the heads (whose products are there already unless ``whole``), for the queries that have a key ``near`` in
-  // them; then low, smallest and at.
+  // Products of ``count`` blocks, kTogether at most (from ``place`` on in the panel), over their heads or over all,
+  // for the queries that have a key ``near`` in them; then low, smallest and at of every step-th query. there: the
+  // products of the heads are there already.
   void (*bound)(
       const Codes& codes, const CodedQueries& coded, const Panel& panel, int64_t block, int64_t place, int64_t count,
-      bool head, bool whole);
+      bool head, bool there, int64_t step);
   // near [batch] of a block: keys that had been near and whose low, of their heads or of all, lets them be within
   // limit [batch] of their query; their number. reach: squares of limits of the distances, limit: those, and the
   // query's error on top.

@@ -27,10 +27,43 @@ inline void put(const V& from, T* to) {
 }
 
 // Tiles of nearly equal height.
+constexpr int64_t kMostTiles = 2 * kMostQueries / Dots::kRows + 1;
 inline int64_t tiles_of(int64_t rows) { return (rows + Dots::kRows - 1) / Dots::kRows; }
 inline int64_t height_of(int64_t rows, int64_t tile) {
   const int64_t tiles = tiles_of(rows);
   return rows / tiles + (tile < rows % tiles ? 1 : 0);
+}
+
+// Quads of two rows in turn: of the first 8 quads, or of the last.
+inline void in_turn(const Integers& a, const Integers& b, Integers& first, Integers& last) {
+#if defined(__clang__) || __GNUC__ >= 12
+  first = __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  last = __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+#else
+  first = __builtin_shuffle(a, b, Integers{0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23});
+  last = __builtin_shuffle(a, b, Integers{8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31});
+#endif
+}
+
+// 16 quads of 8 rows, in tiles.
+inline void arrange_eight(const int8_t* from, int64_t stride, int8_t* to) {
+  Integers one[8], two[8];
+#pragma GCC unroll 8
+  for (int r = 0; r < 8; ++r) get(one[r], from + r * stride);
+  // Rows r and r + 4, then r, r + 2, r + 4 and r + 6, then all: in order.
+#pragma GCC unroll 4
+  for (int r = 0; r < 4; ++r) in_turn(one[r], one[r + 4], two[2 * r], two[2 * r + 1]);
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const int at = i / 2 * 4 + i % 2 * 2;  // of row i / 2 on, half i % 2
+    in_turn(two[i], two[i + 4], one[at], one[at + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    in_turn(one[i], one[i + 4], two[0], two[1]);
+    put(two[0], to + 2 * i * static_cast<int64_t>(sizeof(Integers)));
+    put(two[1], to + (2 * i + 1) * static_cast<int64_t>(sizeof(Integers)));
+  }
 }
 
 // The codes of rows in tiles: 16 quads of a row after the other, so that what is written stays in the cache.
@@ -41,6 +74,11 @@ void arrange(const CodedQueries& coded, int64_t quads, const int8_t* bytes, int6
     const int64_t height = height_of(rows, t);
     for (int64_t begin = 0; begin < quads; begin += 16) {
       const int64_t end = begin + 16 < quads ? begin + 16 : quads;
+      if (height == 8 && end == begin + 16) {
+        arrange_eight(
+            bytes + first * stride + begin * 4, stride, coded.codes + first * quads * 4 + begin * height * 4);
+        continue;
+      }
       for (int64_t r = 0; r < height; ++r) {
         const int8_t* from = bytes + (first + r) * stride + begin * 4;
         int8_t* to = coded.codes + first * quads * 4 + (begin * height + r) * 4;
@@ -267,11 +305,16 @@ struct Blocks {
 // Products of some quads of the blocks' keys with a tile.
 template <int R, class Kernel = Dots>
 inline void dots(const Blocks& blocks, const int8_t* rows, int64_t quads, bool more, Fetch fetch) {
-  if constexpr (R > 4 && Kernel::kBlocks == 2) {
-    if (blocks.count == 2) {
-      Kernel::template two<R>(blocks.keys, blocks.step, rows, quads, more, fetch, blocks.out, blocks.apart);
-      return;
+  if constexpr (R > 4 && Kernel::kBlocks == 3) {
+    const uint8_t* keys = blocks.keys;
+    if (blocks.count == 3) {
+      Kernel::template together<3, R>(keys, blocks.step, rows, quads, more, fetch, blocks.out, blocks.apart);
+    } else if (blocks.count == 2) {
+      Kernel::template together<2, R>(keys, blocks.step, rows, quads, more, fetch, blocks.out, blocks.apart);
+    } else {
+      Kernel::template together<1, R>(keys, blocks.step, rows, quads, more, fetch, blocks.out, blocks.apart);
     }
+    return;
   }
   for (int64_t i = 0; i < blocks.count; ++i) {
     const uint8_t* keys = blocks.keys + i * blocks.step;
@@ -332,7 +375,7 @@ inline void total_of(const int32_t* product, int64_t last, int64_t rows, Integer
 // Products of ``count`` blocks with the queries to which a key of them is near; the last part that has any.
 inline int64_t multiply(
     const Codes& codes, const CodedQueries& coded, const Panel& panel, int64_t block, int64_t place, int64_t count,
-    bool head, bool whole) {
+    bool head, bool there) {
   const int64_t size = codes.quads * 4 * kBlock, rows = panel.rows, tiles = tiles_of(rows);
   const int64_t step = 64 / tiles, low = rows / tiles, higher = rows % tiles;  // as height_of: a division for each would be felt
   const uint8_t* keys = codes.codes + block * size;
@@ -340,8 +383,15 @@ inline int64_t multiply(
   int32_t* products = panel.product + place * apart;
   const uint16_t* near = panel.near + place * panel.batch;
   // Some of the keys' codes stay in the first-level cache while the tiles pass.
-  const int64_t most = tiles == 1 ? codes.quads : 256 / Dots::kBlocks;
-  const int64_t begin = head || whole ? 0 : coded.head, end = head ? coded.head : codes.quads;
+  const int64_t most = tiles == 1 ? codes.quads : 128;
+  const int64_t begin = there ? coded.head : 0, end = head ? coded.head : codes.quads;
+  bool needed[kMostTiles];
+  for (int64_t t = 0, first = 0; t < tiles; ++t) {
+    const int64_t height = low + (t < higher ? 1 : 0);
+    needed[t] = false;
+    for (int64_t i = 0; i < count; ++i) needed[t] |= wanted(coded, near + i * panel.batch, first, height);
+    first += height;
+  }
   int64_t part = 0;
   for (int64_t quad = begin; quad < end;) {
     while (coded.begin_of(part + 1, codes.quads) <= quad) ++part;
@@ -356,7 +406,7 @@ inline int64_t multiply(
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t height = low + (t < higher ? 1 : 0);
       const Fetch fetch{next + t * step * quads, step};
-      if (wanted(coded, near, first, height) || (count == 2 && wanted(coded, near + panel.batch, first, height))) {
+      if (needed[t]) {
         const int8_t* own = coded.codes + (first * codes.quads + quad * height) * 4;
         const Blocks blocks{now, size, sums + first * kBlock, apart, count};
         dots(height, blocks, own, quads, quad > start, fetch);
@@ -371,11 +421,17 @@ inline int64_t multiply(
 // Bounds of one block from its products.
 inline void bound_block(
     const Codes& codes, const CodedQueries& coded, const Panel& panel, int64_t block, int64_t place, bool head,
-    int64_t parts) {
-  const int64_t rows = panel.rows;
-  const int32_t* products = panel.product + place * (kCuts + 1) * rows * kBlock;
-  const uint16_t* near = panel.near + place * panel.batch;
-  const float* apart = codes.rows + block * codes.apart * kBlock;
+    int64_t parts, int64_t step) {
+  // In variables: what is written could be what pointers are read from, for all that compilers know.
+  const int64_t rows = panel.rows, batch = panel.batch, planes = coded.planes, others = codes.apart;
+  const int64_t half = head ? 0 : batch;
+  const int32_t* product = panel.product + place * (kCuts + 1) * rows * kBlock;
+  const int32_t* offset = coded.offset + half * planes;
+  const uint16_t* near = panel.near + place * batch;
+  const float* apart = codes.rows + block * others * kBlock;
+  const float *own_scale = coded.scale, *own_square = coded.square + half, *own_apart = coded.apart;
+  float *out = panel.low + place * batch * kBlock, *smallest = panel.smallest;
+  int32_t* at = panel.at;
   const Integers number = Integers{} + static_cast<int32_t>(block - panel.start);
   Floats square, scale, error;
   get(scale, codes.scale + block * kBlock);
@@ -389,44 +445,41 @@ inline void bound_block(
   }
   // NaN where the error is infinite: such a key is never the smallest, and never ruled out.
   square += error * 0.0f;
-  const int64_t half = head ? 0 : panel.batch;
-  for (int64_t b = 0; b < panel.batch; ++b) {
+  for (int64_t b = 0; b < batch; b += step, product += step * planes * kBlock, offset += step * planes) {
     if (near[b] == 0) continue;
-    const int32_t* product = products + b * coded.planes * kBlock;
-    const int32_t* offset = coded.offset + (half + b) * coded.planes;
     Integers total;
     total_of(product, parts, rows, total);
     Floats dot = __builtin_convertvector(total - offset[0], Floats);
-    if (coded.planes == 2) {
+    if (planes == 2) {
       total_of(product + kBlock, parts, rows, total);
       dot = dot * 256.0f + __builtin_convertvector(total - offset[1], Floats);
     }
-    Floats sum = square + coded.square[half + b];
-    for (int64_t p = 0; p < codes.apart; ++p) {
+    Floats sum = square + own_square[b];
+    for (int64_t p = 0; p < others; ++p) {
       Floats other;
       get(other, apart + p * kBlock);
-      const Floats difference = other - coded.apart[b * codes.apart + p];
+      const Floats difference = other - own_apart[b * others + p];
       sum += difference * difference;
     }
-    const Floats low = sum - (2.0f * coded.scale[b]) * scale * dot - (sum * kShare + kTiny);
-    put(low, panel.low + (place * panel.batch + b) * kBlock);
-    Floats smallest;
-    Integers at;
-    get(smallest, panel.smallest + b * kBlock);
-    get(at, panel.at + b * kBlock);
-    put(low < smallest ? number : at, panel.at + b * kBlock);
-    put(low < smallest ? low : smallest, panel.smallest + b * kBlock);
+    const Floats low = sum - (2.0f * own_scale[b]) * scale * dot - (sum * kShare + kTiny);
+    put(low, out + b * kBlock);
+    Floats least;
+    Integers place_of;
+    get(least, smallest + b * kBlock);
+    get(place_of, at + b * kBlock);
+    put(low < least ? number : place_of, at + b * kBlock);
+    put(low < least ? low : least, smallest + b * kBlock);
   }
 }
 
 void bound(
     const Codes& codes, const CodedQueries& coded, const Panel& panel, int64_t block, int64_t place, int64_t count,
-    bool head, bool whole) {
+    bool head, bool there, int64_t step) {
   // For a single tile reading the keys is the whole cost, and one stream of them is read the fastest; heads are none.
-  const int64_t step = tiles_of(panel.rows) == 1 && !head ? 1 : count;
-  for (int64_t i = 0; i < count; i += step) {
-    const int64_t parts = multiply(codes, coded, panel, block + i, place + i, step, head, whole);
-    for (int64_t j = i; j < i + step; ++j) bound_block(codes, coded, panel, block + j, place + j, head, parts);
+  const int64_t some = tiles_of(panel.rows) == 1 && !head ? 1 : count;
+  for (int64_t i = 0; i < count; i += some) {
+    const int64_t parts = multiply(codes, coded, panel, block + i, place + i, some, head, there);
+    for (int64_t j = i; j < i + some; ++j) bound_block(codes, coded, panel, block + j, place + j, head, parts, step);
   }
 }
 

@@ -26,8 +26,6 @@ using torch::stable::Tensor;
 
 namespace {
 
-constexpr int64_t kGroup = 256;  // queries that are worked on together
-
 std::atomic<int64_t> refined{0}, given_up{0};
 
 // Queries in codes of one or two planes, with the memory for them.
@@ -212,8 +210,8 @@ std::tuple<Tensor, Tensor> nearest_key_coded(
   Nearest nearest(batch);
   refined = given_up = 0;
   std::vector<int64_t> hopeless;
-  for (int64_t first = 0; first < batch && count > 0; first += kGroup) {
-    const int64_t some = batch - first < kGroup ? batch - first : kGroup;
+  for (int64_t first = 0; first < batch && count > 0; first += kMostQueries) {
+    const int64_t some = batch - first < kMostQueries ? batch - first : kMostQueries;
     look_up_coded(arguments, tables, coarse_for(isa), first, some, nearest, hopeless);
   }
   given_up = static_cast<int64_t>(hopeless.size());

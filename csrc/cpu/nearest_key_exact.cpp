@@ -23,11 +23,12 @@ void Shortlist::keep(double within) {
   keys.resize(kept);
 }
 
-// Pairs that are worked on together, and where their distances are among those that are open.
+// Pairs that are worked on together, where their distances are among those that are open, and their sums.
 struct Exact::Group {
   int64_t some = 0;
   Pair pairs[kMaxBlock];
   size_t at[kMaxBlock];
+  size_t lanes[kMaxBlock];
 };
 
 Exact::Exact(const Arguments& arguments, const Rounding& rounding, const CodedQueries& coded, int64_t first)
@@ -35,8 +36,10 @@ Exact::Exact(const Arguments& arguments, const Rounding& rounding, const CodedQu
       rounding_(rounding),
       first_(first),
       batch_(coded.batch),
+      cached_(fit_cache(arguments.lookup, arguments.count)),
       lanes_(aligned(kOpen * kLanes)),
       scratch_(aligned(kMaxBlock * arguments.lookup.stride)) {
+  open_.reserve(512);
   const int64_t dim = arguments.lookup.dim;
   edge_[0] = 0;
   for (int64_t c = 0; c < kCuts; ++c) edge_[c + 1] = std::min(dim, coded.cut[c] * 4);
@@ -59,7 +62,7 @@ void Exact::run(
     return;
   }
   float* lanes[kMaxBlock];
-  for (int64_t j = 0; j < kMaxBlock; ++j) lanes[j] = lanes_.get() + now.at[j < now.some ? j : 0] * kLanes;
+  for (int64_t j = 0; j < kMaxBlock; ++j) lanes[j] = lanes_.get() + now.lanes[j < now.some ? j : 0] * kLanes;
   const Piece piece{now.pairs, now.some, begin, end};
   const Piece then{next.pairs, next.some, next_begin, next_begin};
   arguments_.few(own, piece, then, lanes, squared, scratch_.get());
@@ -85,7 +88,7 @@ bool Exact::look(const int64_t* keys, const float* lower, Shortlist* lists) {
     Group group;
     for (; b < batch_ && group.some < kMaxBlock; ++b) {
       if (keys[b] < 0) continue;
-      group.at[group.some] = static_cast<size_t>(group.some);
+      group.lanes[group.some] = static_cast<size_t>(group.some);
       group.pairs[group.some++] = {b, keys[b]};
     }
     return group;
@@ -111,6 +114,7 @@ Exact::Group Exact::take(const Shortlist* lists, size_t& at) const {
     const Open& one = open_[at];
     if (one.key->lower > lists[one.query].limit) continue;
     group.at[group.some] = at;
+    group.lanes[group.some] = one.lanes;
     group.pairs[group.some++] = {one.query, one.key->index};
   }
   return group;
@@ -133,7 +137,6 @@ bool Exact::part(int64_t number, Shortlist* lists) {
       if (last) {
         right &= lower_by(one.key->index, one.key->lower, squared[j], list);
       } else if (!(rounding_.least_of(squared[j], one.key->rest[number]) > list.squared)) {
-        if (kept != now.at[j]) std::copy_n(lanes_.get() + now.at[j] * kLanes, kLanes, lanes_.get() + kept * kLanes);
         open_[kept++] = one;
       }
     }
@@ -142,8 +145,16 @@ bool Exact::part(int64_t number, Shortlist* lists) {
   return right;
 }
 
-// All open distances, in the order of their keys: a key may be wanted by several queries.
+// All open distances. They come query by query, and a query stays in the first-level cache; but keys that lie in
+// memory are read in their order, as a key may be wanted by several queries.
 bool Exact::flush(Shortlist* lists) {
+  if (!cached_) sort_by_keys();
+  bool right = true;
+  for (int64_t number = 0; number <= kCuts && !open_.empty(); ++number) right &= part(number, lists);
+  return right;
+}
+
+void Exact::sort_by_keys() {
   constexpr int64_t kBins = 256;
   size_t starts[kBins + 1] = {};
   const auto bin = [&](const Open& one) { return one.key->index * kBins / arguments_.count; };
@@ -152,9 +163,6 @@ bool Exact::flush(Shortlist* lists) {
   sorted_.resize(open_.size());
   for (const Open& one : open_) sorted_[starts[bin(one)]++] = one;
   open_.swap(sorted_);
-  bool right = true;
-  for (int64_t number = 0; number <= kCuts && !open_.empty(); ++number) right &= part(number, lists);
-  return right;
 }
 
 // The most promising key alone, where none is known or the others are too many.
@@ -189,7 +197,7 @@ bool Exact::refine(int64_t begin, int64_t end, size_t worth, Shortlist* lists) {
     list.too_long |= list.keys.size() > worth;
     if (list.too_long) continue;
     for (const Candidate& key : list.keys) {
-      open_.push_back({b, &key});
+      open_.push_back({b, &key, open_.size()});
       if (open_.size() == kOpen) right &= flush(lists);
     }
   }

@@ -75,16 +75,19 @@ class Exact {
   Group take(const Shortlist* lists, size_t& at) const;
   bool part(int64_t number, Shortlist* lists);
   bool flush(Shortlist* lists);
+  void sort_by_keys();
 
   struct Open {  // a distance that is not yet computed to the end
     int64_t query;
     const Candidate* key;
+    size_t lanes;  // where its sums are
   };
 
   const Arguments& arguments_;
   const Rounding& rounding_;
   int64_t first_;
   int64_t batch_;
+  bool cached_;
   int64_t edge_[kCuts + 2];  // where parts begin and end, in dimensions
   std::vector<Open> open_, sorted_;
   Buffer lanes_;  // [kOpen, kLanes]

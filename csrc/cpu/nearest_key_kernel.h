@@ -391,6 +391,22 @@ inline void few_typed(
 #pragma GCC unroll 4
   for (int j = 0; j < kMaxBlock; ++j) total[j] = now.begin == 0 ? Vec::zero() : Vec::load(lanes[j]);
   int64_t d = now.begin;
+  if (query[1] == query[0] && query[2] == query[0] && query[3] == query[0]) {
+    // A line of each key at a time; of the query, which stays in the first-level cache, each register once.
+    constexpr int64_t kTurn = kLine / sizeof(T);
+    for (const float* own = query[0]; d + kTurn <= now.end; d += kTurn) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kMaxBlock; ++j) __builtin_prefetch(ahead[j] + (d - now.begin) * sizeof(T), 0, 2);
+#pragma GCC unroll 8
+      for (int64_t e = 0; e < kTurn; e += Vec::kWidth) {
+        const Vec q = Vec::load(own + d + e);
+#pragma GCC unroll 4
+        for (int j = 0; j < kMaxBlock; ++j) total[j] = total[j].plus_square(q - Vec::load(key[j] + d + e));
+      }
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < kMaxBlock; ++j) ahead[j] += (d - now.begin) * sizeof(T);
+  }
   for (; d + Vec::kWidth <= now.end; d += Vec::kWidth) {
 #pragma GCC unroll 4
     for (int j = 0; j < kMaxBlock; ++j) {

@@ -30,6 +30,11 @@ struct Nearest {
   std::vector<int64_t> index;
 };
 
+// Whether ``count`` keys may stay in the last-level cache.
+inline bool fit_cache(const Lookup& lookup, int64_t count) {
+  return count <= (int64_t{32} << 20) / (lookup.dim * (lookup.type == KeyType::kFloat32 ? 4 : 2));
+}
+
 // Checked and packed arguments.
 struct Arguments {
   Buffer packed;  // the queries of ``lookup``, unless those that were given serve

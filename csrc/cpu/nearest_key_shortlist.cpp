@@ -53,7 +53,7 @@ class Shortlister {
         reach_(pass.coded.batch) {}
 
   bool run(int64_t begin, int64_t end) {
-    for (int64_t b = 0; b < panel_.batch; ++b) lists_[b].keys.reserve(64);
+    for (int64_t b = 0; b < panel_.batch; ++b) lists_[b].keys.reserve(40);  // up to 1 KB memory comes quickly
     // For few queries reading the codes is the whole cost, and heads read for themselves come slowly.
     if (pass_.coded.head > 0 && end - begin > room_.blocks && panel_.batch > kFew) sweep(begin, end);
     for (int64_t at = begin; at < end && right_; at += room_.blocks) {
@@ -63,8 +63,12 @@ class Shortlister {
       const bool heads = pass_.coded.head > 0 && patience_ == 0;
       if (patience_ > 0) --patience_;
       heads_only_ = heads && by_heads();
-      if (!heads_only_) bounds(false, !heads);
+      if (!heads_only_) {
+        bounds(false, heads);
+        select(false);
+      }
       note(begin);
+      known_ = true;
     }
     return right_;
   }
@@ -93,9 +97,10 @@ class Shortlister {
     open();
     std::fill_n(panel_.smallest, panel_.batch * kBlock, kInfinity);
     for (int64_t block = begin; block < end; ++block) {
-      pass_.kernel.bound(pass_.codes, pass_.coded, panel_, block, 0, 1, true, false);
+      pass_.kernel.bound(pass_.codes, pass_.coded, panel_, block, 0, 1, true, false, 1);
     }
     look(true);
+    known_ = true;
     // Of the last block at hand, as good as any: what heads leave there.
     const int64_t keys = std::min(kBlock, pass_.count - (end - 1) * kBlock) * panel_.batch;
     const int64_t left = pass_.kernel.select(
@@ -105,22 +110,53 @@ class Shortlister {
 
   // Bounds from the heads. True if so few keys are left that looking at them is quicker than bounds from all.
   bool by_heads() {
+    const bool sampled = !known_ && panel_.batch > kFew;
+    if (sampled && !pays_for_few()) return false;
     const double before = left();
-    const int64_t pairs = bounds(true, false);
+    bounds(true, sampled);
+    const int64_t pairs = select(true);
     const double after = left(), share = static_cast<double>(pass_.coded.head) / pass_.codes.quads;
     const bool few = static_cast<double>(pairs) * pass_.exact_cost < after * (1 - share);
     if (!few && after > before * 3 / 4) patience_ = kPatience;
     return few;
   }
 
-  // Bounds, a look at the most promising key, and which keys are near after that; how many.
-  int64_t bounds(bool head, bool whole) {
+  // Whether heads rule out a quarter of the keys for some queries, one of each tile: where they do not, the tile's
+  // products are needed anyway. Bounds and exact distances of all queries are more than a tenth of a lookup.
+  bool pays_for_few() {
+    const int64_t step = std::max<int64_t>(1, kTile / pass_.coded.planes);
+    bounds(true, false, step);
+    int64_t keys = 0, kept = 0;
+    for (int64_t b = 0; b < panel_.batch; b += step) {
+      if (lists_[b].too_long) continue;
+      for (int64_t place = 0; place < blocks_; ++place) {
+        const float* low = panel_.low + (place * panel_.batch + b) * kBlock;
+        const float* error = pass_.codes.error + (start_ + place) * kBlock;
+        for (int64_t j = 0; j < kBlock; ++j) {
+          const float within = limit_[b] + error[j];
+          kept += !(low[j] > within * within);
+        }
+        keys += kBlock;
+      }
+    }
+    if (kept * 4 <= keys * 3) return true;
+    patience_ = kPatience;
+    return false;
+  }
+
+  // Bounds from the heads or from all codes, and a look at the most promising key, of every step-th query. there: the
+  // products of the heads are there already.
+  void bounds(bool head, bool there, int64_t step = 1) {
     std::fill_n(panel_.smallest, panel_.batch * kBlock, kInfinity);
-    for (int64_t place = 0; place < blocks_; place += 2) {
-      const int64_t count = std::min<int64_t>(2, blocks_ - place);
-      pass_.kernel.bound(pass_.codes, pass_.coded, panel_, start_ + place, place, count, head, whole);
+    for (int64_t place = 0; place < blocks_; place += kTogether) {
+      const int64_t count = std::min(kTogether, blocks_ - place);
+      pass_.kernel.bound(pass_.codes, pass_.coded, panel_, start_ + place, place, count, head, there, step);
     }
     look(head);
+  }
+
+  // Which keys are near; how many.
+  int64_t select(bool head) {
     int64_t pairs = 0;
     for (int64_t place = 0; place < blocks_; ++place) {
       pairs += pass_.kernel.select(
@@ -202,36 +238,44 @@ class Shortlister {
     return (high > 0.0 ? std::sqrt(high) * kUp : 0.0) + error_of(key, b);
   }
 
-  // The square of the distance in the dimensions behind a cut is not below it. With q = q' + r, k = k' + s there,
-  // q.k = q'.k' + q'.s + r.k, and |q'| is at most |q| + |r|.
-  float rest_of(int64_t key, int64_t b, int64_t cut) const {
+  // The square of the distance in the dimensions behind each cut is not below rest [kCuts]. With q = q' + r,
+  // k = k' + s there, q.k = q'.k' + q'.s + r.k, and |q'| is at most |q| + |r|.
+  void rests_of(int64_t key, int64_t b, float* rest) const {
     const Codes& codes = pass_.codes;
     const CodedQueries& coded = pass_.coded;
-    if (coded.cut[cut] >= codes.quads) return 0.0f;
-    const int64_t block = key / kBlock, j = key % kBlock, place = block - start_;
+    const int64_t block = key / kBlock, j = key % kBlock, size = panel_.rows * kBlock;
+    const int32_t* product =
+        panel_.product + (block - start_) * (kCuts + 1) * size + b * coded.planes * kBlock + j;
+    const int32_t* offset = coded.offset + 2 * panel_.rows + b * coded.planes;
     const float* tails = codes.tails + block * 2 * kCuts * kBlock + j;
-    const double length = tails[cut * kBlock], error = tails[(kCuts + cut) * kBlock];
-    const float* own = coded.tails + (b * kCuts + cut) * 3;
-    double dot = 0.0;
-    for (int64_t p = 0; p < coded.planes; ++p) {
-      const int64_t row = b * coded.planes + p;
-      const int32_t* product = panel_.product + place * (kCuts + 1) * panel_.rows * kBlock + row * kBlock + j;
-      int64_t sum = -static_cast<int64_t>(coded.offset[(2 + cut) * panel_.rows + row]);
-      for (int64_t part = cut + 1; part <= kCuts; ++part) sum += product[part * panel_.rows * kBlock];
-      dot = dot * 256.0 + static_cast<double>(sum);
+    const float* own = coded.tails + b * kCuts * 3;
+    const double unit = static_cast<double>(coded.scale[b]) * codes.scale[key];
+    int64_t sums[2] = {};
+    for (int64_t cut = kCuts - 1; cut >= 0; --cut) {
+      if (coded.cut[cut] >= codes.quads) {
+        rest[cut] = 0.0f;
+        continue;
+      }
+      double dot = 0.0;
+      for (int64_t p = 0; p < coded.planes; ++p) {
+        sums[p] += product[(cut + 1) * size + p * kBlock];
+        dot = dot * 256.0 + static_cast<double>(sums[p] - offset[cut * panel_.rows + p]);
+      }
+      dot *= unit;
+      const double length = tails[cut * kBlock], error = tails[(kCuts + cut) * kBlock];
+      const double doubt =
+          (static_cast<double>(own[cut * 3 + 1]) + own[cut * 3 + 2]) * error + own[cut * 3 + 2] * length;
+      double apart = 0.0;
+      for (int64_t p = 0; p < codes.apart; ++p) {
+        if (codes.apart_at[p] < coded.cut[cut] * 4) continue;
+        const double rows = codes.rows[(block * codes.apart + p) * kBlock + j];
+        const double difference = static_cast<double>(coded.apart[b * codes.apart + p]) - rows;
+        apart += difference * difference;
+      }
+      const double squares = own[cut * 3] + length * length * kDown * kDown;
+      const double left = squares - 2.0 * (dot + doubt * kUp) - 1e-12 * std::abs(dot) + apart * kDown;
+      rest[cut] = left > 0.0 ? static_cast<float>(left * kDown) : 0.0f;  // 0, too, where nothing is known of a key
     }
-    dot *= static_cast<double>(coded.scale[b]) * codes.scale[key];
-    const double doubt = (static_cast<double>(own[1]) + own[2]) * error + own[2] * length;
-    double apart = 0.0;
-    for (int64_t p = 0; p < codes.apart; ++p) {
-      if (codes.apart_at[p] < coded.cut[cut] * 4) continue;
-      const double difference =
-          static_cast<double>(coded.apart[b * codes.apart + p]) - codes.rows[(block * codes.apart + p) * kBlock + j];
-      apart += difference * difference;
-    }
-    const double squares = own[0] + length * length * kDown * kDown;
-    const double rest = squares - 2.0 * (dot + doubt * kUp) - 1e-12 * std::abs(dot) + apart * kDown;
-    return rest > 0.0 ? static_cast<float>(rest * kDown) : 0.0f;  // 0, too, where nothing is known of a key
   }
 
   // Products that bounds from all codes would take.
@@ -258,7 +302,7 @@ class Shortlister {
           const int64_t j = __builtin_ctz(bits);
           const int64_t key = (start_ + place) * kBlock + j;
           Candidate candidate{key, lower_of(key, b, low[j], heads_only_), {}};
-          for (int64_t c = 0; c < kCuts && !heads_only_; ++c) candidate.rest[c] = rest_of(key, b, c);
+          if (!heads_only_) rests_of(key, b, candidate.rest);
           lists_[b].keys.push_back(candidate);
         }
       }
@@ -286,6 +330,7 @@ class Shortlister {
   std::vector<float> limit_;
   std::vector<float> reach_;
   int64_t start_ = 0, blocks_ = 0, patience_ = 0;
+  bool known_ = false;  // a key of each query
   bool heads_only_ = false;
   bool right_ = true;
 };

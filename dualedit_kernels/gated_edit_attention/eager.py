@@ -2,6 +2,7 @@
 
 Only the tokens that change are touched: they are gathered once, projected in one matrix product, and
 attended in chunks of rows padded to a common size. Chunks bound both the padding and the memory of scores.
+On the CPU, long rows whose tokens lie side by side are read and written where they are, row by row.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from .reference import at_least_fp32
 _SCORES = 1 << 23
 # Scores of one head [queries, keys] from which a CPU takes backward head by head.
 _HEAD = 1 << 14
+# Tokens of a row from which its products alone are as fast as those of all rows together (weights are packed
+# anew for each product).
+_LONG = 128
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,16 @@ class Plan:
         row, column = flags[picked].nonzero().unbind(1)
         tokens = rows[picked][row] * span.shape[1] + column
         return cls(tokens, [e[0] for e in order], [e[2] for e in order], [e[1] for e in order])
+
+    def runs(self) -> list[int] | None:
+        """The first token of each row, if the tokens of every row are many and lie side by side."""
+        if min(self.counts) < _LONG:
+            return None
+        begin = torch.tensor([0, *self.counts[:-1]]).cumsum(0)
+        end = begin + torch.tensor(self.counts) - 1
+        first, last = self.tokens[begin].tolist(), self.tokens[end].tolist()
+        same = all(b - a == n - 1 for a, b, n in zip(first, last, self.counts, strict=True))
+        return first if same else None
 
     def chunks(self, num_heads: int) -> Iterator[Chunk]:
         """Rows that are attended together, within the budget for scores."""
@@ -149,6 +163,50 @@ def forward_(
     flat = (
         hidden.view(-1, hidden.shape[-1]) if hidden.is_contiguous() else hidden.reshape(-1, hidden.shape[-1])
     )
+    runs = plan.runs() if flat.device.type == "cpu" else None
+    if runs is None:
+        _gathered(flat, plan, k, v, w_q, b_q, w_o, b_o, num_heads, eps, products)
+    else:
+        for first, count, begin, size in zip(runs, plan.counts, plan.starts, plan.lengths, strict=True):
+            x, slot = flat[first : first + count], slice(begin, begin + size)
+            _in_place(x, k[slot], v[slot], w_q, b_q, w_o, b_o, num_heads, eps, products)
+    if flat.data_ptr() != hidden.data_ptr():
+        hidden.copy_(flat.view_as(hidden))
+
+
+def _in_place(
+    x: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w_q: Tensor,
+    b_q: Tensor,
+    w_o: Tensor,
+    b_o: Tensor,
+    num_heads: int,
+    eps: float,
+    products: Products,
+) -> None:
+    """Change the tokens x [P, D] of one row, whose edit is k, v [S, M]."""
+    q = products.linear(F.layer_norm(x, x.shape[-1:], eps=eps), w_q, b_q)
+    q, k, v = (t[None].unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (q, k, v))  # [1, H, *, M/H]
+    o = products.attend(q, k, v, None).transpose(1, 2).flatten(2)[0]  # [P, M]
+    x.add_(products.linear(o, w_o, b_o))
+
+
+def _gathered(
+    flat: Tensor,
+    plan: Plan,
+    k: Tensor,
+    v: Tensor,
+    w_q: Tensor,
+    b_q: Tensor,
+    w_o: Tensor,
+    b_o: Tensor,
+    num_heads: int,
+    eps: float,
+    products: Products,
+) -> None:
+    """Change the tokens of ``plan`` in flat [.., D], all rows together."""
     x = flat[plan.tokens]  # [P, D]
     q = products.linear(F.layer_norm(x, x.shape[-1:], eps=eps), w_q, b_q)
     o = torch.empty_like(q)
@@ -161,8 +219,6 @@ def forward_(
         )
         o[chunk.tokens] = chunk.unpad(block)
     flat.index_copy_(0, plan.tokens, x.add_(products.linear(o, w_o, b_o)))
-    if flat.data_ptr() != hidden.data_ptr():
-        hidden.copy_(flat.view_as(hidden))
 
 
 def backward(

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import backend, checks
 from ..library import LIBRARY, NAMESPACE
 from ..nearest_key.op import nearest_key
-from ..products import ONEDNN, onednn_refuses
+from ..products import COMPILED, ONEDNN, compiled_refuses, onednn_refuses
 from . import eager, triton_backend
 from .reference import gated_edit_attention_reference
 
@@ -251,6 +251,15 @@ torch.library.register_autograd(
 )
 backend.register(
     "gated_edit_attention",
+    backend.Implementation(
+        "cpp-avx512bf16",
+        {
+            name: partial(getattr(eager, name), products=COMPILED)
+            for name in ("forward", "forward_", "backward")
+        },
+        compiled_refuses,
+        "C++ tiles for the attention, oneDNN's products around it, touches open tokens only",
+    ),
     backend.Implementation(
         "onednn",
         {

@@ -56,8 +56,8 @@ def nearest_key(
     if codes is not None:
         check_codes("codes", codes, keys, metric)
         tensors = codes.tensors()
-    operator = torch.ops.dualedit_kernels.nearest_key
-    return operator(query.detach(), keys.detach(), radius.detach(), metric, tensors)
+    query, keys, radius = (t.detach() if t.requires_grad else t for t in (query, keys, radius))
+    return torch.ops.dualedit_kernels.nearest_key(query, keys, radius, metric, tensors)
 
 
 def codes_pay(keys: Tensor) -> bool:
@@ -76,12 +76,12 @@ def _run(
     query: Tensor, keys: Tensor, radius: Tensor, metric: str, codes: list[Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
     wider = query if query.dtype == torch.float64 else keys
-    arguments = (query, keys, radius, metric)
     if codes is not None:
         chosen = backend.explain("nearest_key", wider.device.type, wider.dtype).implementation
-        if "nearest_key_coded" in chosen.functions:
-            return backend.run("nearest_key", "nearest_key_coded", wider, *arguments, codes)
-    return backend.run("nearest_key", "nearest_key", wider, *arguments)
+        coded = chosen.functions.get("nearest_key_coded")
+        if coded is not None:  # of the compiled library, which autocast does not reach
+            return coded(query, keys, radius, metric, codes)
+    return backend.run("nearest_key", "nearest_key", wider, query, keys, radius, metric)
 
 
 def _fake(

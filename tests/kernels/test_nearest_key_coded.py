@@ -135,6 +135,42 @@ def test_heads_of_the_codes(generator, metric, dtype, rows):
     same(last[1289:1290].float() + 0.01, last, metric)
 
 
+@pytest.mark.parametrize("massive", [False, True])
+def test_some_queries_are_near(generator, massive):
+    """Heads are tried on a few queries of a batch: whether those are the near ones must not show."""
+    dim = 640
+    for rows, count in ((5, 64), (8, 90), (9, 150), (17, 130), (24, 481), (31, 1008)):
+        keys = torch.randn(count, dim, generator=generator)
+        query = torch.randn(rows, dim, generator=generator)
+        near = torch.rand(rows, generator=generator) < torch.rand((), generator=generator)
+        query[near] = (
+            keys[torch.randint(0, count, (int(near.sum()),), generator=generator)] + 0.1 * query[near]
+        )
+        for rows_of in (keys, query):
+            rows_of[:, [1, dim - 3]] += 1000.0 * massive
+        print(rows, count, near.tolist())
+        same(query, keys)
+        same(query.flip(0), keys)
+        one = keys.clone()  # so tight that every bound leaves every key in question
+        one[:] = keys[0] + 1e-4 * keys
+        same(query, one)
+        half = torch.cat([keys[: count // 2], one[count // 2 :]])
+        same(torch.cat([query, one[-3:] + 1e-4]), half)
+
+
+def test_keys_that_no_cache_holds(generator, implementation):
+    """Their exact distances are taken in another order, several queries to a key."""
+    if implementation not in CODED:
+        pytest.skip("reads no codes")
+    keys = torch.randn(16500, 520, generator=generator)  # 34 MB
+    query = torch.randn(9, 520, generator=generator)
+    query[3:] = query[0] + 0.05 * query[3:]
+    keys[16000] = keys[77]
+    query[1] = keys[77]
+    same(query, keys)
+    same(query, keys.bfloat16())
+
+
 @pytest.mark.parametrize("metric", ["l2", "cosine"])
 @pytest.mark.parametrize("dim, dtype", [(509, torch.float32), (1027, torch.bfloat16), (770, torch.float16)])
 def test_distances_in_parts(generator, dim, dtype, metric):
