@@ -285,11 +285,23 @@ def _check_image(group: MemoryGroup, prompt: Prompt) -> None:
         )
 
 
+def _check_picture(states: States, prompt: Prompt) -> None:
+    """Pictures that come in behind the first layer, over empty places, would leave a pooled key blind."""
+    if states.pictured is None or prompt.image is None or not bool(prompt.image.any()):
+        return
+    if not bool(states.pictured.any()):
+        raise ValueError(
+            "The image tokens of this model are empty where they enter the decoder, so key='pooled' would "
+            "not see the picture. Use key='last'."
+        )
+
+
 def _add_dualedit(model, name, config, group, inputs, full, positives, negatives):
     layers = edit_layers(model, group)
     with torch.no_grad():
         states, prompt = record_states(model, full)
         _check_image(group, prompt)
+        _check_picture(states, prompt)
         gate = _gate_layer(group)
         mask = full.get("attention_mask")
         attended = torch.ones_like(prompt.text[0]) if mask is None else mask[0].to(prompt.text.device) != 0

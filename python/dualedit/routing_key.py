@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 class RoutingKey(nn.Module):
@@ -122,14 +123,18 @@ class PooledKey(nn.Module):
             pictured: [B, D], mean image tokens as they enter the decoder, zero or None: there are none.
         """
         halves = self.halves(pooled_parts(last, pictured))
-        weight = self.image_weight.float().clamp(min=0).sqrt()
+        weight = self.image_weight
+        weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
+        weight = weight.float().clamp(min=0).sqrt()
         return nn.functional.normalize(torch.cat([halves[:, 0], weight * halves[:, 1]], dim=1), dim=1)
 
     def halves(self, parts: Tensor) -> Tensor:
         """Both mapped [B, 2, P / 2] from `pooled_parts` [B, 2, D], of length 1; zero where there is none."""
         some = (parts != 0).any(-1, keepdim=True)
-        centred = (parts - self.centre.to(parts.dtype)) * some
-        mapped = torch.einsum("bsd,spd->bsp", centred, self.maps.to(parts.dtype))
+        # Outside a forward FSDP2 leaves parameters in pieces.
+        centre, maps = (p.full_tensor() if isinstance(p, DTensor) else p for p in (self.centre, self.maps))
+        centred = (parts - centre.to(parts.dtype)) * some
+        mapped = torch.einsum("bsd,spd->bsp", centred, maps.to(parts.dtype))
         return nn.functional.normalize(mapped, dim=-1)
 
 

@@ -153,11 +153,21 @@ class ForwardPass:
 
     def pictured(self) -> Tensor | None:
         """Mean image token [B, D] float32 as it enters the decoder: of this pass, or of an earlier turn where
-        this one shows no image; zero where none does. None where nobody can tell.
+        this one shows no image; zero where none does. None where there are no images.
+
+        Raises:
+            ValueError: there are images, and the decoder is given token ids.
         """
         image, earlier = self.sequence.prompt.image, self.sequence.pictured
-        if image is None or self.entering is None:
-            return None
+        if image is None:
+            return earlier
+        if self.entering is None:
+            if bool(self.columns(image).any()):
+                raise ValueError(
+                    "The decoder layers of this model are given token ids, so what its image tokens look "
+                    "like before them is not known, and key='pooled' cannot be made. Use key='last'."
+                )
+            return earlier
         mask = self.columns(image).to(self.entering.device)
         found = mean_state(self.entering.detach(), mask)
         if earlier is not None:

@@ -84,13 +84,18 @@ class Case:
         return add_edit(model, self.rows[0], self.target), model
 
     def inject(
-        self, model: nn.Module, vision: bool = True, image_token_ids: list[int] | None = None
+        self,
+        model: nn.Module,
+        vision: bool = True,
+        image_token_ids: list[int] | None = None,
+        **more: object,
     ) -> PeftModel:
         """Random adapters that write loudly into the residual stream, the same for the same arguments."""
         torch.manual_seed(self.seed)
         model = inject_dualedit(
             model, text_layer=1, vis_layer=2 if vision and self.architecture.sees == "both" else None,
             mid_dim=16, num_heads=2, threshold=0.999, init_weights=False, image_token_ids=image_token_ids,
+            **more,
         )  # fmt: skip
         with torch.no_grad():
             for module in model.modules():

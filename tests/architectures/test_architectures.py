@@ -22,6 +22,8 @@ from .parts import batch
 
 # What base models cannot do is listed for one version of transformers; with others it is taken as it comes.
 LISTED_HERE = transformers.__version__.startswith(LISTED_FOR)
+# Decoders that are given token ids, or whose pictures come in between their layers.
+BLIND = ("chameleon", "kosmos-2", "kosmos-2.5", "granite4_vision")
 
 
 @pytest.fixture(autouse=True)
@@ -138,6 +140,30 @@ def test_generation(case, mode, support):
     assert torch.allclose(first[0], edited_first[0], atol=1e-3, rtol=1e-3)
     if mode != "beams" and torch.equal(base[0][0][0], greedy[0][0][0]):
         assert torch.equal(tokens[0], edited[0])
+
+
+def test_a_pooled_key_sees_the_picture(case):
+    """Where pictures stand in the sequence; the same question about another picture has another key."""
+    model = case.inject(case.architecture.build(case.seed), key="pooled", key_dim=8)
+    router = next(m for m in model.modules() if isinstance(m, DualEditLayer)).dualedit_router["default"]
+    seen = []
+    handle = router.register_forward_pre_hook(lambda module, args: seen.append(args[1]))
+    other = case.architecture.row(torch.Generator().manual_seed(case.seed + 1))
+    other["input_ids"] = case.rows[0]["input_ids"]
+    if case.name in BLIND:
+        with pytest.raises(ValueError, match="key='last'"):
+            add_edit(model, case.rows[0], case.target)
+        return
+    add_edit(model, case.rows[0], case.target)
+    assert lookup(model, case.rows[0]).fired
+    lookup(model, other)
+    handle.remove()
+    stored, own, different = seen
+    if case.architecture.sees == "text":
+        assert own is None or not own.any()
+        return
+    assert torch.equal(stored, own) and own.any()
+    assert not torch.allclose(own, different, rtol=1e-3, atol=0)
 
 
 def test_save_load_and_unload(case, support, tmp_path):
