@@ -248,15 +248,12 @@ def _inject_trained(
     defaults = inspect.signature(inject_dualedit).parameters
     for name, value in given.items():
         kept = getattr(config, name)
-        if name in _OF_NEW_EDITS or value == defaults[name].default or value == kept:
-            continue
-        if name != "threshold":
+        free = name == "threshold" or name in _OF_NEW_EDITS
+        if not free and value != defaults[name].default and value != kept:
             raise ValueError(
                 f"{name}={value!r}: the adapters in {os.fspath(folder)!r} have {kept!r}. Leave {name} out."
             )
-    chosen = {name: given[name] for name in _OF_NEW_EDITS if given[name] != defaults[name].default}
-    if given["threshold"] is not None:
-        chosen["threshold"] = given["threshold"]
+    chosen = {name: given[name] for name in (*_OF_NEW_EDITS, "threshold") if given[name] is not None}
     checked = replace(config, **chosen)  # and resolved
     for name in chosen:
         setattr(config, name, getattr(checked, name))
@@ -275,9 +272,9 @@ def inject_dualedit(
     key_dim: int = 128,
     radius: str = "threshold",
     alpha: float = 0.5,
-    refine_steps: int = 0,
-    refine_rate: float = 3e-2,
-    refine_probability: float = 0.9,
+    refine_steps: int | None = None,
+    refine_rate: float | None = None,
+    refine_probability: float | None = None,
     norm_eps: float = 1e-5,
     init_weights: bool = True,
     image_token_ids: list[int] | None = None,
@@ -291,6 +288,8 @@ def inject_dualedit(
             adapters this one is put.
         threshold: tau; "calibrated" takes the one that calibration found for trained adapters and saved with
             them (`calibrated_threshold` in their config); None takes 0.8, and the saved one with `adapter`.
+        refine_steps, refine_rate, refine_probability: as in `DualEditConfig`; None takes its defaults, and
+            the saved ones with `adapter`.
         adapter_name: PEFT's name of the adapter.
         adapter: folder of trained adapters, as `save_pretrained` or `save_edits` wrote it, instead of new
             ones; layers and widths are theirs and need not be passed. The same as
@@ -318,8 +317,9 @@ def inject_dualedit(
     )  # fmt: skip
     if adapter is not None:
         return _inject_trained(model, adapter, given, adapter_name)
-    if threshold is None:
-        del given["threshold"]
+    for name in (*_OF_NEW_EDITS, "threshold"):
+        if given[name] is None:
+            del given[name]
     return _inject(model, DualEditConfig(**given), adapter_name)
 
 

@@ -160,6 +160,8 @@ def test_settings_travel_and_may_be_chosen_for_saved_adapters(generator, tmp_pat
     assert (config.refine_steps, config.refine_probability) == (3, 0.7)
     chosen = inject_dualedit(LLAVA.build(), adapter=tmp_path, refine_steps=9).peft_config["default"]
     assert (chosen.refine_steps, chosen.refine_probability) == (9, 0.7)
+    off = inject_dualedit(LLAVA.build(), adapter=tmp_path, refine_steps=0).peft_config["default"]
+    assert (off.refine_steps, off.refine_probability) == (0, 0.7)
     with pytest.raises(ValueError, match="refine_steps=-1"):
         inject_dualedit(LLAVA.build(), adapter=tmp_path, refine_steps=-1)
 
