@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 from dualedit.demo.samples import edit_samples
+from dualedit.demo.train_vlm import Checkpoint, Recipe, Seeing, train_vision
 from dualedit.demo.train_vlm_data import IGNORE, STRANGE_QUESTIONS, UNSEEN_WORLDS, RowBatches, pixels
-from dualedit.demo.train_vlm_loss import language_states
+from dualedit.demo.train_vlm_loss import VisionHeads, image_tokens, language_states
 from dualedit.demo.vlm import IMAGE_TOKENS, NOTE, WEIGHTS, format_prompt, load_embedded
 from dualedit.demo.vlm_evaluation import accuracies, answers, gate_cosines, held_out_cases
 from dualedit.demo.world import ATTRIBUTES, QUESTIONS, World, answer_vocabulary
@@ -107,6 +108,35 @@ def test_strangers_have_the_states_that_the_model_gives_them(world, embedded):
             ).hidden_states
         for states, layer in zip(kept, (2, 4), strict=True):
             torch.testing.assert_close(states[row, place], alone[layer][0, -1], atol=2e-3, rtol=1e-3)
+
+
+def test_the_last_stage_moves_the_tower_alone_and_not_far(world, tmp_path):
+    def run(staying, file, steps=8):
+        torch.manual_seed(3)
+        model, _ = load_embedded()
+        model.set_attn_implementation("eager")
+        heads = VisionHeads(model.config.vision_config.hidden_size)
+        focus = Seeing(steps, 1e-3, 0.2, 0.6, 0.1, batch=16, reading=2, staying=staying)
+        train_vision(model, heads, world, Recipe(focus=focus), "focus", Checkpoint(file))
+        return model
+
+    before, _ = load_embedded()
+    images = pixels([world.render(entity, np.random.default_rng(entity)) for entity in range(24)])
+
+    def moved_far(model):
+        with torch.no_grad():
+            return float((image_tokens(model, images) - image_tokens(before, images)).norm())
+
+    held, free = run(20.0, tmp_path / "held.pt"), run(0.0, tmp_path / "free.pt")
+    weights = dict(before.named_parameters())
+    moved = {name for name, p in held.named_parameters() if not torch.equal(p, weights[name])}
+    assert moved and all(".vision_tower." in name for name in moved)
+    assert 0 < moved_far(held) < moved_far(free)
+    # A stopped run goes on from its file, and stays near the tokens before the stage, not before the stop.
+    saved = torch.load(tmp_path / "held.pt", weights_only=False)
+    assert all(torch.equal(saved["state"]["before"][name], value) for name, value in weights.items())
+    again = run(20.0, tmp_path / "held.pt")  # the file is of the last step
+    assert all(torch.equal(p, dict(held.named_parameters())[n]) for n, p in again.named_parameters())
 
 
 def test_answers_its_world(world, embedded):
