@@ -91,7 +91,7 @@ def read(editor: Editor, samples: list[EditSample], title: str) -> Facts:
         attended = inputs["attention_mask"] != 0
         image = (inputs["input_ids"] == image_id) & attended
         with torch.no_grad(), recording(base) as seen:
-            states = base.model(**inputs, use_cache=False, output_hidden_states=True).hidden_states
+            states = base(**inputs, use_cache=False, output_hidden_states=True).hidden_states
         for place in range(len(layers)):
             # hidden_states[i + 1] is what layer i puts out, but the last one is normalised on top.
             if place + 1 < len(layers):

@@ -19,6 +19,12 @@ from .modules import EditCrossAttention, EditKV
 from .routing import Decision, cosine_radius, last_state, route_codebook
 from .routing_key import PooledKey, RoutingKey
 
+_UNKNOWN = (
+    "The image positions are unknown: this call passes embeddings instead of input_ids, or the model has no "
+    "image token id. Pass input_ids (and image_token_ids=[...] to inject_dualedit), or state the positions "
+    "with dualedit.explicit_masks(model, text, image)."
+)
+
 
 def _first(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
@@ -247,6 +253,8 @@ class DualEditLayer(EditLayer):
         prompt = forward.sequence.prompt
         last = forward.position(prompt.last if config.gate == "prompt" else prompt.last_input)
         image = None if prompt.image is None else forward.columns(prompt.image)
+        if self._looks(name) and prompt.image is None and self.runtime.image_ids:
+            raise ValueError(_UNKNOWN)  # without the picture a pooled key would match no edit, silently
         pictured = forward.pictured() if self._looks(name) else None
         text = forward.columns(prompt.text)
         query = self.route_key(name, hidden.detach(), text, image, last.clamp(min=0), pictured)
@@ -292,12 +300,7 @@ class DualEditLayer(EditLayer):
         for part, adapter in self.dualedit_adapter[name].items():
             mask = prompt.text if part == "text" else prompt.image
             if mask is None or (prompt.image is None and self.runtime.image_ids):
-                raise ValueError(
-                    "The image positions are unknown: this call passes embeddings instead of input_ids, or "
-                    "the model has no image token id. Pass input_ids (and image_token_ids=[...] to "
-                    "inject_dualedit), or state the positions with dualedit.explicit_masks(model, text, "
-                    "image)."
-                )
+                raise ValueError(_UNKNOWN)
             span = forward.columns(mask).to(hidden.device)
             hidden, _ = adapter(hidden, span, edits[part], route=route.to(hidden.device))
         return hidden

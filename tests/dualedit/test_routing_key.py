@@ -193,6 +193,20 @@ def test_fires_travels_and_leaves_others_bit_for_bit(family, kind, generator, tm
         assert torch.equal(again.unload()(**other).logits, before)
 
 
+def test_a_pooled_key_says_when_it_cannot_know_where_the_picture_is(generator):
+    """Embeddings instead of ids, as a caller of the decoder alone passes them."""
+    model = editor_of(LLAVA, "dualedit", key="pooled", key_dim=P)
+    base, inputs = model.get_base_model(), LLAVA.question(generator)
+    embeddings = base.get_input_embeddings()(inputs["input_ids"])
+    with torch.no_grad():
+        base.model.language_model(inputs_embeds=embeddings)  # nothing stored: nothing to decide
+        store(model, inputs, generator)
+        with pytest.raises(ValueError, match="image positions are unknown.*explicit_masks"):
+            base.model.language_model(inputs_embeds=embeddings)
+        with model.disable_adapter():
+            base.model.language_model(inputs_embeds=embeddings)
+
+
 def test_loss_by_hand():
     """Two edits and two questions; cosines 1, 0 and 0.6 with scale 16 and centre 0.5."""
     keys = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.6, 0.8]])
