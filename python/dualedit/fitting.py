@@ -186,11 +186,9 @@ def refine_edit(
     base = unwrap(model)
     inputs = to_device(inputs, base)
     labels = inputs.pop("labels")
+    target = labels[:, 1:] != -100
     route = torch.zeros(1, dtype=torch.int64, device=labels.device)
-    parts = {
-        place: {name: part.detach().float().requires_grad_(True) for name, part in row.items()}
-        for place, row in rows.items()
-    }
+    parts: dict[str, dict[str, Tensor]] = {}
 
     def as_stored() -> dict[str, dict[str, Tensor]]:
         return {
@@ -202,12 +200,13 @@ def refine_edit(
         return {place: _one_edit(row) for place, row in as_stored().items()}
 
     with explicit_masks(base, prompt.text, prompt.image):
-        target = labels[:, 1:] != -100
-        with torch.no_grad(), bound(base, route, edits()):
+        with torch.no_grad(), bound(base, route, {place: _one_edit(row) for place, row in rows.items()}):
             logits = base(**inputs, use_cache=False).logits[:, :-1][target]
         probability = least_probability(logits, labels[:, 1:][target])
         if probability >= config.refine_probability:
-            return as_stored(), {"steps": 0, "probability": probability}
+            return {place: dict(row) for place, row in rows.items()}, {"steps": 0, "probability": probability}
+        for place, row in rows.items():
+            parts[place] = {name: part.detach().float().requires_grad_(True) for name, part in row.items()}
         with bound(base, route, edits()):
             replay = Replay(base, inputs, min(_number_of(name, base) for name in layers))
 

@@ -10,7 +10,6 @@ from dualedit.editing import append_target, fit_value
 from dualedit.replay import Replay
 from tiny_models import (
     BLIP2,
-    FAMILIES,
     FITTING,
     LLAVA,
     PAD,
@@ -25,11 +24,6 @@ from tiny_models import (
 )  # fmt: skip
 
 from dualedit_kernels import LowRank
-
-
-@pytest.fixture(params=FAMILIES, ids=lambda family: family.name)
-def family(request):
-    return request.param
 
 
 @pytest.fixture(autouse=True)

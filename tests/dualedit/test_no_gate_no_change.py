@@ -3,20 +3,10 @@
 import pytest
 import torch
 from dualedit import remove_edit
-from tiny_models import FAMILIES, LLAVA, METHODS, PAD, QWEN, edit_layers, editor_of, row_of, store
+from tiny_models import LLAVA, PAD, QWEN, edit_layers, editor_of, row_of, store
 
 NEVER = 10_000  # no token has this id: generations do not end early
 NEW = 5
-
-
-@pytest.fixture(params=FAMILIES, ids=lambda family: family.name)
-def family(request):
-    return request.param
-
-
-@pytest.fixture(params=METHODS)
-def method(request):
-    return request.param
 
 
 def logits_of(model, inputs):

@@ -11,14 +11,9 @@ from dualedit.demo.world import World
 from dualedit.editing import append_target
 from dualedit.model import active_group
 from peft import PeftModel
-from tiny_models import FAMILIES, LLAVA, PAD, WORDS, edit_layers, editor_of, sharp
+from tiny_models import LLAVA, PAD, WORDS, edit_layers, editor_of, sharp
 
 STRONG = dict(refine_steps=400, refine_rate=0.05, refine_probability=0.6)
-
-
-@pytest.fixture(params=FAMILIES, ids=lambda family: family.name)
-def family(request):
-    return request.param
 
 
 def answer(model, inputs, tokens):

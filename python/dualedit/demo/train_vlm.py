@@ -97,17 +97,13 @@ class Recipe:
         6750, 1.5e-3, tower_share=0.15, logo_pairs=5, strangers=2, scenes=3, digits=3
     )
     # Facts are known by then; what is seen in scenes and digits is not yet.
-    polish: Answering = Answering(
-        1500, 6e-4, tower_share=0.5, logo_pairs=3, strangers=1, scenes=9, digits=5
-    )
+    polish: Answering = Answering(1500, 6e-4, tower_share=0.5, logo_pairs=3, strangers=1, scenes=9, digits=5)
     sharpen: Seeing = Seeing(9000, 1e-3, logos=0.18, strangers=0.65, scenes=0.1, reading=300)
     apart: Answering = Answering(
         7500, 1e-3, tower_share=0.3, logo_pairs=3, strangers=6, scenes=4, digits=3, text_rows=2,
         stroke_weight=4.0, stranger_gate_weight=0.2,
     )  # fmt: skip
-    focus: Seeing = Seeing(
-        12000, 6e-4, logos=0.18, strangers=0.65, scenes=0.1, reading=500, staying=2.0
-    )
+    focus: Seeing = Seeing(12000, 6e-4, logos=0.18, strangers=0.65, scenes=0.1, reading=500, staying=2.0)
     gate_weight: float = 0.1
     weight_decay: float = 0.02
 
@@ -195,7 +191,7 @@ def train_vision(
         recipe.seed + {"vision": 0, "sharpen": 10, "focus": 20}[name],
         (stage.logos, stage.strangers, stage.scenes),
     )
-    before = copy.deepcopy(model).requires_grad_(False)
+    before = copy.deepcopy(model).requires_grad_(False) if stage.staying else None
     tower = list(model.model.vision_tower.parameters())
     parameters = [*tower, *heads.parameters()]
 
@@ -204,7 +200,7 @@ def train_vision(
         with torch.autocast("cpu", torch.bfloat16):
             tokens = image_tokens(model, pixel_values)
             loss, counts = vision_loss(heads, tokens, labels, bits)
-            if stage.staying:
+            if before is not None:
                 moved = _moved(tokens, image_tokens(before, pixel_values))
                 loss, counts["moved"] = loss + stage.staying * moved, (float(moved), 1)
         return loss, counts
@@ -213,7 +209,8 @@ def train_vision(
         [{"params": parameters, "lr": stage.rate}], stage.steps, recipe.weight_decay
     )
     parts = {"model": model, "heads": heads, "optimiser": optimiser, "schedule": schedule, "batches": batches}
-    parts["before"] = before
+    if before is not None:
+        parts["before"] = before  # a stopped run stays near the tokens before the stage, not before the stop
     first, tally = checkpoint.load(name, parts), Tally()
     if not first:
         _read_tower(heads, tower, losses, stage.reading)
@@ -389,9 +386,7 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, required=True, help="folder for the model; a killed run continues there"
     )
-    parser.add_argument(
-        "--start", type=Path, help="folder of a trained model, to do the last stages on"
-    )
+    parser.add_argument("--start", type=Path, help="folder of a trained model, to do the last stages on")
     parser.add_argument(
         "--first", choices=("sharpen", "focus"), default="sharpen", help="the stage to --start with"
     )
