@@ -22,7 +22,7 @@ class EditType(str, Enum):
 
 GATES = ("prompt", "published")
 METRICS = ("l2", "cosine")
-KEYS = ("mean", "last")
+KEYS = ("mean", "last", "pooled")
 ROUTING_KEYS = ("last", "pooled", "learned")
 RADII = ("threshold", "own")
 VALUES = ("low_rank", "full")
@@ -230,7 +230,9 @@ class BalancEditConfig(EditConfig):
             other; its experiments (Fig. 5, Table 10: alpha = 0 is the widest scope) match this one.
         metric: "l2" or "cosine", the distance between keys.
         key: "mean" pools the layer's input over the prompt tokens (the paper's), "last" takes the last prompt
-            token.
+            token, "pooled" linear maps of that and of the mean image token as it enters the decoder
+            (`PooledKey`), fitted in closed form by `training.fit_pooled_key`.
+        key_dim: width of a pooled key (P): at most twice the layer's input or the residual stream.
         value: "low_rank" stores W + up @ down, "full" a whole weight.
         rank: rank of a low-rank value.
         learning_rate, max_steps, stop_probability: the fine-tuning of a value: Adam until every target token
@@ -242,7 +244,10 @@ class BalancEditConfig(EditConfig):
         default=0.2, metadata={"help": "Radius between positive (1) and negative (0) sample."}
     )
     metric: str = field(default="l2", metadata={"help": "'l2' or 'cosine'."})
-    key: str = field(default="mean", metadata={"help": "'mean' over prompt tokens or the 'last' one."})
+    key: str = field(
+        default="mean", metadata={"help": "'mean' over prompt tokens, the 'last' one, or a 'pooled' key."}
+    )
+    key_dim: int = field(default=128, metadata={"help": "Width of a pooled key."})
     value: str = field(default="low_rank", metadata={"help": "'low_rank' or 'full'."})
     rank: int = field(default=8, metadata={"help": "Rank of a low-rank value."})
     learning_rate: float = field(default=3e-3, metadata={"help": "Adam's learning rate for a value."})
@@ -263,6 +268,8 @@ class BalancEditConfig(EditConfig):
         _require(0.0 <= self.alpha <= 1.0, "alpha", self.alpha, "pass a number in [0, 1]")
         _require(self.metric in METRICS, "metric", self.metric, f"choose one of {METRICS}")
         _require(self.key in KEYS, "key", self.key, f"choose one of {KEYS}")
+        fits = self.key_dim > 0 and self.key_dim % 2 == 0
+        _require(fits, "key_dim", self.key_dim, "pass a positive even number")
         _require(self.value in VALUES, "value", self.value, f"choose one of {VALUES}")
         _require(self.rank > 0, "rank", self.rank, "pass a positive rank")
         _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "pass a positive number")

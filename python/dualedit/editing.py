@@ -22,7 +22,7 @@ from .frames import States
 from .layer import EditLayer
 from .memory import MemoryGroup, Snapshot
 from .model import active_group
-from .routing import cosine_radius, pool_key
+from .routing import cosine_radius
 
 Inputs = Mapping[str, Tensor]
 # Tensors over patches or over a Q-Former's own tokens, which may happen to be as long as the prompt.
@@ -133,12 +133,11 @@ def _query(
     """The vector [B, D] (or [B, key_dim]) by which adapter `name` looks an input up."""
     group = active_group(model)[2]
     layer_name = _gate_layer(group)
-    hidden = states[layer_name]
-    if isinstance(config, BalancEditConfig):
-        return pool_key(hidden, config.key, prompt.prompt(), prompt.last)
-    last = prompt.last if config.gate == "prompt" else prompt.last_input
-    layer = edit_layers(model, group)[layer_name]
+    hidden, layer = states[layer_name], edit_layers(model, group)[layer_name]
     with torch.no_grad():
+        if isinstance(config, BalancEditConfig):
+            return layer.route_key(name, hidden, prompt.prompt(), prompt.last, states.pictured)
+        last = prompt.last if config.gate == "prompt" else prompt.last_input
         return layer.route_key(name, hidden, prompt.text, prompt.image, last, states.pictured)
 
 
@@ -321,7 +320,9 @@ def _add_dualedit(model, name, config, group, inputs, full, positives, negatives
 def _add_balancedit(model, name, config, group, inputs, full, positives, negatives):
     layer_name = _gate_layer(group)
     layer = edit_layers(model, group)[layer_name]
-    key = _query(model, name, config, *record_states(model, inputs))
+    states, prompt = record_states(model, inputs)
+    _check_picture(states, prompt)
+    key = _query(model, name, config, states, prompt)
     positive, negative = (
         _distances(key, _queries(model, name, config, samples), config.metric)
         for samples in (positives, negatives)

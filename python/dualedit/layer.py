@@ -16,7 +16,7 @@ from .config import BalancEditConfig, DualEditConfig, EditConfig
 from .context import Bound, EditRuntime, ForwardPass, Record
 from .memory import EditMemory, MemoryGroup, Snapshot
 from .modules import EditCrossAttention, EditKV
-from .routing import Decision, cosine_radius, last_state, route_codebook
+from .routing import Decision, cosine_radius, last_state, pool_key, route_codebook
 from .routing_key import PooledKey, RoutingKey
 
 _UNKNOWN = (
@@ -117,6 +117,27 @@ class EditLayer(nn.Module, BaseTunerLayer):
             groups = self.runtime.groups
             for key in [key for key, known in groups.items() if known is group]:
                 del groups[key]
+
+    def router(self, name: str) -> nn.Module | None:
+        """What makes an adapter's routing key of states; None: a state itself is the key."""
+        raise NotImplementedError
+
+    def looks(self, name: str) -> bool:
+        """Whether an adapter's key reads the image tokens where they enter the decoder."""
+        return isinstance(self.router(name), PooledKey)
+
+    def _note_picture(self, mode: Record) -> None:
+        forward = self.runtime.current_pass()
+        if forward is not None and any(self.looks(name) for name in self.configs):
+            mode.states.pictured = forward.pictured()
+
+    def _picture(self, name: str, forward: ForwardPass) -> Tensor | None:
+        """What `route_key` gets to see of a running call's images."""
+        if not self.looks(name):
+            return None
+        if forward.sequence.prompt.image is None and self.runtime.image_ids:
+            raise ValueError(_UNKNOWN)  # without the picture a pooled key would match no edit, silently
+        return forward.pictured()
 
     def _current_pass(self, memory: EditMemory) -> ForwardPass | None:
         forward = self.runtime.current_pass()
@@ -253,23 +274,14 @@ class DualEditLayer(EditLayer):
         prompt = forward.sequence.prompt
         last = forward.position(prompt.last if config.gate == "prompt" else prompt.last_input)
         image = None if prompt.image is None else forward.columns(prompt.image)
-        if self._looks(name) and prompt.image is None and self.runtime.image_ids:
-            raise ValueError(_UNKNOWN)  # without the picture a pooled key would match no edit, silently
-        pictured = forward.pictured() if self._looks(name) else None
-        text = forward.columns(prompt.text)
+        pictured, text = self._picture(name, forward), forward.columns(prompt.text)
         query = self.route_key(name, hidden.detach(), text, image, last.clamp(min=0), pictured)
         radius = cosine_radius(snapshot.tables["radius"], config.threshold)
         keys = snapshot.tables["key"]  # as stored, whatever the query's dtype: the codes are of these
         return nearest_key(query, keys, radius, "cosine", snapshot.codes(keys, "cosine"))[0]
 
-    def _looks(self, name: str) -> bool:
-        """Whether an adapter's key reads the image tokens where they enter the decoder."""
-        return name in self.dualedit_router and isinstance(self.dualedit_router[name], PooledKey)
-
-    def _note_picture(self, mode: Record) -> None:
-        forward = self.runtime.current_pass()
-        if forward is not None and any(self._looks(name) for name in self.dualedit_router):
-            mode.states.pictured = forward.pictured()
+    def router(self, name: str) -> nn.Module | None:
+        return self.dualedit_router[name] if name in self.dualedit_router else None
 
     def route_key(
         self,
@@ -287,11 +299,12 @@ class DualEditLayer(EditLayer):
             last: [B] int64, column of the token that the gate reads.
             pictured: [B, D], the mean image token as it enters the decoder, which a pooled key reads.
         """
-        if name not in self.dualedit_router:
+        router = self.router(name)
+        if router is None:
             return last_state(hidden, last)
-        if self._looks(name):
-            return self.dualedit_router[name](last_state(hidden, last), pictured)
-        return self.dualedit_router[name](hidden, text, image, last)
+        if isinstance(router, PooledKey):
+            return router(last_state(hidden, last), pictured)
+        return router(hidden, text, image, last)
 
     def _apply_all(
         self, hidden: Tensor, name: str, forward: ForwardPass, route: Tensor, edits: dict[str, EditKV]
@@ -332,22 +345,30 @@ class BalancEditLayer(EditLayer):
 
     def __init__(self, base_layer: nn.Module, layer_name: str, runtime: EditRuntime):
         super().__init__(base_layer, layer_name, runtime)
-        # No trainable parts: values are fitted edit by edit. PEFT finds an adapter by its entry here.
+        # Values are fitted edit by edit; all that an adapter itself may have is a pooled key. PEFT finds an
+        # adapter by its entry here.
         self.balancedit_adapter = nn.ModuleDict()
         self.balancedit_memory = nn.ModuleDict()
         self.configs: dict[str, BalancEditConfig] = {}
         self.groups: dict[str, MemoryGroup] = {}
 
-    def update_layer(self, adapter_name: str, config: BalancEditConfig, group: MemoryGroup) -> None:
-        """Add an adapter: an empty codebook."""
+    def update_layer(
+        self, adapter_name: str, config: BalancEditConfig, group: MemoryGroup, hidden_size: int | None
+    ) -> None:
+        """Add an adapter: an empty codebook. `hidden_size`: of the residual stream, for a pooled key."""
         device, dtype = place_of(self.base_layer)
         inputs, outputs = self.base_layer.in_features, self.base_layer.out_features
         if config.value == "full":
             values = {"weight": (outputs, inputs)}
         else:
             values = {"down": (config.rank, inputs), "up": (outputs, config.rank)}
-        self.balancedit_adapter[adapter_name] = nn.Module()
-        memory = EditMemory({"key": (inputs,), "radius": (), **values}, {}, device=device, dtype=dtype)
+        router, width = nn.Module(), inputs
+        if config.key == "pooled":
+            router, width = PooledKey(hidden_size, config.key_dim, state_size=inputs), config.key_dim
+            if next(router.parameters()).device.type != "meta":
+                router.to(device=device, dtype=dtype)
+        self.balancedit_adapter[adapter_name] = router
+        memory = EditMemory({"key": (width,), "radius": (), **values}, {}, device=device, dtype=dtype)
         self.balancedit_memory[adapter_name] = memory
         group.memories[self.layer_name] = memory
         self.configs[adapter_name] = config
@@ -374,6 +395,7 @@ class BalancEditLayer(EditLayer):
             mode.states[self.layer_name] = (
                 x if forward is None else self._by_row(x, forward.batch, forward.length)
             )
+            self._note_picture(mode)
             return base
         if self.disable_adapters:
             return base
@@ -414,6 +436,24 @@ class BalancEditLayer(EditLayer):
         below = base.view(*rows.shape[:2], -1)
         return routed_linear(rows, None, bias, values, route.to(x.device), base=below).view(base.shape)
 
+    def router(self, name: str) -> nn.Module | None:
+        return self.balancedit_adapter[name] if self.configs[name].key == "pooled" else None
+
+    def route_key(
+        self, name: str, x: Tensor, prompt: Tensor, last: Tensor, pictured: Tensor | None = None
+    ) -> Tensor:
+        """The vectors [B, D] or [B, key_dim] float32 by which an adapter looks up layer inputs [B, L, D].
+
+        Args:
+            prompt: [B, L] bool, the prompt's tokens.
+            last: [B] int64, column of the last of them.
+            pictured: [B, hidden size], the mean image token as it enters the decoder, for a pooled key.
+        """
+        router = self.router(name)
+        if router is None:
+            return pool_key(x, self.configs[name].key, prompt, last)
+        return router(last_state(x, last), pictured)
+
     def _decide(self, x: Tensor, name: str, forward: ForwardPass) -> Decision:
         config = self.configs[name]
         snapshots = self.groups[name].snapshot()
@@ -423,7 +463,10 @@ class BalancEditLayer(EditLayer):
         # make.
         if len(snapshot) and forward.in_prompt:
             x = self._by_row(x.detach(), forward.batch, forward.length)
-            route, _ = route_codebook(x, forward, config.key, config.metric, snapshot)
+            prompt = forward.sequence.prompt
+            inside, last = forward.columns(prompt.prompt()), forward.position(prompt.last)
+            query = self.route_key(name, x, inside, last, self._picture(name, forward))
+            route, _ = route_codebook(query, inside, config.metric, snapshot)
         decision = Decision(route, snapshots)
         forward.sequence.decisions[self.groups[name]] = decision
         return decision

@@ -192,7 +192,8 @@ class BalancEditModel(EditTuner):
         if not isinstance(target, BalancEditLayer):
             layer = BalancEditLayer(target, architectures.plain_name(current_key), runtime)
         group = self._group(runtime, adapter_name)
-        layer.update_layer(adapter_name, peft_config, group)
+        width = architectures.hidden_size(self.model) if peft_config.key == "pooled" else None
+        layer.update_layer(adapter_name, peft_config, group, width)
         self._make_room(peft_config, group, layer.layer_name)
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
@@ -329,6 +330,7 @@ def inject_balancedit(
     alpha: float = 0.2,
     metric: str = "l2",
     key: str = "mean",
+    key_dim: int = 128,
     value: str = "low_rank",
     rank: int = 8,
     learning_rate: float = 3e-3,
@@ -357,8 +359,9 @@ def inject_balancedit(
     Source: BalancEdit (ICML 2025, arXiv:2505.01343).
     """
     config = BalancEditConfig(
-        layer=layer, alpha=alpha, metric=metric, key=key, value=value, rank=rank, learning_rate=learning_rate,
-        max_steps=max_steps, stop_probability=stop_probability, image_token_ids=image_token_ids,
+        layer=layer, alpha=alpha, metric=metric, key=key, key_dim=key_dim, value=value, rank=rank,
+        learning_rate=learning_rate, max_steps=max_steps, stop_probability=stop_probability,
+        image_token_ids=image_token_ids,
     )  # fmt: skip
     return _inject(model, config, adapter_name)
 

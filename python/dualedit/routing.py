@@ -9,7 +9,6 @@ from torch import Tensor
 
 from dualedit_kernels import nearest_key
 
-from .context import ForwardPass
 from .memory import Snapshot
 from .sequence import mean_state
 
@@ -52,16 +51,16 @@ def pool_key(hidden: Tensor, key: str, prompt: Tensor, last: Tensor) -> Tensor:
     return mean_state(hidden, prompt) if key == "mean" else last_state(hidden, last).float()
 
 
-def route_codebook(
-    hidden: Tensor, forward: ForwardPass, key: str, metric: str, edits: Snapshot
-) -> tuple[Tensor, Tensor]:
+def route_codebook(query: Tensor, prompt: Tensor, metric: str, edits: Snapshot) -> tuple[Tensor, Tensor]:
     """BalancEdit's lookup: the nearest key, and only inside its radius.
+
+    Args:
+        query: [B, D], keys of the rows.
+        prompt: [B, L] bool, prompt tokens.
 
     Returns:
         route [B] int64 (-1 outside), distance to the nearest key [B] float32.
     """
-    prompt = forward.columns(forward.sequence.prompt.prompt())
-    query = pool_key(hidden, key, prompt, forward.position(forward.sequence.prompt.last))
     # Keys as they are stored: widening ten thousand at every prompt takes longer than to look among them, and
     # the codes are of the stored ones.
     keys, radius = edits.tables["key"], edits.tables["radius"].float()

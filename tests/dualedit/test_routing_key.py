@@ -3,14 +3,14 @@
 import pytest
 import torch
 from dualedit import lookup
-from dualedit.config import DualEditConfig
+from dualedit.config import BalancEditConfig, DualEditConfig
 from dualedit.context import runtime_of
 from dualedit.data import Probe
 from dualedit.demo.samples import edit_samples
 from dualedit.demo.vlm import load_embedded
 from dualedit.demo.world import World
 from dualedit.editing import lookup_many
-from dualedit.model import inject_dualedit
+from dualedit.model import inject_balancedit, inject_dualedit
 from dualedit.prompting import Prompter
 from dualedit.routing_key import PooledKey, RoutingKey
 from dualedit.training import TrainSettings, fit_pooled_key, train_routing_key
@@ -91,17 +91,20 @@ def test_untrained_it_is_nearly_the_plain_key(generator):
     assert (key @ key.T - plain @ plain.T).abs().max() < 0.22
 
 
-def test_a_pooled_key_is_the_formula_in_float64(generator):
-    head = trained_like(PooledKey(D, P), generator)
-    last, pictured = torch.randn(2, 3, D, generator=generator)
+@pytest.mark.parametrize("width", [None, 3 * D])
+def test_a_pooled_key_is_the_formula_in_float64(width, generator):
+    """Of states as wide as image tokens, and of BalancEdit's, which a layer's input may make wider."""
+    head = trained_like(PooledKey(D, P, state_size=width), generator)
+    last = torch.randn(3, width or D, generator=generator)
+    pictured = torch.randn(3, D, generator=generator)
 
     def unit(x):
         return x / x.norm(dim=1, keepdim=True)
 
-    def half(number, x):
-        return unit((unit(x.double()) - head.centre[number].double()) @ head.maps[number].double().T)
+    def half(fitted, x):
+        return unit((unit(x.double()) - fitted.centre.double()) @ fitted.map.double().T)
 
-    asked, shown = half(0, last), half(1, pictured)
+    asked, shown = half(head.question, last), half(head.picture, pictured)
     weight = float(head.image_weight.detach())
     wanted = torch.cat([asked, weight**0.5 * shown], 1) / (1 + weight) ** 0.5
     found = head(last, pictured)
@@ -114,12 +117,13 @@ def test_a_pooled_key_is_the_formula_in_float64(generator):
         torch.testing.assert_close(head(last, nothing).double(), alone, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("method", ["dualedit", "balancedit"])
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
-def test_a_pooled_key_reads_image_tokens_where_they_enter_the_decoder(family, generator):
+def test_a_pooled_key_reads_image_tokens_where_they_enter_the_decoder(family, method, generator):
     """From padded batches as from single questions, when an edit is stored, looked up and answered."""
-    model = editor_of(family, "dualedit", key="pooled", key_dim=P)
+    model = editor_of(family, method, key="pooled", key_dim=P)
     base, gate = model.get_base_model(), edit_layers(model)[0]
-    trained_like(gate.dualedit_router["default"], generator)
+    trained_like(gate.router("default"), generator)
     inputs = family.questions(3, generator)
     entered, asked = [], []
     stack = base.get_submodule(family.layers.rpartition(".")[0])
@@ -127,7 +131,7 @@ def test_a_pooled_key_reads_image_tokens_where_they_enter_the_decoder(family, ge
         stack.register_forward_pre_hook(
             lambda m, args, kwargs: entered.append(kwargs["inputs_embeds"]), with_kwargs=True
         ),
-        gate.dualedit_router["default"].register_forward_pre_hook(lambda m, args: asked.append(args[1])),
+        gate.router("default").register_forward_pre_hook(lambda m, args: asked.append(args[1])),
     ]
     store(model, row_of(inputs, 1), generator)
     asked.clear()
@@ -144,14 +148,15 @@ def test_a_pooled_key_reads_image_tokens_where_they_enter_the_decoder(family, ge
     assert [found.fired for found in lookup_many(model, inputs)] == [False, True, False]
 
 
-def test_a_pooled_key_of_a_later_turn_knows_the_picture_of_an_earlier_one(generator):
-    model = editor_of(LLAVA, "dualedit", key="pooled", key_dim=P)
+@pytest.mark.parametrize("method", ["dualedit", "balancedit"])
+def test_a_pooled_key_of_a_later_turn_knows_the_picture_of_an_earlier_one(method, generator):
+    model = editor_of(LLAVA, method, key="pooled", key_dim=P)
     gate = edit_layers(model)[0]
-    trained_like(gate.dualedit_router["default"], generator)
+    trained_like(gate.router("default"), generator)
     first = LLAVA.question(generator)
     store(model, LLAVA.question(generator), generator)
     asked = []
-    handle = gate.dualedit_router["default"].register_forward_pre_hook(lambda m, args: asked.append(args[1]))
+    handle = gate.router("default").register_forward_pre_hook(lambda m, args: asked.append(args[1]))
     with torch.no_grad():
         cache = model(**first, use_cache=True).past_key_values
         more = torch.randint(3, WORDS, (1, 4), generator=generator)
@@ -162,21 +167,24 @@ def test_a_pooled_key_of_a_later_turn_knows_the_picture_of_an_earlier_one(genera
     assert torch.equal(asked[0], asked[1])
 
 
-@pytest.mark.parametrize("kind", ["learned", "pooled"])
+@pytest.mark.parametrize(
+    ("method", "kind"), [("dualedit", "learned"), ("dualedit", "pooled"), ("balancedit", "pooled")]
+)
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
-def test_fires_travels_and_leaves_others_bit_for_bit(family, kind, generator, tmp_path):
+def test_fires_travels_and_leaves_others_bit_for_bit(family, method, kind, generator, tmp_path):
     base = family.build()
     other = family.question(generator, words=8)
     with torch.no_grad():
         before = base(**other).logits
-    model = editor_of(family, "dualedit", base, key=kind, key_dim=P)
+    model = editor_of(family, method, base, key=kind, key_dim=P)
     gate = edit_layers(model)[0]
-    trained_like(gate.dualedit_router["default"], generator)
+    trained_like(gate.router("default"), generator)
     asked = family.question(generator)
     with torch.no_grad():
         unedited = model(**asked).logits
     edit = store(model, asked, generator)
-    assert gate.dualedit_memory["default"].key[:1].shape == (1, P)
+    memory = gate.dualedit_memory if method == "dualedit" else gate.balancedit_memory
+    assert memory["default"].key[:1].shape == (1, P)
     found = lookup(model, asked)
     assert found.fired and found.edit_id == edit.id and found.distance < 1e-5
     assert not lookup(model, other).fired
@@ -193,9 +201,10 @@ def test_fires_travels_and_leaves_others_bit_for_bit(family, kind, generator, tm
         assert torch.equal(again.unload()(**other).logits, before)
 
 
-def test_a_pooled_key_says_when_it_cannot_know_where_the_picture_is(generator):
+@pytest.mark.parametrize("method", ["dualedit", "balancedit"])
+def test_a_pooled_key_says_when_it_cannot_know_where_the_picture_is(method, generator):
     """Embeddings instead of ids, as a caller of the decoder alone passes them."""
-    model = editor_of(LLAVA, "dualedit", key="pooled", key_dim=P)
+    model = editor_of(LLAVA, method, key="pooled", key_dim=P)
     base, inputs = model.get_base_model(), LLAVA.question(generator)
     embeddings = base.get_input_embeddings()(inputs["input_ids"])
     with torch.no_grad():
@@ -231,34 +240,39 @@ def test_training_moves_the_head_alone_and_tells_facts_better_apart(seed):
     assert sum(history[-10:]) < sum(history[:10])
 
 
-def test_fitting_whitens_what_varies_within_a_fact_and_moves_the_head_alone(seed):
+@pytest.mark.parametrize("method", ["dualedit", "balancedit"])
+def test_fitting_whitens_what_varies_within_a_fact_and_moves_the_head_alone(method, seed):
     base, processor = load_embedded()
-    model = inject_dualedit(base, 1, 1, mid_dim=32, num_heads=4, key="pooled", key_dim=256)
+    if method == "dualedit":
+        model = inject_dualedit(base, 1, 1, mid_dim=32, num_heads=4, key="pooled", key_dim=256)
+    else:
+        model = inject_balancedit(base, "layers.2.mlp.up_proj", key="pooled", key_dim=256)
     samples = edit_samples(World(0), "train", 60, seed=seed % 1000)
     prompter = Prompter(processor)
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
     told = fit_pooled_key(model, prompter, samples, shrinkage=1e-3, progress=False)
     assert told == {"facts": 60, "pairs": 60 * 8}  # five rephrases and three other images each
     moved = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
-    assert {name.rpartition(".")[2] for name in moved} == {"maps", "centre", "image_weight"}
-    router = edit_layers(model)[0].dualedit_router["default"]
+    assert {name.rpartition(".")[2] for name in moved} == {"map", "centre", "image_weight"}
+    router = edit_layers(model)[0].router("default")
     assert float(router.image_weight.detach()) == 3.0
     apart, edits = [], []
     for read in read_questions(model, prompter, samples, progress=False):
-        parts = read.parts()
+        parts = torch.stack([read.states[:, -1].float(), read.pictured], 1)
+        parts = torch.nn.functional.normalize(parts, dim=-1)
         again = (read.fact == read.fact[0]) & ~read.anchor
         apart.append((parts[again] - parts[:1]) / 2**0.5)
         edits.append(parts[:1])
     apart, edits = torch.cat(apart).double(), torch.cat(edits)
-    for half in range(2):
+    for half, fitted in enumerate((router.question, router.picture)):
         differ = apart[:, half][(apart[:, half] != 0).any(1)]
-        maps, within = router.maps[half].double(), differ.T @ differ / len(differ)
+        maps, within = fitted.map.double(), differ.T @ differ / len(differ)
         shrunk = within + 1e-3 * within.trace() / len(within) * torch.eye(len(within))
         torch.testing.assert_close(maps @ shrunk @ maps.T, torch.eye(len(maps)).double(), atol=1e-4, rtol=0)
         # Best first: the edits differ more along the first directions.
         spread = ((edits[:, half] - edits[:, half].mean(0)).double() @ maps.T).square().mean(0)
         assert spread[:50].min() > spread[50:].max()
-    torch.testing.assert_close(router.centre, edits.mean(0))
+        torch.testing.assert_close(fitted.centre, edits[:, half].mean(0))
 
 
 def test_a_pooled_key_tells_look_alikes_better_apart(seed):
@@ -267,7 +281,7 @@ def test_a_pooled_key_tells_look_alikes_better_apart(seed):
     model = inject_dualedit(base, 1, 1, mid_dim=32, num_heads=4, key="pooled", key_dim=128)
     prompter = Prompter(processor)
     fit_pooled_key(model, prompter, edit_samples(World(100), "train", 150, seed=3), progress=False)
-    router = edit_layers(model)[0].dualedit_router["default"]
+    router = edit_layers(model)[0].router("default")
     found = {"plain": ([], []), "pooled": ([], [])}
     samples = edit_samples(World(101), "train", 80, seed=seed % 97)
     for sample, read in zip(samples, read_questions(model, prompter, samples, progress=False), strict=True):
@@ -313,6 +327,10 @@ def test_refusals():
         train_routing_key(model, None, [], None)
     with pytest.raises(ValueError, match="no pooled routing key.*key='pooled'"):
         fit_pooled_key(model, None, [])
+    with pytest.raises(ValueError, match="no pooled routing key.*inject_balancedit"):
+        fit_pooled_key(editor_of(LLAVA, "balancedit"), None, [])
+    with pytest.raises(ValueError, match="key_dim=7.*even"):
+        BalancEditConfig(layer="up_proj", key="pooled", key_dim=7)
     pooled = editor_of(LLAVA, "dualedit", key="pooled", key_dim=P)
     with pytest.raises(ValueError, match="no learned routing key"):
         train_routing_key(pooled, None, [], None)

@@ -7,7 +7,6 @@ import os
 from pathlib import Path
 
 from dualedit.editor import Editor
-from dualedit.model import inject_balancedit
 from dualedit.storage import load_edits
 
 from .vlm import WEIGHTS as VLM
@@ -35,7 +34,8 @@ def load_editor(
     """The embedded model with one editor, without edits.
 
     Args:
-        method: "dualedit" (shipped adapters, calibrated threshold) or "balancedit" (calibrated alpha).
+        method: "dualedit" (shipped adapters, calibrated threshold) or "balancedit" (fitted key, calibrated
+            alpha).
         vlm, weights: folders of the model and of the editors, as `train_vlm` and `train_editors` write them;
             those shipped with the package if not given.
 
@@ -45,11 +45,9 @@ def load_editor(
     """
     if method not in METHODS:
         raise ValueError(f"method={method!r} is unknown: choose one of {METHODS}.")
-    settings = editor_settings(weights)
+    editor_settings(weights)  # says what to do where there are no editors
     base, processor = load_embedded(vlm)
-    if method == "balancedit":
-        return Editor(inject_balancedit(base, **settings["balancedit"]["config"]), processor)
-    return Editor(load_edits(base, Path(weights or EDITORS) / "dualedit"), processor)
+    return Editor(load_edits(base, Path(weights or EDITORS) / method), processor)
 
 
 __all__ = ["EDITORS", "METHODS", "VLM", "editor_settings", "load_editor"]

@@ -1,10 +1,10 @@
-"""Train DualEdit's adapters on the embedded model and set both editors' thresholds, on training facts only.
+"""Train DualEdit's adapters on the embedded model; set both editors' keys and thresholds on training facts.
 
     python -m dualedit.demo.train_editors --out DIR
 
-writes DIR/dualedit (the adapters, routing key and calibrated tau included) and DIR/editors.json (settings,
-seconds, figures on training facts that the adapters were not trained on). ``--adapters DIR`` takes adapters
-that are trained already and does what comes after.
+writes DIR/dualedit (the adapters, routing key and calibrated tau included), DIR/balancedit (routing key and
+alpha) and DIR/editors.json (settings, seconds, figures on training facts that the adapters were not trained
+on). ``--adapters DIR`` takes adapters that are trained already and does what comes after.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from dualedit.prompting import Prompter
 from dualedit.storage import save_edits
 from dualedit.training import (
     TrainSettings,
-    calibrate_alpha,
     fit_pooled_key,
     measure_curve,
     optimise,
     save_calibration,
+    sweep_alpha,
     sweep_threshold,
 )
-from dualedit.training.calibration import with_threshold
+from dualedit.training.calibration import with_alpha, with_threshold
 
 from .adapter_pool import Pool
 from .samples import edit_samples, renumbered
@@ -79,8 +79,8 @@ def balancedit_config(layer: str = BALANCEDIT_LAYER, alpha: float = 0.2) -> dict
     edit given): 92.0 of 100; at 0.99999 99.3, and 100 with the higher rate.
     """
     return {
-        "layer": layer, "alpha": alpha, "metric": "l2", "key": "last", "value": "low_rank", "rank": 8,
-        "learning_rate": 4e-2, "max_steps": 200, "stop_probability": 0.99999,
+        "layer": layer, "alpha": alpha, "metric": "cosine", "key": "pooled", "key_dim": KEY_DIM,
+        "value": "low_rank", "rank": 8, "learning_rate": 4e-2, "max_steps": 200, "stop_probability": 0.99999,
     }  # fmt: skip
 
 
@@ -291,15 +291,22 @@ def make_dualedit(
     }  # fmt: skip
 
 
-def make_balancedit(vlm: Path | None, seed: int, calibration: int) -> dict:
-    """Set alpha; returns what editors.json says of it."""
+def make_balancedit(out: Path, vlm: Path | None, seed: int, calibration: int) -> dict:
+    """Fit the key, set alpha, save to out/balancedit; returns what editors.json says of it."""
     facts = threshold_samples(World(0), THRESHOLD_FACTS * calibration // CALIBRATION_FACTS, seed)
     base, processor = load_embedded(vlm)
+    torch.manual_seed(seed)  # of the key, where it is not fitted
     editor = Editor(inject_balancedit(base, **balancedit_config()), processor)
-    alpha, figures = calibrate_alpha(measure_curve(editor, facts, together=True))
+    keys = key_samples(World(0), KEY_FACTS * calibration // CALIBRATION_FACTS, seed)
+    fitted = fit_pooled_key(editor.model, Prompter(processor), keys)
+    curve = measure_curve(editor, facts, together=True)
+    sweep = sweep_alpha(curve)
+    with_alpha(editor, sweep.chosen)
+    save_edits(editor.model, out / "balancedit")
+    save_calibration(out / "balancedit", sweep, curve)
     return {
-        "config": balancedit_config(alpha=alpha), "threshold_facts": len(facts),
-        "threshold_figures": figures,
+        "config": balancedit_config(alpha=sweep.chosen), "key_facts": fitted["facts"],
+        "threshold_facts": len(facts), "threshold_figures": sweep.chosen_figures,
     }  # fmt: skip
 
 
@@ -357,7 +364,7 @@ def main(arguments: list[str] | None = None) -> None:
         )
         report = _note(given.out, "dualedit", made)
     if given.editor in ("both", "balancedit"):
-        made = make_balancedit(given.vlm, settings.seed, given.calibration)
+        made = make_balancedit(given.out, given.vlm, settings.seed, given.calibration)
         report = _note(given.out, "balancedit", made)
     print(json.dumps(report, indent=1))
 

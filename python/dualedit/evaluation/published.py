@@ -94,7 +94,8 @@ class PublishedGate:
             model, {name: value for name, value in batch.items() if name != "labels"}
         )
         if isinstance(config, BalancEditConfig):
-            return pool_key(states[gate], config.key, whole.prompt(), whole.last)
+            key = "last" if config.key == "pooled" else config.key  # as published: no picture of its own
+            return pool_key(states[gate], key, whole.prompt(), whole.last)
         return last_state(states[gate], whole.last)
 
     def _key(self, sample: EditSample) -> tuple[Tensor, float]:

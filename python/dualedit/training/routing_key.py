@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..architectures import unwrap
+from ..config import BalancEditConfig
 from ..context import describe_prompt, recording, runtime_of
 from ..data import EditSample, Probe
 from ..editing import edit_layers
 from ..fitting import to_device
-from ..layer import DualEditLayer
+from ..layer import EditLayer
 from ..model import active_group
 from ..prompting import Prompter
-from ..routing_key import pooled_parts
 from .dualedit import TrainSettings, optimise
 
 SCALE, CENTRE = 16.0, 0.5  # a cosine above CENTRE is called the same fact
@@ -28,7 +28,8 @@ class Questions:
     """R questions as the gate's layer sees them.
 
     Attributes:
-        states: [R, L, D] half precision, what the layer puts out; prompts end in the last column.
+        states: [R, L, D] half precision, what the layer puts out (BalancEdit: what enters it); prompts end in
+            the last column.
         text, image: [R, L] bool.
         fact: [R] int64, which fact a question is about; negative: about none that is edited.
         anchor: [R] bool, the edits themselves.
@@ -41,10 +42,6 @@ class Questions:
     fact: Tensor
     anchor: Tensor
     pictured: Tensor
-
-    def parts(self) -> Tensor:
-        """What a pooled key is made of, [R, 2, D] (`pooled_parts`)."""
-        return pooled_parts(self.states[:, -1], self.pictured)
 
     def last(self) -> Tensor:
         """[R] int64: prompts are padded on the left."""
@@ -69,8 +66,8 @@ class _Seen(Exception):
     """Leaves a forward once the gate's layer has run."""
 
 
-def _states(base: nn.Module, layer: DualEditLayer, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-    """[R, L, D] what the layer puts out, without running the layers above it, and its `States.pictured`."""
+def _states(base: nn.Module, layer: EditLayer, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+    """`Questions.states`, without running the layers above, and `States.pictured`."""
 
     def leave(module: nn.Module, args: tuple, output: object) -> None:
         raise _Seen
@@ -131,15 +128,15 @@ def read_questions(
     return read
 
 
-def _gated_layer(model: nn.Module, kind: str | None = None) -> DualEditLayer:
+def _gated_layer(model: nn.Module, kind: str | None = None) -> EditLayer:
     name, config, group = active_group(model)
     for layer in edit_layers(model, group).values():
-        fits = isinstance(layer, DualEditLayer) and name in layer.dualedit_router
-        if fits and kind in (None, config.key):
+        if layer.router(name) is not None and kind in (None, config.key):
             return layer
+    inject = "inject_balancedit" if isinstance(config, BalancEditConfig) else "inject_dualedit"
     raise ValueError(
         f"adapter {name!r} ({type(config).__name__}) has no {kind or 'learned'} routing key: inject it with "
-        f"inject_dualedit(model, ..., key={kind or 'learned'!r})."
+        f"{inject}(model, ..., key={kind or 'learned'!r})."
     )
 
 
@@ -239,14 +236,15 @@ def fit_pooled_key(
     image_weight: float = 3.0,
     progress: bool = True,
 ) -> dict[str, int]:
-    """Fit the pooled key of the active DualEdit adapter in place, in closed form; nothing else changes.
+    """Fit the pooled key of the active adapter in place, in closed form; nothing else changes.
 
     Linear discriminant analysis (Fisher 1936; Rao 1948), of the last token's state and of the mean image
     token on their own: the covariance of what differs between an edit and its own rephrases and other images
     is made the unit matrix, and of the directions left those are kept in which the edits differ most.
 
     Args:
-        model: from `inject_dualedit(..., key="pooled")`, with no stored edits (their keys would go stale).
+        model: from `inject_dualedit(..., key="pooled")` or `inject_balancedit(..., key="pooled")`, with no
+            stored edits (their keys would go stale).
         samples: training facts with rephrases or other images; entities that the test uses must not be
             among them. As many as the key has dimensions, or more: with fewer, directions nobody varied
             decide.
@@ -269,33 +267,32 @@ def fit_pooled_key(
         raise ValueError(f"shrinkage={shrinkage}: pass a number above 0, such as 0.1.")
     if not image_weight >= 0:
         raise ValueError(f"image_weight={image_weight}: pass a number from 0 on, such as 3.")
-    router = layer.dualedit_router[name]
-    edits, others, own = [], [], []
+    router = layer.router(name)
+    seen: dict[nn.Module, tuple[list, list]] = {router.question: ([], []), router.picture: ([], [])}
+    own = []
     for place, read in enumerate(read_questions(model, prompter, samples, progress)):
-        parts = read.parts().double()
         again = (read.fact == read.fact[read.anchor]) & ~read.anchor
-        edits.append(parts[read.anchor])
-        others.append(parts[again])
+        for (edits, others), states in zip(seen.values(), (read.states[:, -1], read.pictured), strict=True):
+            unit = nn.functional.normalize(states.double(), dim=-1)
+            edits.append(unit[read.anchor])
+            others.append(unit[again])
         own += [place] * int(again.sum())
     if not own:
         raise ValueError(
             f"samples: none of {len(samples)} has a rephrase or another image, so nothing tells what varies "
             "within a fact. Pass facts that have."
         )
-    edits, others = torch.cat(edits), torch.cat(others)
-    apart = (others - edits[own]) / 2**0.5
     with torch.no_grad():
         router.image_weight.fill_(image_weight)
-        for half in range(2):
-            known = edits[:, half][(edits[:, half] != 0).any(1)]
-            centre = known.mean(0) if len(known) else torch.zeros_like(edits[0, half])
-            router.centre[half].copy_(centre)
-            moved = apart[:, half][(apart[:, half] != 0).any(1)]
+        for half, found in seen.items():
+            edits, others = (torch.cat(states) for states in found)
+            apart = (others - edits[own]) / 2**0.5
+            known, moved = (states[(states != 0).any(1)] for states in (edits, apart))
+            centre = known.mean(0) if len(known) else torch.zeros_like(edits[0])
+            half.centre.copy_(centre)
             if len(moved):  # else nothing varies in it: its map stays as it was
-                router.maps[half].copy_(
-                    _discriminants(known - centre, moved, shrinkage)[: router.maps.shape[1]]
-                )
-    return {"facts": len(edits), "pairs": len(own)}
+                half.map.copy_(_discriminants(known - centre, moved, shrinkage)[: len(half.map)])
+    return {"facts": len(samples), "pairs": len(own)}
 
 
 def _discriminants(edits: Tensor, apart: Tensor, shrinkage: float) -> Tensor:
