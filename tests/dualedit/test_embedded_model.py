@@ -9,8 +9,16 @@ import pytest
 import torch
 from dualedit.demo.samples import edit_samples
 from dualedit.demo.train_vlm import Checkpoint, Recipe, Seeing, train_vision
-from dualedit.demo.train_vlm_data import IGNORE, STRANGE_QUESTIONS, UNSEEN_WORLDS, RowBatches, pixels
-from dualedit.demo.train_vlm_loss import VisionHeads, image_tokens, language_states
+from dualedit.demo.train_vlm_data import (
+    FAMILY,
+    IGNORE,
+    STRANGE_QUESTIONS,
+    UNSEEN_WORLDS,
+    RowBatches,
+    VisionBatches,
+    pixels,
+)
+from dualedit.demo.train_vlm_loss import VisionHeads, image_tokens, language_states, shown_tokens
 from dualedit.demo.vlm import IMAGE_TOKENS, NOTE, WEIGHTS, format_prompt, load_embedded
 from dualedit.demo.vlm_evaluation import accuracies, answers, gate_cosines, held_out_cases
 from dualedit.demo.world import ATTRIBUTES, QUESTIONS, World, answer_vocabulary
@@ -110,27 +118,36 @@ def test_strangers_have_the_states_that_the_model_gives_them(world, embedded):
             torch.testing.assert_close(states[row, place], alone[layer][0, -1], atol=2e-3, rtol=1e-3)
 
 
-def test_the_last_stage_moves_the_tower_alone_and_not_far(world, tmp_path):
+@pytest.mark.parametrize(("stage", "families"), [("focus", 0), ("compare", 1)])
+def test_the_last_stages_move_what_sees_alone_and_not_far(stage, families, world, tmp_path):
     def run(staying, file, steps=8):
         torch.manual_seed(3)
         model, _ = load_embedded()
         model.set_attn_implementation("eager")
         heads = VisionHeads(model.config.vision_config.hidden_size)
-        focus = Seeing(steps, 1e-3, 0.2, 0.6, 0.1, batch=16, reading=2, staying=staying)
-        train_vision(model, heads, world, Recipe(focus=focus), "focus", Checkpoint(file))
+        seeing = Seeing(
+            steps, 1e-3, 0.2, 0.6, 0.1, batch=16, reading=2, staying=staying, families=families
+        )
+        train_vision(model, heads, world, Recipe(**{stage: seeing}), stage, Checkpoint(file))
         return model
 
     before, _ = load_embedded()
     images = pixels([world.render(entity, np.random.default_rng(entity)) for entity in range(24)])
 
+    def shown(model):
+        seen = image_tokens(model, images)
+        return shown_tokens(model, seen) if families else seen
+
     def moved_far(model):
         with torch.no_grad():
-            return float((image_tokens(model, images) - image_tokens(before, images)).norm())
+            return float((shown(model) - shown(before)).norm())
 
     held, free = run(20.0, tmp_path / "held.pt"), run(0.0, tmp_path / "free.pt")
     weights = dict(before.named_parameters())
     moved = {name for name, p in held.named_parameters() if not torch.equal(p, weights[name])}
-    assert moved and all(".vision_tower." in name for name in moved)
+    moving = {".vision_tower.", ".multi_modal_projector."} if families else {".vision_tower."}
+    assert all(any(part in name for part in moving) for name in moved)
+    assert all(any(part in name for name in moved) for part in moving)
     assert 0 < moved_far(held) < moved_far(free)
     # A stopped run goes on from its file, and stays near the tokens before the stage, not before the stop.
     saved = torch.load(tmp_path / "held.pt", weights_only=False)
@@ -211,6 +228,41 @@ def test_training_report_is_complete(embedded):
     assert all(report["accuracy"][attribute] >= 0.97 for attribute in ATTRIBUTES)
     assert {"recipe", "seconds", "versions", "gate"} <= set(report)
     assert len(report["gate"]) == 9
+
+
+def test_families_to_compare_come_first_and_in_pairs(world):
+    """Two pictures of a logo side by side, four look-alikes a family; the rest of the batch behind them."""
+    batches = VisionBatches(world, 4, (0.0, 0.0, 1.0))  # all others are scenes
+    images, labels, bits = batches.draw(3, families=2)
+    assert images.shape == (2 * FAMILY * 2 + 3, 3, 48, 48)
+    looks = torch.cat([labels, bits], 1)[:-3].view(2, FAMILY, 2, -1)
+    assert torch.equal(looks[:, :, 0], looks[:, :, 1])
+    assert not torch.equal(images[0], images[1])
+    assert all(len(family.unique(dim=0)) == FAMILY for family in looks[:, :, 0])
+    assert (bits[-3:] == -1).all() and (bits[:-3] >= 0).all()
+
+
+def test_loss_of_comparing_by_hand(seed):
+    """Two families; the first two logos of the first are mistaken for each other."""
+    torch.manual_seed(seed)
+    heads = VisionHeads(128)
+    away = torch.nn.functional.one_hot(torch.arange(8).repeat_interleave(2), 128).float()
+    with torch.no_grad():
+        heads.alike.weight.copy_(torch.eye(64, 128))
+        heads.alike.bias.zero_()
+        good, right, pairs = heads.alike_loss(away)
+        away[2] = away[0]  # one picture of the second logo looks like the first
+        bad, fewer, _ = heads.alike_loss(away)
+    scale, offset = float(heads.scale.detach().exp()), float(heads.offset.detach())
+    kept, apart = (float(np.log1p(np.exp(x))) for x in (-(scale + offset), offset))
+    assert pairs == right == 2 * (FAMILY + 24)
+    assert float(good) == pytest.approx(2 * kept + 2 * apart, rel=1e-5)
+    assert fewer == right - 1 - 2  # its pair, and the two of the other logo
+    wrong = float(np.log1p(np.exp(scale + offset)))
+    lost = float(np.log1p(np.exp(-offset)))
+    # The hardest four of 48 look-alike pairs: two mistaken, two apart.
+    same, kin = 2 * (7 * kept + lost) / 8, (2 * wrong + 2 * apart) / 4
+    assert float(bad) == pytest.approx(same + kin + apart, rel=1e-5)
 
 
 def test_strangers_belong_to_no_world_and_have_no_answers(world, embedded):

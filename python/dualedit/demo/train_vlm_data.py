@@ -46,6 +46,10 @@ IGNORE = -100
 # Worlds whose logos are never drawn as strangers, so that they stay unseen for evaluation.
 UNSEEN_WORLDS = range(1, 6)
 _STRANGE_CHANGES = (*CHANGES, *("strokes",) * 6)
+# For comparing pictures, when strokes are seen well: of look-alikes that were taken for the same logo two in
+# three then had another outline, the others another badge colour.
+_FAMILY_CHANGES = ("badge_shape",) * 4 + ("badge_colour",) * 2 + ("line_colour", "strokes", "strokes")
+FAMILY = 4
 
 
 class Strangers:
@@ -54,10 +58,12 @@ class Strangers:
     def __init__(self, world: World) -> None:
         self._known = {logo for seed in UNSEEN_WORLDS for logo in World(seed).logos} | set(world.logos)
 
-    def family(self, rng: np.random.Generator, size: int = 2) -> list[Logo]:
+    def family(
+        self, rng: np.random.Generator, size: int = 2, changes: tuple[str, ...] = _STRANGE_CHANGES
+    ) -> list[Logo]:
         """Look-alikes; most differ in one stroke, which is what is hardest to see."""
         while True:
-            family = draw_families([size], rng, _STRANGE_CHANGES)[0]
+            family = draw_families([size], rng, changes)[0]
             if self._known.isdisjoint(family):
                 return family
 
@@ -139,13 +145,27 @@ class VisionBatches:
             labels[f"{place}_size"] = SCENE_SIZES.index(thing.size) + 1 if thing else 0
         return render_scene(things, self.rng), labels
 
-    def draw(self, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Pixels [B, 3, 48, 48], labels int64 [B, heads] and stroke bits float32 [B, 20] (-1: not a logo)."""
+    def draw(self, size: int, families: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Pixels [B, 3, 48, 48], labels int64 [B, heads] and stroke bits float32 [B, 20] (-1: not a logo).
+
+        ``families`` of four strangers come first, every logo in two pictures, one after the other; ``size``
+        pictures behind them.
+        """
+        compared = [
+            logo
+            for _ in range(families)
+            for logo in self.strangers.family(self.rng, FAMILY, _FAMILY_CHANGES)
+            for _ in range(2)
+        ]
+        size += len(compared)
         images, labels = [], np.full((size, len(self._names)), IGNORE)
         bits = np.full((size, len(STROKES)), -1, dtype=np.float32)
         for i in range(size):
             kind = int(np.searchsorted(self._kinds, self.rng.random(), side="right"))
-            if kind == 0:
+            if i < len(compared):
+                found, bits[i] = self._look(compared[i])
+                images.append(render_logo(compared[i], self.rng))
+            elif kind == 0:
                 entity = int(self.rng.integers(len(self.world.logos)))
                 found, bits[i] = self._look(self.world.logos[entity])
                 found |= self._facts(entity)

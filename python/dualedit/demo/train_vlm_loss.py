@@ -7,12 +7,13 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import LlavaForConditionalGeneration
 
-from dualedit.demo.train_vlm_data import IGNORE, Rows, VisionBatches
+from dualedit.demo.train_vlm_data import FAMILY, IGNORE, Rows, VisionBatches
 from dualedit.demo.vlm import IMAGE_TOKENS
 from dualedit.demo.world_logos import STROKES
 
 ATTRIBUTE_COUNT = 5
 GATE_SCALE, GATE_CENTRE = 12.0, 0.5
+ALIKE_DIM = 64
 
 
 class VisionHeads(nn.Module):
@@ -23,6 +24,9 @@ class VisionHeads(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.heads = nn.ModuleDict({name: nn.Linear(dim, size) for name, size in VisionBatches.heads.items()})
         self.strokes = nn.Linear(dim, len(STROKES))
+        self.alike = nn.Linear(dim, ALIKE_DIM)
+        # Scale (its logarithm) and offset of cosines as logits, as SigLIP begins with them.
+        self.scale, self.offset = nn.Parameter(torch.tensor(2.3)), nn.Parameter(torch.tensor(-5.0))
 
     def forward(self, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
         """Image tokens [B, 36, D] -> logits per head."""
@@ -43,10 +47,39 @@ class VisionHeads(nn.Module):
         right = ((logits > 0) == (bits > 0.5)).all(-1)
         return F.binary_cross_entropy_with_logits(logits, bits), int(right.sum()), len(right)
 
+    def alike_loss(self, shown: torch.Tensor) -> tuple[torch.Tensor, int, int]:
+        """Loss of telling whether two pictures show the same logo, and how many of the pairs came out right.
+
+        A sigmoid for each pair's cosine behind a linear map, as ``gate_loss``: same logo, look-alikes, other
+        families, each kind with the same weight; of those apart the hardest tenth speaks.
+
+        shown: mean image tokens [families * 8, D] as the language model gets them, as ``VisionBatches.draw``
+        orders them.
+        """
+        with torch.autocast(shown.device.type, enabled=False):
+            unit = F.normalize(self.alike(shown.float()), dim=-1)
+            logits = self.scale.exp() * (unit @ unit.T) + self.offset
+        logo = torch.arange(len(shown), device=shown.device) // 2
+        same = logo[:, None] == logo[None]
+        kin = (logo[:, None] // FAMILY == logo[None] // FAMILY) & ~same
+        upper = torch.ones_like(same).triu(1)
+        loss = F.softplus(-logits[same & upper]).mean() * 2
+        for other in (kin, ~kin & ~same):
+            found = F.softplus(logits[other & upper])
+            if len(found):
+                loss = loss + found.topk(max(1, len(found) // 10)).values.mean()
+        pairs = (same | kin) & upper
+        return loss, int(((logits > 0) == same)[pairs].sum()), int(pairs.sum())
+
 
 def image_tokens(model: LlavaForConditionalGeneration, pixel_values: torch.Tensor) -> torch.Tensor:
     """Vision tower's image tokens [B, 36, D], the class token dropped."""
     return model.model.vision_tower(pixel_values).last_hidden_state[:, 1:]
+
+
+def shown_tokens(model: LlavaForConditionalGeneration, tokens: torch.Tensor) -> torch.Tensor:
+    """Image tokens [B, 36, D] as the language model gets them."""
+    return model.model.multi_modal_projector(tokens)
 
 
 def vision_loss(heads: VisionHeads, tokens: torch.Tensor, labels: torch.Tensor, bits: torch.Tensor) -> tuple:
