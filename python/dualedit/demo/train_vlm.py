@@ -405,9 +405,7 @@ def main() -> None:
         "--out", type=Path, required=True, help="folder for the model; a killed run continues there"
     )
     parser.add_argument("--start", type=Path, help="folder of a trained model, to do the last stages on")
-    parser.add_argument(
-        "--first", choices=_ANEW, default="sharpen", help="the stage to --start with"
-    )
+    parser.add_argument("--first", choices=_ANEW, default="sharpen", help="the stage to --start with")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps-scale", type=float, default=1.0, help="multiplies the steps of all stages")
     parser.add_argument(
