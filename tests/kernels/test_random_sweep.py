@@ -47,6 +47,7 @@ def look_up(draw, most_keys, device):
     query = draw.normal(rows, dim) + keys[draw.number(0, keys_of - 1)].float() * draw.number(0, 1)
     query, keys = draw.laid_out(query.to(draw.one_of(DTYPES))), draw.laid_out(keys)
     radius = torch.rand(keys_of, generator=draw.generator) * draw.one_of([0.5, 2.0, 2 * dim**0.5])
+    radius = draw.laid_out(radius)
     print(rows, keys_of, dim, metric, query.dtype, query.stride(), keys.dtype, keys.stride())
     found = nearest_key(query.to(device), keys.to(device), radius.to(device), metric)
     assert_nearest(*(t.cpu() for t in found), query, keys, radius, metric)
@@ -71,7 +72,7 @@ def test_nearest_key_in_triton(generator):
 def linear(draw, most, device):
     kind, dtype, slots = draw.one_of(["low_rank", "full"]), draw.one_of(DTYPES), draw.number(1, 4)
     rows, tokens, size, out, rank = (draw.number(1, n) for n in (5, most, most, most, 12))
-    index = torch.randint(-1, slots, (rows,), generator=draw.generator)
+    index = torch.randint(-1, slots, (rows, 2), generator=draw.generator)[:, draw.number(0, 1)]
     tensors = {"base": draw.normal(rows, tokens, out), "x": draw.normal(rows, tokens, size)}
     if kind == "full":
         tensors |= {"full": draw.normal(slots, out, size, scale=size**-0.5), "bias": draw.normal(out)}
