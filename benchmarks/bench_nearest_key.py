@@ -18,6 +18,7 @@ exactly are printed with the rows.
 from __future__ import annotations
 
 import itertools
+import statistics
 import time
 
 import torch
@@ -29,6 +30,7 @@ from dualedit_kernels.nearest_key.cpp import last_coded
 
 SHAPES = [(1_000, 4096), (100_000, 1024), (100_000, 4096)]
 BATCHES = (1, 8, 32)
+_BEYOND_CACHES = 1 << 27  # bytes
 
 
 def main() -> None:
@@ -52,7 +54,10 @@ def main() -> None:
             if options.clustered:
                 shape["clustered"] = True
             query, keys = problem(shape, options.device)
-            benchmark.compare(shape, rivals(query, keys, options, codes), floors(shape, speed))
+            times = benchmark.compare(shape, rivals(query, keys, options, codes), floors(shape, speed))
+            if speed is not None and batch == 1 and not near:
+                for line in read_rates(shape, speed, times):
+                    print(f"    {line}", flush=True)
             report_codes(query, keys, codes)
     benchmark.finish()
 
@@ -70,13 +75,28 @@ def report_codes(query: Tensor, keys: Tensor, codes: dict[torch.dtype, KeyCodes]
 
 
 def floors(shape: dict, speed: float | None) -> dict[str, float]:
-    """Milliseconds to read the keys once from memory."""
-    values = shape["keys"] * shape["dim"]
-    if speed is None or values * 2 < 1 << 28:
-        return {}  # the keys may stay in a cache
+    """Milliseconds to read the keys once from memory, where they are too many to stay in a cache."""
+    if speed is None:
+        return {}
+    sizes = {name: shape["keys"] * shape["dim"] * size for name, size in (("fp32", 4), ("bf16", 2))}
     return {
-        f"read {name} keys once": values * size / speed * 1e3 for name, size in (("fp32", 4), ("bf16", 2))
+        f"read {name} keys once": size / speed * 1e3 for name, size in sizes.items() if size >= _BEYOND_CACHES
     }
+
+
+def read_rates(shape: dict, speed: float, times: dict[str, list[float]]) -> list[str]:
+    """For each lookup of one query that reads all keys: how fast, beside what memory gives a plain sum."""
+    lines = []
+    for impl, turns in times.items():
+        if not impl.startswith("nearest_key") or "coded" in impl:
+            continue
+        size = shape["keys"] * shape["dim"] * (2 if impl.endswith("bf16 keys") else 4)
+        rate = size / (statistics.median(turns) / 1e3)
+        where = "" if size >= _BEYOND_CACHES else "; caches hold these keys"
+        lines.append(
+            f"{impl} reads {rate / 1e9:.1f} GB/s, {rate / speed:.0%} of memory's {speed / 1e9:.1f}{where}"
+        )
+    return lines
 
 
 def problem(shape: dict, device: str) -> tuple[Tensor, Tensor]:

@@ -6,8 +6,11 @@ The model is transformers' LLaVA with the 7B's sizes: CLIP-L/336, 576 image toke
 4096; bf16, random weights. It has as many decoder layers as free memory holds, at most 32; how many is in
 every row. DualEdit edits layers 16 and 19, BalancEdit layer 20 (in a model too small for them, the layers at
 the same relative depth). "prefill" is the forward of picture and question as `generate` runs it, "decode" one
-token over its cache. The edited model and the plain one, which share their weights, take turns; the ratio
-printed is the median of the ratios of each turn.
+token over its cache. The edited model and the plain one, which share their weights, take turns of one
+forward, in an order that changes every turn; the ratio printed is the median of those of two turns in a row,
+one in each order, with its bootstrap interval. Tokens are measured until that interval is narrower than 1 %.
+"base again" is a second plain model, with a cache of its own: its ratio to the first is what no editor has to
+answer for.
 
 Before anything is timed, the edited model must have looked the question up among all edits and hit none, and
 its logits and every layer's cached keys and values must be the plain model's, bit for bit.
@@ -39,12 +42,14 @@ from dualedit.model import active_group
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from benchmarks.common import Benchmark, Rival, Row, arguments
+from benchmarks.common import Benchmark, Rival, Row, arguments, paired_ratio
 
 EDITS, QUESTION, DTYPE, GOAL = 10_000, 32, torch.bfloat16, 1.01
+FEWEST, NARROW = 20, 0.01  # turns of a token before an interval is believed, and how narrow it has to be
 # Bytes of memory left to activations, and on the CPU to others: a GPU of 16 GB takes all 32 layers.
 SPARE = {"cpu": 4 << 30, "cuda": 3 << 29}
 METHODS = ("dualedit", "balancedit")
+AGAIN = "base again"
 
 
 @dataclass(frozen=True)
@@ -101,7 +106,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = arguments(__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, help="decoder layers; default: as many as fit, at most 32")
     parser.add_argument("--method", choices=METHODS, help="only this one")
-    parser.add_argument("--turns", type=int, help="turns of a prefill; default: 7, or 3 with --quick")
+    parser.add_argument("--turns", type=int, help="turns of a prefill; default: 8, or 4 with --quick")
+    parser.add_argument(
+        "--tokens", type=int, help="turns of a token, at most; default: 200, or 20 with --quick"
+    )
     parser.add_argument("--edits", type=int, default=EDITS, help="stored edits")
     options = parser.parse_args(argv)
     if options.layers is not None and options.layers < 2:
@@ -128,33 +136,48 @@ def measure(benchmark: Benchmark, method: str, sizes: Sizes, weights: dict[str, 
     seconds = encoding_seconds(model, benchmark.clock)
     if seconds is not None:
         print(f"    {method}: codes of {options.edits} keys made in {seconds:.2f} s", flush=True)
-    plain, changed = Asked(skeleton(sizes, weights), asked), Asked(model, asked)
+    plain, again = (Asked(skeleton(sizes, weights), asked) for _ in range(2))
+    changed = Asked(model, asked)
     own = Own(model, benchmark.clock) if options.device == "cpu" else None
     text, visual, linear = sizes.edited()
     edited = f"{text}, {visual}" if method == "dualedit" else str(linear)
     tokens = asked["input_ids"].shape[1]
-    few = options.turns or (3 if options.quick else 7)
-    for part, width, turns in (("prefill", tokens, few), ("decode", 1, few * 3)):
+    few = options.turns or (4 if options.quick else 8)
+    many = options.tokens or (20 if options.quick else 200)
+    for part, width, turns in (("prefill", tokens, few), ("decode", 1, many)):
         shape = {
             "method": method, "part": part, "layers": sizes.layers, "edited": edited, "tokens": width,
             "cached": tokens if part == "decode" else 0, "edits": options.edits, "hit": 0,
         }  # fmt: skip
-        runs = {name: getattr(one, part) for name, one in (("base", plain), (method, changed))}
+        models = {"base": plain, method: changed, AGAIN: again}
+        runs = {name: getattr(one, part) for name, one in models.items()}
         if own is not None:
             runs[method] = partial(own.forward, runs[method])
         rivals = [
             Rival("base", "bfloat16", runs["base"], plain.kept),
             Rival(method, "bfloat16", runs[method], partial(changed.differs, plain, options.edits)),
+            Rival(AGAIN, "bfloat16", runs[AGAIN], again.kept),
         ]
         with torch.no_grad():
-            times = benchmark.compare(shape, rivals, turns=turns)
+            times = benchmark.compare(shape, rivals, turns=turns, enough=partial(narrow, part, method))
         if method not in times:
             return False
-        ratio = statistics.median(a / b for a, b in zip(times[method], times["base"], strict=True))
-        print(f"    {part}: {method} / base, median of paired ratios: {ratio:.4f}, goal {GOAL}", flush=True)
+        for name in (AGAIN, method):
+            ratio = benchmark.compare_pairs(shape, name, "base", times)
+        reached = "reached" if ratio.high <= GOAL else "missed" if ratio.low > GOAL else "not resolved"
+        print(f"    {part}: at most {GOAL} {reached}", flush=True)
         if own is not None:
-            own.report(benchmark, part, shape, method, turns, statistics.median(times["base"]))
+            taken = len(times[method])
+            own.report(benchmark, part, shape, method, taken, statistics.median(times["base"]))
     return True
+
+
+def narrow(part: str, method: str, times: dict[str, list[float]]) -> bool:
+    """Whether enough tokens have been measured; a prefill takes too long to ask."""
+    if part != "decode" or len(times["base"]) < FEWEST or method not in times:
+        return False
+    ratio = paired_ratio(times[method], times["base"])
+    return ratio.high - ratio.low <= NARROW
 
 
 class Own:

@@ -42,6 +42,15 @@ class Row:
 
 
 @dataclass
+class Paired:
+    """How much longer one implementation takes than another, and between what this may lie."""
+
+    ratio: float
+    low: float
+    high: float
+
+
+@dataclass
 class Rival:
     """An implementation to time.
 
@@ -67,6 +76,7 @@ class Benchmark:
         self.rows: list[Row] = []
         self.refused: list[dict[str, object]] = []
         self.floors: list[dict[str, object]] = []
+        self.ratios: list[dict[str, object]] = []
         self.shapes: list[dict[str, object]] = []
         torch.set_num_threads(options.threads)
         print(json.dumps(machine()))
@@ -77,11 +87,13 @@ class Benchmark:
         rivals: list[Rival],
         floors: dict[str, float] | None = None,
         turns: int | None = None,
+        enough: Callable[[dict[str, list[float]]], bool] = lambda times: False,
     ) -> dict[str, list[float]]:
         """Check every rival, time the right ones in turns, and print their rows.
 
         floors: milliseconds that no implementation can beat, by what sets them, e.g. reading the keys once.
-        turns: how often each is timed; None: 7, or 3 with --quick.
+        turns: how often each is timed, at most; None: 7, or 3 with --quick.
+        enough: asked after every second turn, given what is returned: whether to stop.
 
         Returns the milliseconds of each turn, by implementation: the same turn of two is a pair.
         """
@@ -94,7 +106,9 @@ class Benchmark:
             rival.impl: 1 if checked[rival.impl] > 1 else self._repeats(rival) for rival in right
         }  # fmt: skip
         times: dict[str, list[float]] = {rival.impl: [] for rival in right}
-        for _ in range(turns or (3 if self.options.quick else 7)):
+        for turn in range(turns or (3 if self.options.quick else 7)):
+            if turn and turn % 2 == 0 and enough(times):
+                break
             right.reverse()  # nobody is always the one who runs behind a certain other
             for rival in right:
                 times[rival.impl].append(self._turn(rival, repeats[rival.impl]))
@@ -116,6 +130,23 @@ class Benchmark:
             print(f"    floor: {name:<37} {floor:10.3f} ms", flush=True)
         self._write()
         return times
+
+    def compare_pairs(
+        self, shape: dict[str, object], impl: str, base: str, times: dict[str, list[float]]
+    ) -> Paired:
+        """Print and keep the ratio of two implementations that `compare` timed."""
+        result = paired_ratio(times[impl], times[base])
+        self.ratios.append(
+            {"op": self.op, "impl": impl, "base": base, "shape": shape, "turns": len(times[impl])}
+            | asdict(result)
+        )
+        print(
+            f"    {impl} / {base}, median of paired ratios: {result.ratio:.4f}"
+            f" ({result.low:.4f} to {result.high:.4f} in 95 of 100 draws, {len(times[impl])} turns)",
+            flush=True,
+        )
+        self._write()
+        return result
 
     def add(self, row: Row) -> None:
         """Keep a row that a benchmark measured by itself, of a shape that was compared."""
@@ -143,6 +174,8 @@ class Benchmark:
             content["rows"] += [asdict(row) for row in self.rows]
             content["refused"] += self.refused
             content["floors"] += self.floors
+            if self.ratios:
+                content["ratios"] = content.get("ratios", []) + self.ratios
             self.options.json.parent.mkdir(parents=True, exist_ok=True)
             self.options.json.write_text(json.dumps(content, indent=1) + "\n")
 
@@ -213,6 +246,21 @@ def machine() -> dict[str, object]:
     return result
 
 
+def paired_ratio(times: list[float], base: list[float]) -> Paired:
+    """Median ratio of the same turns of two, and where it lies in 95 of 100 draws from them (bootstrap).
+
+    Two turns in a row have the two in both orders: they make a pair, in which what it costs to run behind the
+    other, and a drift of the machine, cancel. A last turn without another is left out.
+    """
+    turns = len(times) // 2 * 2 or 1
+    own, other = (torch.tensor(t[:turns], dtype=torch.float64).view(-1, min(turns, 2)) for t in (times, base))
+    ratios = own.sum(1) / other.sum(1)
+    draws = torch.randint(len(ratios), (2000, len(ratios)), generator=torch.Generator().manual_seed(0))
+    ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
+    low, high = ratios[draws].quantile(0.5, 1).quantile(ends).tolist()
+    return Paired(float(ratios.quantile(0.5)), low, high)
+
+
 def bandwidth() -> float:
     """Bytes per second that the CPU reads from memory on torch's threads, at best."""
     data = torch.ones(1 << 26)  # 256 MB
@@ -236,7 +284,7 @@ def _timed(call: Callable[[], object]) -> float:
 
 
 def _others(content: dict[str, list], op: str, shapes: list[dict]) -> dict[str, list]:
-    names = ("rows", "refused", "floors")
+    names = [n for n in ("rows", "refused", "floors", "ratios") if n in content]
     return {n: [row for row in content[n] if row["op"] != op or row["shape"] not in shapes] for n in names}
 
 

@@ -35,6 +35,20 @@ def assert_as_exact(
         )
 
 
+def rounding_of_sums(length: int, dtype: torch.dtype, magnitude: Tensor) -> float:
+    """What sums of ``length`` products may be off by, in whatever order they are added: a floor.
+
+    One order may round less than another by luck, and then the error of plain PyTorch says little about the
+    next implementation. Errors of independent roundings grow with the root of their
+    number: sqrt(length) * u * sum |a_i b_i|, u half of eps (Higham and Mary, SIAM J. Sci. Comput. 41, 2019).
+
+    magnitude: sum |a_i b_i| of each result, in float64: the reference evaluated on absolute values.
+    dtype: of the products; 16-bit ones are added up in fp32.
+    """
+    unit = torch.finfo(torch.promote_types(dtype, torch.float32)).eps / 2
+    return length**0.5 * unit * float(magnitude.abs().max()) if magnitude.numel() else 0.0
+
+
 def max_error(actual: Tensor, exact: Tensor) -> float:
     """Largest absolute difference, inf if ``actual`` holds a NaN."""
     if not exact.numel():

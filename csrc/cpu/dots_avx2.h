@@ -4,10 +4,11 @@ struct Dots {
   static constexpr int kBlocks = 1;
   static constexpr int kRows = 2;  // 2 x 4 accumulators, a key and a row in 16 registers
 
-  // out [R, kBlock]: products over some quads, on top of what is there if ``more``. Meanwhile codes are
-  // fetched.
+  // out [R, kBlock]: products over some quads, on top of start [R], or if that is null of what is there. Meanwhile
+  // codes are fetched.
   template <int R>
-  static void tile(const uint8_t* keys, const int8_t* rows, int64_t quads, bool more, Fetch fetch, int32_t* out) {
+  static void tile(
+      const uint8_t* keys, const int8_t* rows, int64_t quads, const int32_t* start, Fetch fetch, int32_t* out) {
     __m256i total[R][4];  // 4 keys each, two sums a key
 #pragma GCC unroll 2
     for (int r = 0; r < R; ++r) {
@@ -37,7 +38,7 @@ struct Dots {
         _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), total[r][u]);
         for (int j = 0; j < 4; ++j) {
           int32_t& to = out[r * kBlock + u * 4 + j];
-          to = (more ? to : 0) + lanes[2 * j] + lanes[2 * j + 1];
+          to = (start != nullptr ? start[r] : to) + lanes[2 * j] + lanes[2 * j + 1];
         }
       }
     }

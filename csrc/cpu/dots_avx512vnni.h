@@ -3,10 +3,11 @@ struct Dots {
   static constexpr int kRows = 8;
   static constexpr int kBlocks = 3;  // side by side: a row that is loaded serves all; 3 x 8 accumulators, 3 keys, 1 row
 
-  // out [R, kBlock]: products over some quads, on top of what is there if ``more``. Meanwhile codes are
-  // fetched.
+  // out [R, kBlock]: products over some quads, on top of start [R], or if that is null of what is there. Meanwhile
+  // codes are fetched.
   template <int R>
-  static void tile(const uint8_t* keys, const int8_t* rows, int64_t quads, bool more, Fetch fetch, int32_t* out) {
+  static void tile(
+      const uint8_t* keys, const int8_t* rows, int64_t quads, const int32_t* start, Fetch fetch, int32_t* out) {
     // Few rows: more accumulators, so that a multiply-add need not wait for the one before.
     constexpr int U = R == 1 ? 8 : R == 2 ? 4 : R <= 4 ? 2 : 1;
     __m512i total[R][U];
@@ -14,7 +15,7 @@ struct Dots {
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
       for (int u = 0; u < U; ++u) total[r][u] = _mm512_setzero_si512();
-      if (more) total[r][0] = _mm512_loadu_si512(out + r * kBlock);
+      total[r][0] = start != nullptr ? _mm512_set1_epi32(start[r]) : _mm512_loadu_si512(out + r * kBlock);
     }
     int64_t t = 0;
     for (; t + U <= quads; t += U) {
@@ -42,14 +43,15 @@ struct Dots {
   // The same for K blocks, ``step`` bytes apart, whose products are ``apart`` integers apart.
   template <int K, int R>
   static void together(
-      const uint8_t* keys, int64_t step, const int8_t* rows, int64_t quads, bool more, Fetch fetch, int32_t* out,
-      int64_t apart) {
+      const uint8_t* keys, int64_t step, const int8_t* rows, int64_t quads, const int32_t* start, Fetch fetch,
+      int32_t* out, int64_t apart) {
     __m512i total[K][R];
 #pragma GCC unroll 3
     for (int k = 0; k < K; ++k) {
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
-        total[k][r] = more ? _mm512_loadu_si512(out + k * apart + r * kBlock) : _mm512_setzero_si512();
+        const int32_t* there = out + k * apart + r * kBlock;
+        total[k][r] = start != nullptr ? _mm512_set1_epi32(start[r]) : _mm512_loadu_si512(there);
       }
     }
     for (int64_t t = 0; t < quads; ++t, keys += 64) {

@@ -3,9 +3,10 @@ struct Dots {
   static constexpr int kBlocks = 1;
   static constexpr int kRows = 2;
 
-  // out [R, kBlock]: products over some quads, on top of what is there if ``more``.
+  // out [R, kBlock]: products over some quads, on top of start [R], or if that is null of what is there.
   template <int R>
-  static void tile(const uint8_t* keys, const int8_t* rows, int64_t quads, bool more, Fetch, int32_t* out) {
+  static void tile(
+      const uint8_t* keys, const int8_t* rows, int64_t quads, const int32_t* start, Fetch, int32_t* out) {
     int32_t total[R][kBlock] = {};
     for (int64_t t = 0; t < quads; ++t) {
       for (int r = 0; r < R; ++r) {
@@ -17,7 +18,10 @@ struct Dots {
       }
     }
     for (int r = 0; r < R; ++r) {
-      for (int j = 0; j < kBlock; ++j) out[r * kBlock + j] = (more ? out[r * kBlock + j] : 0) + total[r][j];
+      for (int j = 0; j < kBlock; ++j) {
+        int32_t& to = out[r * kBlock + j];
+        to = (start != nullptr ? start[r] : to) + total[r][j];
+      }
     }
   }
 

@@ -9,13 +9,14 @@ namespace dualedit {
 
 // Codes of keys. With c the centre and S the dimensions kept apart, key k is
 //     k_d = rows_d                                     for d in S, exactly
-//     k_d = c_d + scale (code_d - 128) + residue_d     elsewhere, ||residue|| <= error,
-// and the residue is at a right angle to the code, but for the rounding of scale to fp32.
+//     k_d = c_d + scale_p (code_d - 128) + residue_d   elsewhere, in part p of the dimensions, ||residue|| <= error,
+// and in each part the residue is at a right angle to the code, but for the rounding of scale to fp32. The largest
+// value of a part sets its scale, and fewer dimensions have a smaller one: parts make for a smaller error.
 // For the cosine metric k is the key scaled to length 1, and error covers the rounding of that, too.
 struct Codes {
   const uint8_t* codes;  // [blocks, quads, kBlock, 4]: 4 dimensions of 16 keys side by side; 64-byte lines
-  const float* scale;  // [blocks, kBlock]
-  const float* square;  // [blocks, kBlock]: scale^2 sum (code - 128)^2
+  const float* scale;  // [blocks, parts, kBlock]
+  const float* square;  // [blocks, kBlock]: sum of scale^2 (code - 128)^2
   const float* error;  // [blocks, kBlock]: inf where nothing is known of a key
   const float* centre;  // [dim], zero at the dimensions apart
   const float* rows;  // [blocks, apart, kBlock]
@@ -23,6 +24,7 @@ struct Codes {
   int64_t apart;
   int64_t quads;
   int64_t dim;
+  int64_t parts;
   const float* tails;  // [blocks, 2 kCuts, kBlock]: lengths of k - c behind each cut, then those of its residues
   float drift;  // how far the kernels' keys may lie from those that were coded: the cosine metric scales in fp32
 };
@@ -32,24 +34,35 @@ constexpr int64_t kTogether = 3;  // blocks whose products are computed together
 constexpr int64_t kMostQueries = 256;  // that are coded together
 constexpr int64_t kMostCodedDim = 65536;  // 255 * 127 * dim, and 255 * 128 * dim, fit 32 bits
 
-// Codes are cut in three: behind a quarter and behind half of their quads, in whole registers. What is behind a cut
-// has bounds of its own, so that an exact distance can be given up there. Short codes are not cut: the cuts are at
-// their end. As in dualedit_kernels/nearest_key/codes.py.
-constexpr int64_t kCuts = 2;
+// Codes lie in parts of as many quads, in whole registers; the last has what is left. Short codes are one part.
+// As in dualedit_kernels/nearest_key/codes.py.
+constexpr int64_t kMostParts = 8;
 constexpr int64_t kFewestQuads = 128;
-inline int64_t cut_of(int64_t quads, int64_t cut) { return quads < kFewestQuads ? quads : quads / 16 * (4 << cut); }
+inline int64_t parts_of(int64_t quads) {
+  return quads < kFewestQuads ? 1 : quads < 4 * kFewestQuads ? 4 : kMostParts;
+}
+inline int64_t part_of(int64_t quads) { return quads / (4 * parts_of(quads)) * 4; }
 
-// Queries in the same form, q - c = scale * code + residue, at a right angle, too. Their codes have 8 bits in one
+// Behind a quarter and behind half of the parts are cuts: what is behind one has bounds of its own, so that an exact
+// distance can be given up there. Short codes are not cut.
+constexpr int64_t kCuts = 2;
+inline int64_t first_part_behind(int64_t parts, int64_t cut) { return parts / 4 << cut; }
+
+// Queries in the same form, q - c = scale_p * code + residue, at a right angle, too. Their codes have 8 bits in one
 // plane or 16 in two (code = 256 high + low). A row is a plane of a query; rows are kept in tiles. The head
 // are the first dimensions, from which alone most keys can be ruled out if some key is very near.
 struct CodedQueries {
   int64_t batch;
   int64_t planes;
   int64_t head;  // quads
-  int64_t cut[kCuts];  // quads; at the end where distances are not given up
+  int64_t parts;
+  int64_t part;  // quads
+  bool cuts;  // whether distances are given up at cuts
   int8_t* codes;  // tiles of [quads, rows of the tile, 4]
-  int32_t* offset;  // [2 + kCuts, batch, planes]: 128 times the sum of a row's codes, of the head, of all, behind cuts
-  float* scale;  // [batch]
+  // [1 + parts, batch, planes]: what the products of each part start with, -128 times the sum of a row's codes, as a
+  // key's codes are 128 too large. In front, what the products of the heads lack if they start like the first part.
+  int32_t* offset;
+  float* scale;  // [batch, parts]
   float* square;  // [2, batch]: of the head and of all
   float* error;  // [batch]: inf where the query cannot be coded
   float* length;  // [batch]: not below that of q - c
@@ -57,14 +70,12 @@ struct CodedQueries {
   float* tails;  // [batch, kCuts, 3] of q - c behind a cut: not above its square, not below its length, its error
 
   // First quad of a part, or the end of the last one.
-  int64_t begin_of(int64_t part, int64_t quads) const {
-    return part == 0 ? 0 : part <= kCuts ? cut[part - 1] : quads;
-  }
+  int64_t begin_of(int64_t number, int64_t quads) const { return number < parts ? number * part : quads; }
 };
 
 // A computed squared distance T = |q|^2 + |k|^2 + apart - 2 q.k is off by less than this share of the three
-// squares: about 30 roundings of 2^-24 each, 30 more by which scales miss those of least squares, and twice that
-// for good measure. And by less than the smallest normal number a few times.
+// squares: about 40 roundings of 2^-24 each, 30 more by which scales miss those of least squares, and nearly twice
+// that for good measure. And by less than the smallest normal number a few times.
 constexpr float kShare = 1.0f / (1 << 17);
 constexpr float kTiny = 1e-36f;
 
@@ -73,7 +84,9 @@ struct Panel {
   int64_t start;  // its first block
   int64_t batch;
   int64_t rows;
-  int32_t* product;  // [blocks, kCuts + 1, rows, kBlock]: of each part of the codes
+  int32_t* product;  // [blocks, rows, kBlock]: of the first parts of the codes, or of the heads
+  int32_t* others;  // [kTogether, parts - 1, rows, kBlock]: of the other parts, of the blocks at work
+  float* behind;  // [blocks, kCuts, batch, kBlock]: of decoded forms behind the cuts, off by less than T
   float* low;  // [blocks, batch, kBlock]: T, less what T is off by at most; NaN where nothing is known of a key
   uint16_t* near;  // [blocks, batch]: bit j: key j may be within the limit of the query
   float* smallest;  // [batch, kBlock]: of low, by place in a block

@@ -11,6 +11,7 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
+#include <utility>
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -32,14 +33,17 @@ std::atomic<int64_t> refined{0}, given_up{0};
 struct Coding {
   Coding(const Codes& codes, const Lookup& lookup, int64_t first, int64_t batch, int64_t planes, CoarseKernel kernel)
       : bytes(aligned(batch * planes * codes.quads)),
-        integers((2 + kCuts) * batch * planes),
-        floats(batch * (5 + codes.apart + 3 * kCuts)),
-        queries{batch, planes, head_of(codes), {}, reinterpret_cast<int8_t*>(bytes.get()), integers.data(),
-                floats.data(), floats.data() + batch, floats.data() + 3 * batch, floats.data() + 4 * batch,
-                floats.data() + 5 * batch, floats.data() + (5 + codes.apart) * batch} {
+        integers((1 + codes.parts) * batch * planes),
+        floats(batch * (codes.parts + 4 + codes.apart + 3 * kCuts)) {
+    float* at = floats.data();
+    const auto take = [&](int64_t each) { return std::exchange(at, at + each * batch); };
+    float* scale = take(codes.parts);
+    float *square = take(2), *error = take(1), *length = take(1), *apart = take(codes.apart);
     // One query alone is not looked at in parts, nor is a key that has to be scaled first.
-    const bool whole = lookup.stream || lookup.cosine;
-    for (int64_t c = 0; c < kCuts; ++c) queries.cut[c] = whole ? codes.quads : cut_of(codes.quads, c);
+    const bool cuts = codes.parts > 1 && !lookup.stream && !lookup.cosine;
+    queries = {batch, planes, head_of(codes), codes.parts, part_of(codes.quads), cuts,
+               reinterpret_cast<int8_t*>(bytes.get()), integers.data(), scale, square, error, length, apart,
+               take(3 * kCuts)};
     const int64_t stride = lookup.stride;
     Buffer rows = aligned(batch * planes * stride / 4), scratch = aligned(stride);
     auto* own = reinterpret_cast<int8_t*>(rows.get());
@@ -182,9 +186,9 @@ Codes unpack(
   for (int64_t p = 0; p < apart.size(0); ++p) {
     STD_TORCH_CHECK(at[p] >= 0 && at[p] < dim, "nearest_key: codes: apart holds ", at[p], ", D is ", dim);
   }
-  const int64_t padded = blocks * kBlock;
+  const int64_t padded = blocks * kBlock, parts = parts_of(quads);
   return {static_cast<const uint8_t*>(codes.const_data_ptr()),
-          floats("scale", scale, padded),
+          floats("scale", scale, padded * parts),
           floats("square", square, padded),
           floats("error", error, padded),
           floats("centre", centre, dim),
@@ -193,7 +197,8 @@ Codes unpack(
           apart.size(0),
           quads,
           dim,
-          floats("tails", tails, quads < kFewestQuads ? 0 : padded * 2 * kCuts),
+          parts,
+          floats("tails", tails, parts == 1 ? 0 : padded * 2 * kCuts),
           cosine ? (static_cast<float>(dim) / 16 + 32) * 6.2e-8f : 0.0f};
 }
 

@@ -42,7 +42,9 @@ Exact::Exact(const Arguments& arguments, const Rounding& rounding, const CodedQu
   open_.reserve(512);
   const int64_t dim = arguments.lookup.dim;
   edge_[0] = 0;
-  for (int64_t c = 0; c < kCuts; ++c) edge_[c + 1] = std::min(dim, coded.cut[c] * 4);
+  for (int64_t c = 0; c < kCuts; ++c) {
+    edge_[c + 1] = coded.cuts ? first_part_behind(coded.parts, c) * coded.part * 4 : dim;
+  }
   edge_[kCuts + 1] = dim;
 }
 

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <utility>
 
 namespace dualedit {
 
@@ -21,13 +22,16 @@ struct Room {
   Room(const CodedQueries& coded, int64_t most)
       : rows(coded.batch * coded.planes),
         blocks(std::min(most, std::min<int64_t>(64, std::max<int64_t>(8, 2048 / rows)))),
-        floats(aligned(((kCuts + 1) * rows + coded.batch) * blocks * kBlock + 2 * coded.batch * kBlock)),
         near(coded.batch * blocks) {
-    auto* product = reinterpret_cast<int32_t*>(floats.get());
-    float* low = floats.get() + (kCuts + 1) * rows * blocks * kBlock;
-    float* smallest = low + coded.batch * blocks * kBlock;
-    panel = {0, coded.batch, rows, product, low, near.data(), smallest,
-             reinterpret_cast<int32_t*>(smallest + coded.batch * kBlock)};
+    const int64_t parts = coded.parts, batch = coded.batch, cuts = parts == 1 ? 0 : kCuts;
+    floats = aligned(((rows + (cuts + 1) * batch) * blocks + kTogether * (parts - 1) * rows + 2 * batch) * kBlock);
+    float* at = floats.get();
+    const auto take = [&](int64_t each) { return std::exchange(at, at + each * kBlock); };
+    auto* product = reinterpret_cast<int32_t*>(take(blocks * rows));
+    auto* others = reinterpret_cast<int32_t*>(take(kTogether * (parts - 1) * rows));
+    float *behind = take(blocks * cuts * batch), *low = take(blocks * batch), *smallest = take(batch);
+    panel = {0, batch, rows, product, others, behind, low, near.data(), smallest,
+             reinterpret_cast<int32_t*>(take(batch))};
   }
 
   int64_t rows;
@@ -243,37 +247,24 @@ class Shortlister {
   void rests_of(int64_t key, int64_t b, float* rest) const {
     const Codes& codes = pass_.codes;
     const CodedQueries& coded = pass_.coded;
-    const int64_t block = key / kBlock, j = key % kBlock, size = panel_.rows * kBlock;
-    const int32_t* product =
-        panel_.product + (block - start_) * (kCuts + 1) * size + b * coded.planes * kBlock + j;
-    const int32_t* offset = coded.offset + 2 * panel_.rows + b * coded.planes;
+    const int64_t block = key / kBlock, j = key % kBlock, batch = panel_.batch;
+    const float* dot = panel_.behind + ((block - start_) * kCuts * batch + b) * kBlock + j;
     const float* tails = codes.tails + block * 2 * kCuts * kBlock + j;
     const float* own = coded.tails + b * kCuts * 3;
-    const double unit = static_cast<double>(coded.scale[b]) * codes.scale[key];
-    int64_t sums[2] = {};
-    for (int64_t cut = kCuts - 1; cut >= 0; --cut) {
-      if (coded.cut[cut] >= codes.quads) {
-        rest[cut] = 0.0f;
-        continue;
-      }
-      double dot = 0.0;
-      for (int64_t p = 0; p < coded.planes; ++p) {
-        sums[p] += product[(cut + 1) * size + p * kBlock];
-        dot = dot * 256.0 + static_cast<double>(sums[p] - offset[cut * panel_.rows + p]);
-      }
-      dot *= unit;
+    for (int64_t cut = 0; cut < kCuts; ++cut) {
       const double length = tails[cut * kBlock], error = tails[(kCuts + cut) * kBlock];
       const double doubt =
           (static_cast<double>(own[cut * 3 + 1]) + own[cut * 3 + 2]) * error + own[cut * 3 + 2] * length;
       double apart = 0.0;
       for (int64_t p = 0; p < codes.apart; ++p) {
-        if (codes.apart_at[p] < coded.cut[cut] * 4) continue;
+        if (codes.apart_at[p] < first_part_behind(coded.parts, cut) * coded.part * 4) continue;
         const double rows = codes.rows[(block * codes.apart + p) * kBlock + j];
         const double difference = static_cast<double>(coded.apart[b * codes.apart + p]) - rows;
         apart += difference * difference;
       }
       const double squares = own[cut * 3] + length * length * kDown * kDown;
-      const double left = squares - 2.0 * (dot + doubt * kUp) - 1e-12 * std::abs(dot) + apart * kDown;
+      const double products = 2.0 * (dot[cut * batch * kBlock] + doubt * kUp);
+      const double left = squares * (1 - kShare) - kTiny - products + apart * kDown;
       rest[cut] = left > 0.0 ? static_cast<float>(left * kDown) : 0.0f;  // 0, too, where nothing is known of a key
     }
   }
@@ -302,7 +293,7 @@ class Shortlister {
           const int64_t j = __builtin_ctz(bits);
           const int64_t key = (start_ + place) * kBlock + j;
           Candidate candidate{key, lower_of(key, b, low[j], heads_only_), {}};
-          if (!heads_only_) rests_of(key, b, candidate.rest);
+          if (!heads_only_ && pass_.coded.cuts) rests_of(key, b, candidate.rest);
           lists_[b].keys.push_back(candidate);
         }
       }

@@ -3,14 +3,15 @@
 With c the mean of the keys and S at most 16 dimensions that are far larger than the others (massive
 activations, kept apart in fp32), each key is written as
 
-    k_d = c_d + scale * code_d + residue_d,    code_d in -127..127,    ||residue||_2 <= error
+    k_d = c_d + scale_p * code_d + residue_d,    code_d in -127..127,    ||residue||_2 <= error
 
-For a query q coded in the same way (error f) the distance of the decoded forms is off by at most error + f,
-by the triangle inequality. And scales are those of least squares, so that a residue is at a right angle to
-the form q' or k' that it is the residue of; then the squared distance is below that of the decoded forms by
-2 (|k'| f + |q| error) at the most, which is less where the two are far apart. A lookup reads the codes, keeps
-the keys whose lower bound is not above the smallest distance known, and computes their exact distances: the
-result is that of the lookup without codes, bit for bit.
+with a scale for each of 4 or 8 parts p of the dimensions: the largest value sets a scale, and of fewer
+dimensions it is smaller. For a query q coded in the same way (error f) the distance of the decoded forms
+is off by at most error + f, by the triangle inequality. And scales are those of least squares, so that a
+residue is at a right angle to the form q' or k' that it is the residue of; then the squared distance is
+below that of the decoded forms by 2 (|k'| f + |q| error) at the most, which is less where the two are far
+apart. A lookup reads the codes, keeps the keys whose lower bound is not above the smallest distance known,
+and computes their exact distances: the result is that of the lookup without codes, bit for bit.
 
 Source: filtering by bounds of quantised vectors is the VA-file (Weber, Schek and Blott, VLDB 1998).
 """
@@ -39,8 +40,9 @@ class KeyCodes:
 
     Attributes:
         codes: [N / 16, D / 4, 16, 4] uint8 (both rounded up), code + 128 of 4 dimensions of 16 keys together.
-        scale, square, error: [N / 16 * 16] fp32 of each key; square is scale^2 * sum of code^2. error is inf
-            for a key about which the codes say nothing (not finite, or too large or small for fp32 squares).
+        scale: [N / 16, parts, 16] fp32 of each part of each key.
+        square, error: [N / 16 * 16] fp32 of each key; square is the sum of (scale * code)^2. error is inf for
+            a key about which the codes say nothing (not finite, or too large or small for fp32 squares).
         centre: [D] fp32, zero where a dimension is kept apart.
         rows: [N / 16, P, 16] fp32, the keys at the dimensions kept apart.
         tails: [N / 16, 4, 16] fp32, lengths of k - c behind a quarter and behind half of the dimensions, and
@@ -81,10 +83,11 @@ class KeyCodes:
         """Codes of the keys ``rows`` [n] (int64 indices), without encoding them again."""
         count, blocks = len(rows), -(-len(rows) // BLOCK)
         room = _room(self.codes, count, self.codes.shape[1] * 4, self.apart)
-        for new, old in zip(room[1:4], self.tensors()[1:4], strict=True):
+        for new, old in zip(room[2:4], self.tensors()[2:4], strict=True):
             new[:count] = old[rows]
         block, place = rows.div(BLOCK, rounding_mode="floor"), rows % BLOCK
-        for new, old in ((room[0], self.codes), (room[4], self.rows), (room[5], self.tails)):
+        blocked = (self.codes, self.scale, self.rows, self.tails)
+        for new, old in zip((*room[:2], *room[4:]), blocked, strict=True):
             flat = old.new_empty(blocks * BLOCK, old.shape[1], *old.shape[3:])
             flat[:count] = old[block, :, place]
             flat[count:] = 128 if new is room[0] else 0
@@ -113,8 +116,8 @@ def encode_keys(keys: Tensor, metric: str = "l2", known: KeyCodes | None = None)
             encoded about twice, however many steps there are. ``known`` stays valid.
 
     Returns:
-        codes of all rows; about D + 28 bytes a key (D + 12 below 509
-            dimensions), and up to 64 more where activations are massive.
+        codes of all rows; about D + 56 bytes a key (D + 40 below 2045 dimensions, D + 12 below 509), and
+            up to 64 more where activations are massive.
 
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape, device or value.
@@ -191,21 +194,22 @@ def _extended(known: KeyCodes, keys: Tensor, exactly: bool = False) -> KeyCodes:
 def _room(like: Tensor, count: int, dim: int, apart: Tensor) -> list[Tensor]:
     """codes, scale, square, error, rows and tails of keys about which nothing is known, where ``like`` is."""
     device, quads, blocks = like.device, -(-dim // 4), -(-count // BLOCK)
-    scale, square = (torch.zeros(blocks * BLOCK, device=device) for _ in range(2))
     return [
         torch.full((blocks, quads, BLOCK, 4), 128, dtype=torch.uint8, device=device),
-        scale,
-        square,
+        torch.zeros(blocks, len(_parts(dim)), BLOCK, device=device),
+        torch.zeros(blocks * BLOCK, device=device),
         torch.full((blocks * BLOCK,), torch.inf, device=device),
         torch.zeros(blocks, len(apart), BLOCK, device=device),
         torch.zeros(blocks, 4 if quads >= _FEWEST_QUADS else 0, BLOCK, device=device),
     ]
 
 
-def _cuts(dim: int) -> list[int]:
-    """Dimensions where codes are cut, as in csrc/cpu/nearest_key_coarse.h."""
+def _parts(dim: int) -> list[int]:
+    """Dimensions of each part, as in csrc/cpu/nearest_key_coarse.h."""
     quads = -(-dim // 4)
-    return [quads // 16 * 16, quads // 16 * 32] if quads >= _FEWEST_QUADS else []
+    parts = 1 if quads < _FEWEST_QUADS else 4 if quads < 4 * _FEWEST_QUADS else 8
+    size = quads // (4 * parts) * 16
+    return [size] * (parts - 1) + [dim - size * (parts - 1)]
 
 
 def _chunks(keys: Tensor) -> list[Tensor]:
@@ -252,22 +256,26 @@ def _write(codes: KeyCodes, chunk: Tensor, first: int) -> None:
     rows = values[:, codes.apart].float()
     values = values - codes.centre
     values[:, codes.apart] = 0.0
-    scale = (values.abs().amax(1) / 127).float()
-    # Smaller scales would lose precision in products; a key that is the centre needs none.
-    usable = usable & ((scale >= 1e-15) | (scale == 0))
-    steps = torch.where(usable & (scale > 0), scale, torch.inf).double()[:, None]
-    code = (values / steps).round_().clamp_(-127, 127)
-    fitted = ((values * code).sum(1) / code.square().sum(1)).float()  # NaN where all codes are zero
-    held = torch.where(usable & (fitted >= 1e-15), fitted, 0.0)
-    decoded = code * held.double()[:, None]
-    rest = values - decoded
-    left = torch.linalg.vector_norm(rest, dim=1)
+    code, held, square, left = [], [], 0.0, []
+    for part in values.split(_parts(codes.dim), 1):
+        scale = (part.abs().amax(1) / 127).float()
+        # Smaller scales would lose precision in products: all of such a part is residue.
+        steps = torch.where(scale >= 1e-15, scale, torch.inf).double()[:, None]
+        own = (part / steps).round_().clamp_(-127, 127)
+        fitted = ((part * own).sum(1) / own.square().sum(1)).float()  # NaN where all codes are zero
+        held.append(torch.where(fitted >= 1e-15, fitted, 0.0))
+        decoded = own * held[-1].double()[:, None]
+        square = square + decoded.square().sum(1)
+        left.append((part - decoded).square().sum(1))
+        code.append(own)
+    left = torch.stack(left, 1)
     # 1e-15: fp64 itself rounds. 1e-6: the conversion to fp32 does.
-    error = (left + torch.linalg.vector_norm(values, dim=1) * 1e-15 + rounding) * (1 + 1e-6)
+    doubt = torch.linalg.vector_norm(values, dim=1) * 1e-15 + rounding
+    error = (left.sum(1).sqrt() + doubt) * (1 + 1e-6)
     number = torch.arange(first, first + size, device=chunk.device)
     block, place = number.div(BLOCK, rounding_mode="floor"), number % BLOCK
     padded = torch.full((size, codes.codes.shape[1] * 4), 128, dtype=torch.uint8, device=chunk.device)
-    padded[:, : codes.dim] = (code + 128).to(torch.uint8)
+    padded[:, : codes.dim] = (torch.cat(code, 1) + 128).to(torch.uint8)
     quads = padded.view(size, -1, 4)
     if first % BLOCK == 0 and size % BLOCK == 0:  # much faster than by index
         together = quads.view(-1, BLOCK, *quads.shape[1:]).transpose(1, 2)
@@ -275,10 +283,12 @@ def _write(codes: KeyCodes, chunk: Tensor, first: int) -> None:
     else:
         codes.codes[block, :, place] = quads
     codes.rows[block, :, place] = rows
-    codes.scale[at] = held
-    codes.square[at] = decoded.square().sum(1).float()
+    codes.scale[block, :, place] = torch.stack(held, 1)
+    codes.square[at] = square.float()
     codes.error[at] = torch.where(usable, error, torch.inf).float()
-    for i, cut in enumerate(_cuts(codes.dim)):
-        codes.tails[block, i, place] = torch.linalg.vector_norm(values[:, cut:], dim=1).float()
-        tail = torch.linalg.vector_norm(rest[:, cut:], dim=1) + (error - left)
+    parts = left.shape[1]
+    for i, behind in enumerate([parts // 4, parts // 2] if parts > 1 else []):
+        rest = values[:, sum(_parts(codes.dim)[:behind]) :]
+        codes.tails[block, i, place] = torch.linalg.vector_norm(rest, dim=1).float()
+        tail = (left[:, behind:].sum(1).sqrt() + doubt) * (1 + 1e-6)
         codes.tails[block, 2 + i, place] = torch.where(usable, tail, torch.inf).float()

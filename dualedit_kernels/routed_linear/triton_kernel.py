@@ -48,7 +48,7 @@ def low_rank_backward(
 
 def full(base: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor) -> Tensor:
     """`routed_linear` with Full: x [B, L, I], weight [N, O, I], bias [O], base [B, L, O]."""
-    base = base.contiguous()
+    base, bias = base.contiguous(), None if bias is None else bias.contiguous()
     return _project(base, x.contiguous(), weight, bias, index, torch.empty_like(base))
 
 
@@ -129,6 +129,7 @@ def _parts(x: Tensor, rank: int) -> int:
 
 def _shrink(x: Tensor, down: Tensor, index: Tensor, parts: int) -> Tensor:
     """[parts, B, L, R] fp32: x [B, L, I] @ down[i].T by parts of I; rows without a slot stay."""
+    index = index.contiguous()
     rows, tokens, size = x.shape
     slots, rank, _ = down.shape
     inner = torch.empty(parts, rows, tokens, rank, dtype=torch.float32, device=x.device)
@@ -148,6 +149,7 @@ def _expand(base: Tensor | None, inner: Tensor, up: Tensor, index: Tensor, out: 
     """out [B, L, O] = base + inner.sum(0) @ up[i].T; rows without a slot are the base or zero."""
     if not out.numel():
         return out
+    index = index.contiguous()
     rows, tokens, outputs = out.shape
     slots, _, rank = up.shape
     sizes = expand_tiles(up.dtype, tokens, rank)
@@ -167,6 +169,7 @@ def _project(
     """out [B, L, O] = x @ weight[i].T + bias; rows without a slot are the base or zero."""
     if not out.numel():
         return out
+    index = index.contiguous()
     rows, tokens, size = x.shape
     slots, outputs, _ = weight.shape
     sizes = tiles(x.dtype, tokens)
@@ -185,6 +188,7 @@ def _outer(left: Tensor, right: Tensor, index: Tensor, out: Tensor) -> Tensor:
     """out [N, I, J]: left[b].T @ right[b] summed by slot; left [B, L, I], right [B, L, J]."""
     if not out.numel():
         return out
+    index = index.contiguous()
     slots, height, width = out.shape
     rows, tokens, _ = left.shape
     sizes = outer_tiles(out.dtype, height, width)

@@ -33,13 +33,13 @@ def run(tmp_path, *more):
 def test_it_runs_to_its_end(tmp_path, capsys):
     status, content = run(tmp_path)
     assert status == 0 and content["refused"] == []
-    assert len(content["rows"]) == 12 and all(row["checked"] for row in content["rows"])
+    assert len(content["rows"]) == 16 and all(row["checked"] for row in content["rows"])
     told = {(row["shape"]["method"], row["shape"]["part"], row["impl"]) for row in content["rows"]}
     assert told == {
         (method, part, impl)
         for method in bench.METHODS
         for part in ("prefill", "decode")
-        for impl in ("base", method, f"{method}, its own part")
+        for impl in ("base", bench.AGAIN, method, f"{method}, its own part")
     }
     times = {(str(row["shape"]), row["impl"]): row["min_ms"] for row in content["rows"]}
     for (shape, impl), own in times.items():
@@ -48,7 +48,34 @@ def test_it_runs_to_its_end(tmp_path, capsys):
     assert {row["shape"]["layers"] for row in content["rows"]} == {3}
     assert {row["shape"]["edits"] for row in content["rows"]} == {EDITS}
     said = capsys.readouterr().out
-    assert said.count("median of paired ratios") == said.count("own code") == 4
+    assert said.count("median of paired ratios") == 8 and said.count("own code") == 4
+    ratios = content["ratios"]
+    assert [r["impl"] for r in ratios] == 2 * ["base again", "dualedit"] + 2 * ["base again", "balancedit"]
+    assert all(r["base"] == "base" and 0 < r["low"] <= r["ratio"] <= r["high"] for r in ratios)
+
+
+def test_a_percent_is_resolved_below_the_scatter():
+    """Turns that scatter by 5 %, drift by 30 % and cost their second rival 3 %: a ratio of 1.01 is found."""
+    generator = torch.Generator().manual_seed(0)
+    base, edited = [], []
+    for turn in range(200):
+        speed = 1 + 0.3 * turn / 200
+        own, other = (1 + 0.05 * torch.randn(2, generator=generator)).tolist()
+        base.append(speed * own * (1.03 if turn % 2 else 1.0))
+        edited.append(speed * other * 1.01 * (1.0 if turn % 2 else 1.03))
+    found = bench.paired_ratio(edited, base)
+    assert found.low < 1.01 < found.high and abs(found.ratio - 1.01) < 0.01
+    assert found.high - found.low < 0.03
+    assert bench.paired_ratio([2.0, 4.0, 9.0], [1.0, 2.0, 1.0]) == type(found)(2.0, 2.0, 2.0)
+    assert bench.paired_ratio([3.0], [2.0]) == type(found)(1.5, 1.5, 1.5)
+
+
+def test_tokens_are_measured_until_they_are_enough():
+    steady, few = {"base": [1.0] * 20, "x": [1.1] * 20}, {"base": [1.0] * 18, "x": [1.1] * 18}
+    wild = {"base": [1.0] * 20, "x": [1.1, 1.1, 0.9, 0.9] * 5}
+    asked = [bench.narrow("decode", "x", times) for times in (steady, few, wild)]
+    assert asked == [True, False, False]
+    assert not bench.narrow("prefill", "x", steady)
 
 
 def open_all(model, count):
@@ -71,7 +98,7 @@ def test_what_is_wrong_gets_no_time(tmp_path, capsys, monkeypatch, method, wrong
     monkeypatch.setattr(bench, "fill", wrong)
     status, content = run(tmp_path, "--method", method)
     assert status == 1
-    assert [row["impl"] for row in content["rows"]] == ["base"]
+    assert [row["impl"] for row in content["rows"]] == ["base", "base again"]
     assert [row["impl"] for row in content["refused"]] == [method] and reason in content["refused"][0][
         "reason"
     ]

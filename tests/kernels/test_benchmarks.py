@@ -70,3 +70,21 @@ def test_the_reference_of_the_lookup_is_exact_on_massive_activations():
     want = exact_distances(query, keys, "l2").min(1)
     assert torch.equal(index, want.indices)
     torch.testing.assert_close(distance, want.values, rtol=1e-7, atol=0)
+
+
+def test_one_query_is_held_against_memory():
+    bench = pytest.importorskip("benchmarks.bench_nearest_key")
+    shape, speed = {"keys": 100_000, "dim": 4096}, 30e9
+    times = {
+        "nearest_key (cpp)": [60.0, 54.0, 61.0],
+        "nearest_key (cpp) bf16 keys": [30.0],
+        "nearest_key (cpp, coded)": [10.0],
+        "faiss": [50.0],
+    }
+    fp32, bf16 = bench.read_rates(shape, speed, times)
+    assert fp32 == "nearest_key (cpp) reads 27.3 GB/s, 91% of memory's 30.0"
+    assert bf16 == "nearest_key (cpp) bf16 keys reads 27.3 GB/s, 91% of memory's 30.0"
+    assert list(bench.floors(shape, speed)) == ["read fp32 keys once", "read bf16 keys once"]
+    small = {"keys": 1000, "dim": 4096}
+    assert bench.floors(small, speed) == {} and bench.floors(shape, None) == {}
+    assert bench.read_rates(small, speed, {"nearest_key (cpp)": [0.4]})[0].endswith("caches hold these keys")

@@ -193,6 +193,25 @@ def test_distances_in_parts(generator, dim, dtype, metric):
     same(own, behind, metric)
 
 
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+def test_parts_of_different_sizes(generator, metric):
+    """Parts large, tiny or zero, of keys or of queries: their scales differ by up to 10^25."""
+    dim = 2061
+    for rows in (3, 12):
+        keys, query = torch.randn(200, dim, generator=generator), torch.randn(rows, dim, generator=generator)
+        query[1] = keys[150] + 1e-3 * query[1]
+        for count in (len(keys), rows):
+            size = torch.pow(10.0, torch.randint(-22, 3, (count, 9), generator=generator).float())
+            size[torch.rand(size.shape, generator=generator) < 0.3] = 0.0
+            size[:, 0] = 1.0
+            sizes = size.repeat_interleave(256, 1)[:, :dim]
+            same(query * sizes[:rows], keys, metric)
+            if count == len(keys):
+                same(query, keys * sizes, metric)
+                same(query * sizes[:rows], keys * sizes[:1], metric)
+                same(query * sizes[:rows], keys * sizes, metric)
+
+
 def test_most_distances_are_given_up(generator, implementation):
     if implementation not in CODED:
         pytest.skip("reads no codes")
@@ -273,8 +292,12 @@ def test_bounds_that_are_no_use(generator, implementation):
     assert cpp.last_coded()[1] == 5
 
 
+def parts_of(dim):
+    return {77: [77], 530: [128] * 3 + [146], 2061: [256] * 7 + [269]}[dim]
+
+
 @pytest.mark.parametrize("metric", ["l2", "cosine"])
-@pytest.mark.parametrize("dim", [77, 530])
+@pytest.mark.parametrize("dim", [77, 530, 2061])
 def test_codes_hold_what_they_promise(generator, metric, dim):
     """||key - decoded key|| <= error, in float64."""
     keys = torch.randn(90, dim, generator=generator) * torch.rand(90, 1, generator=generator)
@@ -283,7 +306,10 @@ def test_codes_hold_what_they_promise(generator, metric, dim):
     keys[12] = torch.nan
     codes = encode_keys(keys, metric)
     value = codes.codes.permute(0, 2, 1, 3).reshape(96, -1)[:90, :dim].double() - 128
-    value = value * codes.scale[:90, None]
+    sizes = parts_of(dim)
+    assert codes.scale.shape == (6, len(sizes), 16)
+    scale = codes.scale.transpose(1, 2).reshape(96, -1)[:90].double()
+    value = value * scale.repeat_interleave(torch.tensor(sizes), 1)
     decoded = value + codes.centre
     decoded[:, codes.apart] = codes.rows.transpose(1, 2).reshape(96, len(codes.apart))[:90].double()
     exact = keys.double()
@@ -295,13 +321,14 @@ def test_codes_hold_what_they_promise(generator, metric, dim):
     assert (error[known] <= codes.error[:90][known]).all()
     torch.testing.assert_close(codes.square[:90].double(), value.square().sum(1), rtol=1e-7, atol=0)
     # Right angles: a part of the bounds holds only with them.
-    along = ((exact - decoded) * value).sum(1)[known]
-    assert (along.abs() <= 1e-7 * codes.square[:90][known]).all()
+    for rest, own in zip((exact - decoded).split(sizes, 1), value.split(sizes, 1), strict=True):
+        assert ((rest * own).sum(1)[known].abs() <= 1e-7 * own.square().sum(1)[known]).all()
     assert codes.apart.tolist() == [4] or metric == "cosine"
     assert not codes.centre[codes.apart].any()
     assert codes.error[90:].isinf().all()
     assert codes.tails.shape[1] == (4 if dim > 508 else 0)
-    for i, cut in enumerate([128, 256] if dim > 508 else []):  # a quarter and half of the dimensions
+    cuts = [sum(sizes[: len(sizes) // share]) for share in (4, 2)] if dim > 508 else []
+    for i, cut in enumerate(cuts):
         length, own = codes.tails[:, [i, 2 + i]].transpose(1, 2).reshape(96, 2)[:90][known].double().unbind(1)
         behind = (exact - codes.centre)[known]
         behind[:, codes.apart] = 0.0

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from dualedit_kernels import Full, LowRank, backend, products, routed_linear
 from dualedit_kernels.routed_linear.reference import routed_full_reference, routed_low_rank_reference
-from dualedit_kernels.testing import assert_as_exact
+from dualedit_kernels.testing import assert_as_exact, rounding_of_sums
 
 IMPLEMENTATIONS = [
     entry.name for entry in backend.families()["routed_linear"] if entry.refuses("cpu", torch.float32) is None
@@ -71,8 +71,27 @@ def test_against_float64(implementation, generator, name, kind, dtype):
     actual = gradients(tensors, through_operator, index, cotangent)
     assert actual[0].dtype == dtype
     assert_as_exact("y", actual[0], plain[0], exact[0], 3.0)
-    for leaf, got, low, true in zip(tensors, actual[1], plain[1], exact[1], strict=True):
-        assert_as_exact(f"d_{leaf}", got, low, true, 3.0)
+    # Routed rows that share a slot may be added up together or one by one.
+    sizes = {n: t.abs() for n, t in wide.items()}
+    sizes = gradients(sizes, through_reference, index, cotangent.double().abs())
+    names = zip(tensors, actual[1], plain[1], exact[1], sizes[1], strict=True)
+    for leaf, got, low, true, size in names:
+        floor = rounding_of_sums(max(len(index) * 7, 13), dtype, size)
+        assert_as_exact(f"d_{leaf}", got, low, true, 3.0, floor)
+
+
+def test_the_bound_of_sums_catches_faults(generator):
+    """The floor is for another order of adding, not for a term that is missing or a scale that is off."""
+    left, right = (torch.randn(35, n, generator=generator) for n in (13, 11))
+    plain, exact = left.t() @ right, left.t().double() @ right.double()
+    size = left.t().double().abs() @ right.double().abs()
+    floor = rounding_of_sums(35, torch.float32, size)
+    assert_as_exact("as it is", plain, plain, exact, 3.0, floor)
+    backwards = torch.stack([a[:, None] * b for a, b in zip(left.flip(0), right.flip(0), strict=True)]).sum(0)
+    assert_as_exact("backwards", backwards, plain, exact, 3.0, floor)
+    for wrong in (left[1:].t() @ right[1:], plain * (1 + 1e-4), plain.to(torch.bfloat16).float()):
+        with pytest.raises(AssertionError, match="error"):
+            assert_as_exact("wrong", wrong, plain, exact, 3.0, floor)
 
 
 @pytest.mark.parametrize("kind", ["low_rank", "full"])
