@@ -148,7 +148,11 @@ def rivals(query: Tensor, keys: Tensor, options, codes: dict[torch.dtype, KeyCod
             coded = _ours(query, held, radius, codes[held.dtype])
             name = f"nearest_key ({chosen.name}, coded){suffix}"
             result.append(Rival(name, dtype, coded, _not_the_bits_of(plain(), wrong)))
-    result += _faiss(query, keys, wrong, options) if keys.device.type == "cpu" else []
+    if keys.device.type == "cpu":
+        result += _faiss(query, keys, wrong, options)
+    else:
+        for name, peer in (("faiss-gpu", faiss_gpu), ("cuVS", cuvs)):
+            result += _if_it_runs(name, lambda peer=peer: peer(query, keys, wrong))
     squares = keys.square().sum(1)
     result.append(Rival("torch matmul trick", "float32", lambda: _trick(query, keys, squares), wrong))
     if keys.numel() * len(query) <= 1 << 26:
@@ -214,6 +218,59 @@ def _faiss(query: Tensor, keys: Tensor, wrong, options) -> list[Rival]:
         Rival("faiss IndexFlatL2", "float32", search, wrong),
         Rival("faiss IndexFlatL2, BLAS forced", "float32", search, wrong, blas),
     ]
+
+
+def faiss_gpu(query: Tensor, keys: Tensor, wrong) -> list[Rival]:
+    """faiss' exact index on the GPU, given torch's tensors as they are; none in a faiss without GPUs."""
+    import faiss
+
+    if not hasattr(faiss, "StandardGpuResources"):
+        raise ImportError("this faiss is built without GPUs")
+    import faiss.contrib.torch_utils  # noqa: F401  (lets indices take torch tensors, on torch's stream)
+
+    config = faiss.GpuIndexFlatConfig()
+    config.device = keys.device.index or 0
+    resources = faiss.StandardGpuResources()
+    flat = faiss.GpuIndexFlatL2(resources, keys.shape[1], config)
+    flat.add(keys)
+
+    def search() -> tuple[Tensor, Tensor]:
+        squared, index = flat.search(query, 1)
+        return index[:, 0], squared[:, 0].clamp(min=0).sqrt()
+
+    return [Rival("faiss GpuIndexFlatL2", "float32", search, wrong)]
+
+
+def cuvs(query: Tensor, keys: Tensor, wrong) -> list[Rival]:
+    """cuVS' brute force on torch's stream, into tensors that are made once."""
+    from cuvs.common import Resources
+    from cuvs.neighbors import brute_force
+
+    resources = Resources(stream=torch.cuda.current_stream(keys.device).cuda_stream)
+    flat = brute_force.build(keys, metric="sqeuclidean", resources=resources)
+    index = torch.empty(len(query), 1, dtype=torch.int64, device=query.device)
+    squared = torch.empty(len(query), 1, device=query.device)
+
+    def search() -> tuple[Tensor, Tensor]:
+        brute_force.search(flat, query, 1, neighbors=index, distances=squared, resources=resources)
+        return index[:, 0], squared[:, 0].clamp(min=0).sqrt()
+
+    return [Rival("cuVS brute force", "float32", search, wrong)]
+
+
+def _if_it_runs(name: str, make) -> list[Rival]:
+    """The rivals that ``make`` gives; none, with the reason printed, if the package is absent or fails."""
+    try:
+        rivals = make()
+        for rival in rivals:
+            rival.run()
+    except ImportError as error:
+        print(f"    {name} is left out: {error}")
+        return []
+    except Exception as error:  # a peer that its own build or driver fails must not end the benchmark
+        print(f"    {name} is left out, it failed: {type(error).__name__}: {error}")
+        return []
+    return rivals
 
 
 if __name__ == "__main__":
