@@ -24,13 +24,12 @@ import time
 import torch
 from torch import Tensor
 
-from benchmarks.common import Benchmark, Rival, arguments, bandwidth
+from benchmarks.common import BEYOND_CACHES, Benchmark, Rival, arguments, bandwidth
 from dualedit_kernels import KeyCodes, backend, encode_keys, nearest_key
 from dualedit_kernels.nearest_key.cpp import last_coded
 
 SHAPES = [(1_000, 4096), (100_000, 1024), (100_000, 4096)]
 BATCHES = (1, 8, 32)
-_BEYOND_CACHES = 1 << 27  # bytes
 
 
 def main() -> None:
@@ -80,7 +79,7 @@ def floors(shape: dict, speed: float | None) -> dict[str, float]:
         return {}
     sizes = {name: shape["keys"] * shape["dim"] * size for name, size in (("fp32", 4), ("bf16", 2))}
     return {
-        f"read {name} keys once": size / speed * 1e3 for name, size in sizes.items() if size >= _BEYOND_CACHES
+        f"read {name} keys once": size / speed * 1e3 for name, size in sizes.items() if size >= BEYOND_CACHES
     }
 
 
@@ -92,7 +91,7 @@ def read_rates(shape: dict, speed: float, times: dict[str, list[float]]) -> list
             continue
         size = shape["keys"] * shape["dim"] * (2 if impl.endswith("bf16 keys") else 4)
         rate = size / (statistics.median(turns) / 1e3)
-        where = "" if size >= _BEYOND_CACHES else "; caches hold these keys"
+        where = "" if size >= BEYOND_CACHES else "; caches hold these keys"
         lines.append(
             f"{impl} reads {rate / 1e9:.1f} GB/s, {rate / speed:.0%} of memory's {speed / 1e9:.1f}{where}"
         )

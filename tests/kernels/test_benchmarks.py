@@ -62,6 +62,77 @@ def test_plot(tmp_path):
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
+def lookups(*shapes):
+    names = ("batch", "keys", "near")
+    return [
+        {
+            "op": "nearest_key",
+            "impl": impl,
+            "device": "cpu",
+            "dtype": "float32",
+            "shape": dict(zip(names, shape, strict=True)) | {"dim": 4096},
+            "threads": 1,
+            "median_ms": factor * shape[1],
+            "min_ms": factor * shape[1],
+            "max_ms": factor * shape[1],
+        }
+        for shape in shapes
+        for impl, factor in (("nearest_key (cpp)", 1e-3), ("faiss", 2e-3))
+    ]
+
+
+def test_plots_are_of_time_against_each_size():
+    pytest.importorskip("matplotlib")
+    from benchmarks import plots
+
+    rows = lookups(*((batch, keys, False) for batch in (1, 8) for keys in (1000, 100_000)), (1, 1000, True))
+    found = {(p.axis, p.setting): p.rows for p in plots.panels(rows)}
+    sizes = {key: sorted({row["shape"][key[0]] for row in part}) for key, part in found.items()}
+    assert sizes == {
+        ("keys", "B 1, far from all keys, cpu, 1 threads"): [1000, 100_000],
+        ("keys", "B 8, far from all keys, cpu, 1 threads"): [1000, 100_000],
+        ("batch", "N 1000, far from all keys, cpu, 1 threads"): [1, 8],
+        ("batch", "N 100000, far from all keys, cpu, 1 threads"): [1, 8],
+        ("batch", "cpu, 1 threads"): [1],  # the row that differs from all others in no size
+    }
+    assert all(row in sum(found.values(), []) for row in rows)
+
+    floors = [
+        {"op": "nearest_key", "name": "read fp32 keys once", "shape": rows[2]["shape"], "ms": 50.0},
+        {"op": "nearest_key", "name": "at full rate", "shape": rows[2]["shape"], "ms": 9.0},
+    ]
+    first = next(plots.panels(rows))
+    assert plots.roofline(first, floors) == {
+        "read fp32 keys once": [(1000, 0.5, False), (100_000, 50.0, True)],
+        "at full rate": [(100_000, 9.0, True)],
+    }
+    place = plots.figure(rows, floors).axes[0]
+    assert place.get_xscale() == place.get_yscale() == "log"
+    drawn = [tuple(zip(*line.get_data(), strict=True)) for line in place.get_lines()]
+    assert ((1000, 1.0), (100_000, 100.0)) in drawn and ((1000, 2.0), (100_000, 200.0)) in drawn
+    assert ((1000, 0.5), (100_000, 50.0)) in drawn
+
+
+def test_plots_tell_shares_of_open_rows_apart():
+    from benchmarks import plots
+
+    def of(*shapes):
+        rows = lookups(*((batch, 1000, False) for batch, _ in shapes))[::2]
+        for row, (batch, some) in zip(rows, shapes, strict=True):
+            row |= {"op": "gated_edit_attention", "shape": {"batch": batch, "open": some}}
+        return [(p.setting, [r["shape"]["batch"] for r in p.rows]) for p in plots.panels(rows)]
+
+    one = "cpu, 1 threads"
+    assert of((1, 1), (8, 2), (1, 0), (8, 0)) == [
+        (f"open some rows, {one}", [1, 8]),
+        (f"open none, {one}", [1, 8]),
+    ]
+    assert of((1, 1), (8, 8), (8, 2), (32, 8)) == [
+        (f"open 100% of rows, {one}", [1, 8]),
+        (f"open 25% of rows, {one}", [8, 32]),
+    ]
+
+
 def test_the_reference_of_the_lookup_is_exact_on_massive_activations():
     from benchmarks.bench_nearest_key import exact, problem
     from dualedit_kernels.testing import exact_distances
