@@ -5,7 +5,8 @@
 # make fast    tests that take seconds, on all cores, stopping at the first failure: the inner loop (under 2 minutes)
 # make lint    ruff
 # make gpu     on a machine with a GPU: build, check and time everything there (under 10 minutes)
-# make compile-report   registers, spills and shared memory of every GPU kernel, without a GPU
+# make compile-report   registers, spills and shared memory of every GPU kernel, without a GPU, by the oldest
+#              supported Triton (fetched once: 200 MB, kept in the user's cache folder) and the installed one
 # make bench   benchmarks of the operators and of models, results in benchmarks/results/local
 # make readme  the demo, with its output put into README.md
 # make clean   remove what the above made, .venv included

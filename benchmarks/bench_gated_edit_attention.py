@@ -9,10 +9,13 @@ The dimensions are those of LLaVA-1.5-7B: hidden 4096, width 1024, 8 heads, an i
   everything computed and then kept or dropped by ``where`` (softmax written out, or fused attention)
 - cached K/V: the same without recomputing keys and values, fused attention
 - cached K/V compiled: the same under torch.compile
+- on a GPU, cached K/V compiled, CUDA graph: that, captured once and replayed, so that neither Python nor
+  launches cost anything; ours stands beside it captured in the same way
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +27,11 @@ from dualedit_kernels import Gate, backend, fold_query, gated_edit_attention
 
 HIDDEN, MID, HEADS, IMAGE, TEXT, EDIT, EPS = 4096, 1024, 8, 576, 64, 620, 1e-5
 FLAGS = {1: ([True], [False]), 8: ([True, False, False, False] * 2, [False] * 8)}
+FLAGS_CUDA = {
+    1: FLAGS[1],
+    8: ([True] * 8, *FLAGS[8]),
+    32: ([True] * 32, [True, False, False, False] * 8, [False] * 32),
+}
 
 
 @dataclass
@@ -87,11 +95,13 @@ def main() -> None:
     """Run the benchmark from the command line."""
     options = arguments(__doc__.splitlines()[0]).parse_args()
     benchmark = Benchmark("gated_edit_attention", options)
-    dtypes = (torch.float32,) if options.quick else (torch.float32, torch.bfloat16)
-    for dtype in dtypes:
+    cuda = options.device == "cuda"
+    flags = FLAGS_CUDA if cuda else {1: FLAGS[1]} if options.quick else FLAGS
+    quick = (torch.bfloat16,) if cuda else (torch.float32,)  # what a model's weights are there
+    for dtype in quick if options.quick else (torch.float32, torch.bfloat16):
         rate = product_rate(dtype) if options.device == "cpu" else None
-        for rows in (1,) if options.quick else (1, 8):
-            for open_rows in FLAGS[rows]:
+        for rows in flags:
+            for open_rows in flags[rows]:
                 problem = Problem.sample(open_rows, dtype, options.device)
                 shape = {
                     "batch": rows,
@@ -101,7 +111,7 @@ def main() -> None:
                     "hidden": HIDDEN,
                 }
                 with torch.no_grad():
-                    benchmark.compare(shape, rivals(problem, options.quick), floors(shape, dtype, rate))
+                    benchmark.compare(shape, rivals(problem, options.quick, cuda), floors(shape, dtype, rate))
     benchmark.finish()
 
 
@@ -113,8 +123,8 @@ def floors(shape: dict, dtype: torch.dtype, rate: float | None) -> dict[str, flo
     return {f"{dtype} products at full rate".removeprefix("torch."): operations / rate * 1e3}
 
 
-def rivals(problem: Problem, quick: bool) -> list[Rival]:
-    """Ours and the others; all return the hidden states of the whole batch."""
+def rivals(problem: Problem, quick: bool, cuda: bool = False) -> list[Rival]:
+    """Ours and the others; all return the hidden states of the whole batch. cuda: captured ones, too."""
     dtype = str(problem.hidden.dtype).removeprefix("torch.")
     k, v = problem.memory()
     exact = Problem(**{name: _map(value, Tensor.double) for name, value in vars(problem).items()})
@@ -129,16 +139,46 @@ def rivals(problem: Problem, quick: bool) -> list[Rival]:
     name = backend.explain(
         "gated_edit_attention", problem.hidden.device.type, problem.hidden.dtype
     ).implementation.name
-    compiled = torch.compile(lambda: problem.chain(k, v, fused=True))
+    ours = _ours(problem, k, v)
     result = [
-        Rival(f"gated_edit_attention ({name})", dtype, _ours(problem, k, v), wrong),
+        Rival(f"gated_edit_attention ({name})", dtype, ours, wrong),
         Rival("published", dtype, lambda: problem.chain(*problem.memory(), fused=False), wrong),
         Rival(
             "published, fused attention", dtype, lambda: problem.chain(*problem.memory(), fused=True), wrong
         ),
         Rival("cached K/V", dtype, lambda: problem.chain(k, v, fused=True), wrong),
     ]
-    return result if quick else [*result, Rival("cached K/V compiled", dtype, compiled, wrong)]
+    if quick and not cuda:
+        return result
+    torch.compiler.reset()  # the last problem's sizes would make this one's be taken for variable ones
+    compiled = torch.compile(lambda: problem.chain(k, v, fused=True))
+    result.append(Rival("cached K/V compiled", dtype, compiled, wrong))
+    if cuda:
+        result.append(Rival(f"gated_edit_attention ({name}), CUDA graph", dtype, captured(ours), wrong))
+        result.append(Rival("cached K/V compiled, CUDA graph", dtype, captured(compiled), wrong))
+    return result
+
+
+def captured(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """A call whose kernels are captured once, and which replays them: no Python and no launches of each.
+
+    What it returns is the same tensor at every replay, written anew.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream), torch.no_grad():
+        for _ in range(3):  # compiles, and makes what is made on a first call
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph), torch.no_grad():
+        result = call()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return result
+
+    return replay
 
 
 def _ours(problem: Problem, k: Tensor, v: Tensor):

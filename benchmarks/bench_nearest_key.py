@@ -24,13 +24,12 @@ import time
 import torch
 from torch import Tensor
 
-from benchmarks.common import Benchmark, Rival, arguments, bandwidth
+from benchmarks.common import BEYOND_CACHES, Benchmark, Rival, arguments, bandwidth
 from dualedit_kernels import KeyCodes, backend, encode_keys, nearest_key
 from dualedit_kernels.nearest_key.cpp import last_coded
 
 SHAPES = [(1_000, 4096), (100_000, 1024), (100_000, 4096)]
 BATCHES = (1, 8, 32)
-_BEYOND_CACHES = 1 << 27  # bytes
 
 
 def main() -> None:
@@ -80,7 +79,7 @@ def floors(shape: dict, speed: float | None) -> dict[str, float]:
         return {}
     sizes = {name: shape["keys"] * shape["dim"] * size for name, size in (("fp32", 4), ("bf16", 2))}
     return {
-        f"read {name} keys once": size / speed * 1e3 for name, size in sizes.items() if size >= _BEYOND_CACHES
+        f"read {name} keys once": size / speed * 1e3 for name, size in sizes.items() if size >= BEYOND_CACHES
     }
 
 
@@ -92,7 +91,7 @@ def read_rates(shape: dict, speed: float, times: dict[str, list[float]]) -> list
             continue
         size = shape["keys"] * shape["dim"] * (2 if impl.endswith("bf16 keys") else 4)
         rate = size / (statistics.median(turns) / 1e3)
-        where = "" if size >= _BEYOND_CACHES else "; caches hold these keys"
+        where = "" if size >= BEYOND_CACHES else "; caches hold these keys"
         lines.append(
             f"{impl} reads {rate / 1e9:.1f} GB/s, {rate / speed:.0%} of memory's {speed / 1e9:.1f}{where}"
         )
@@ -148,7 +147,11 @@ def rivals(query: Tensor, keys: Tensor, options, codes: dict[torch.dtype, KeyCod
             coded = _ours(query, held, radius, codes[held.dtype])
             name = f"nearest_key ({chosen.name}, coded){suffix}"
             result.append(Rival(name, dtype, coded, _not_the_bits_of(plain(), wrong)))
-    result += _faiss(query, keys, wrong, options) if keys.device.type == "cpu" else []
+    if keys.device.type == "cpu":
+        result += _faiss(query, keys, wrong, options)
+    else:
+        for name, peer in (("faiss-gpu", faiss_gpu), ("cuVS", cuvs)):
+            result += _if_it_runs(name, lambda peer=peer: peer(query, keys, wrong))
     squares = keys.square().sum(1)
     result.append(Rival("torch matmul trick", "float32", lambda: _trick(query, keys, squares), wrong))
     if keys.numel() * len(query) <= 1 << 26:
@@ -214,6 +217,59 @@ def _faiss(query: Tensor, keys: Tensor, wrong, options) -> list[Rival]:
         Rival("faiss IndexFlatL2", "float32", search, wrong),
         Rival("faiss IndexFlatL2, BLAS forced", "float32", search, wrong, blas),
     ]
+
+
+def faiss_gpu(query: Tensor, keys: Tensor, wrong) -> list[Rival]:
+    """faiss' exact index on the GPU, given torch's tensors as they are; none in a faiss without GPUs."""
+    import faiss
+
+    if not hasattr(faiss, "StandardGpuResources"):
+        raise ImportError("this faiss is built without GPUs")
+    import faiss.contrib.torch_utils  # noqa: F401  (lets indices take torch tensors, on torch's stream)
+
+    config = faiss.GpuIndexFlatConfig()
+    config.device = keys.device.index or 0
+    resources = faiss.StandardGpuResources()
+    flat = faiss.GpuIndexFlatL2(resources, keys.shape[1], config)
+    flat.add(keys)
+
+    def search() -> tuple[Tensor, Tensor]:
+        squared, index = flat.search(query, 1)
+        return index[:, 0], squared[:, 0].clamp(min=0).sqrt()
+
+    return [Rival("faiss GpuIndexFlatL2", "float32", search, wrong)]
+
+
+def cuvs(query: Tensor, keys: Tensor, wrong) -> list[Rival]:
+    """cuVS' brute force on torch's stream, into tensors that are made once."""
+    from cuvs.common import Resources
+    from cuvs.neighbors import brute_force
+
+    resources = Resources(stream=torch.cuda.current_stream(keys.device).cuda_stream)
+    flat = brute_force.build(keys, metric="sqeuclidean", resources=resources)
+    index = torch.empty(len(query), 1, dtype=torch.int64, device=query.device)
+    squared = torch.empty(len(query), 1, device=query.device)
+
+    def search() -> tuple[Tensor, Tensor]:
+        brute_force.search(flat, query, 1, neighbors=index, distances=squared, resources=resources)
+        return index[:, 0], squared[:, 0].clamp(min=0).sqrt()
+
+    return [Rival("cuVS brute force", "float32", search, wrong)]
+
+
+def _if_it_runs(name: str, make) -> list[Rival]:
+    """The rivals that ``make`` gives; none, with the reason printed, if the package is absent or fails."""
+    try:
+        rivals = make()
+        for rival in rivals:
+            rival.run()
+    except ImportError as error:
+        print(f"    {name} is left out: {error}")
+        return []
+    except Exception as error:  # a peer that its own build or driver fails must not end the benchmark
+        print(f"    {name} is left out, it failed: {type(error).__name__}: {error}")
+        return []
+    return rivals
 
 
 if __name__ == "__main__":

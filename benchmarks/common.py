@@ -24,6 +24,8 @@ import torch
 from dualedit_kernels import library
 from dualedit_kernels.products import ONEDNN
 
+BEYOND_CACHES = 1 << 27  # bytes: what is larger is read from memory every time
+
 
 @dataclass
 class Row:

@@ -1,6 +1,10 @@
 """Compiles every GPU kernel without a GPU; fails if one spills, is too large or misses the tensor cores.
 
-    python -m benchmarks.compile_report [--arch 80 90] [--only attend] [--scenes bf16] [--json report.json]
+    python -m benchmarks.compile_report [--triton oldest installed] [--arch 80 90] [--only attend]
+                                        [--scenes bf16] [--json report.json]
+
+It is done for the oldest Triton that is supported and for the installed one, which in a fresh install is the
+newest. Another version than the installed one is fetched once (200 MB) and kept, see `benchmarks.tritons`.
 
 The configurations are not a list kept by hand: the shipped launch code runs on meta tensors at the shapes of
 LLaVA-1.5-7B, and every launch is recorded with its tiles and the facts that Triton specialises on (dtypes,
@@ -28,6 +32,11 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import tritons
+
+HEADER = "{:<7} {:<22} {:<6} {:>4} {:>5} {:>7} {:<6} tiles | first used by".format(
+    "triton", "kernel", "arch", "regs", "spill", "shared", "units"
+)
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes a block may use, CUDA programming guide
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TRITON_TYPES = {
@@ -55,8 +64,12 @@ class Launch:
 
 @dataclass(frozen=True)
 class Result:
-    """What one kernel became on one architecture; ``faults`` is empty if it is fit to ship."""
+    """What one kernel became on one architecture; ``faults`` is empty if it is fit to ship.
 
+    triton: the version that compiled it; None where nvcc did.
+    """
+
+    triton: str | None
     kernel: str
     arch: str
     tiles: str
@@ -138,7 +151,10 @@ def compile_launch(launch: Launch, arch: int) -> Result:
         launch.options
     )
     text = " ".join(f"{name.removeprefix('num_')}={value}" for name, value in tiles.items())
-    return Result(launch.name, f"sm_{arch}", text, launch.scene, registers, spilled, shared, units, faults)
+    return Result(
+        triton.__version__, launch.name, f"sm_{arch}", text, launch.scene, registers, spilled, shared, units,
+        faults,
+    )  # fmt: skip
 
 
 def resources(cubin: bytes) -> tuple[int, int]:
@@ -181,35 +197,29 @@ def compile_cuda(arch: int) -> list[Result]:
         readable = _demangle(sorted(names))
         for name, registers, spilled, shared in _ptxas_figures(done.stderr):
             faults = [f"spills {spilled} bytes"] if spilled else []
-            results.append(
-                Result(readable[name], f"sm_{arch}", "", source.name, registers, spilled, shared, "-", faults)
-            )
+            figures = (registers, spilled, shared, "-", faults)
+            results.append(Result(None, readable[name], f"sm_{arch}", "", source.name, *figures))
     return results
 
 
 def main() -> int:
     """Run from the command line; the exit status says whether all kernels are fit to ship."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90], choices=sorted(SHARED_LIMIT))
-    parser.add_argument("--only", default="", help="kernels whose name contains this")
-    parser.add_argument("--scenes", default="", help="scenes whose name contains this, e.g. bf16")
-    parser.add_argument("--json", type=Path, help="write the rows to this file")
-    options = parser.parse_args()
-    header = ("kernel", "arch", "regs", "spill", "shared", "units")
-    print("{:<22} {:<6} {:>4} {:>5} {:>7} {:<6} tiles | first used by".format(*header))
-    results = []
-    for arch in options.arch:
-        for launch in launches(arch, options.only, lambda scene: options.scenes in scene):
-            results.append(compile_launch(launch, arch))
-            show(results[-1])
-        if options.only or options.scenes:
-            continue
+    options = arguments().parse_args()
+    named = {"oldest": tritons.oldest(), "installed": tritons.installed()}
+    results: list[Result] = []
+    for version in dict.fromkeys(named.get(name, name) for name in options.triton):
+        if version == tritons.installed():
+            results += compile_triton(options)
+        else:
+            results += under_another_triton(version, options)
+    everything = not (options.only or options.scenes or options.no_cuda)
+    for arch in options.arch if everything else ():
         cuda = compile_cuda(arch)
         if not cuda:
             print(f"csrc/cuda is not compiled for sm_{arch}: there is no nvcc on the PATH")
         for result in cuda:
-            results.append(result)
             show(result)
+        results += cuda
     if options.json is not None:
         options.json.write_text(json.dumps([asdict(result) for result in results], indent=1) + "\n")
     bad = [result for result in results if result.faults]
@@ -217,14 +227,67 @@ def main() -> int:
     return 1 if bad or not results else 0
 
 
+def arguments() -> argparse.ArgumentParser:
+    """The options of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--triton",
+        nargs="+",
+        default=["oldest", "installed"],
+        metavar="VERSION",
+        help="versions, e.g. 3.6.0, or oldest (of the supported) and installed, which is the default",
+    )
+    parser.add_argument("--cache", type=Path, help="where fetched versions of Triton are kept")
+    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90], choices=sorted(SHARED_LIMIT))
+    parser.add_argument("--only", default="", help="kernels whose name contains this")
+    parser.add_argument("--scenes", nargs="+", default=[], help="scenes whose name contains one of these")
+    parser.add_argument("--no-cuda", action="store_true", help="leave csrc/cuda out")
+    parser.add_argument("--json", type=Path, help="write the rows to this file")
+    return parser
+
+
+def compile_triton(options: argparse.Namespace) -> list[Result]:
+    """Compile the launches that the options name with this process's Triton, and show each."""
+    results = []
+    print(HEADER, flush=True)
+    for arch in options.arch:
+        for launch in launches(arch, options.only, lambda scene: _chosen(scene, options.scenes)):
+            results.append(compile_launch(launch, arch))
+            show(results[-1])
+    return results
+
+
+def under_another_triton(version: str, options: argparse.Namespace) -> list[Result]:
+    """The same in a process that imports another Triton."""
+    folder = tritons.fetch(version, options.cache)
+    with tempfile.TemporaryDirectory() as place:
+        rows = Path(place) / "rows.json"
+        command = [sys.executable, "-m", "benchmarks.compile_report", "--triton", "installed", "--no-cuda"]
+        command += ["--json", str(rows), "--only", options.only, "--arch", *map(str, options.arch)]
+        if options.scenes:
+            command += ["--scenes", *options.scenes]
+        done = subprocess.run(command, env=tritons.environment(folder), cwd=tritons.ROOT, check=False)
+        if not rows.exists():
+            raise RuntimeError(f"the report under triton {version} ended with status {done.returncode}")
+        results = [Result(**row) for row in json.loads(rows.read_text())]
+    others = {result.triton for result in results} - {version}
+    if others:
+        raise RuntimeError(f"compiled by triton {others} in place of {version}")
+    return results
+
+
 def show(result: Result) -> None:
     """Print one row of the table."""
     print(
-        f"{result.kernel:<22} {result.arch:<6} {result.registers:>4} {result.spilled:>5} {result.shared:>7} "
-        f"{result.tensor_cores:<6} {result.tiles} | {result.scene}"
+        f"{result.triton or '-':<7} {result.kernel:<22} {result.arch:<6} {result.registers:>4} "
+        f"{result.spilled:>5} {result.shared:>7} {result.tensor_cores:<6} {result.tiles} | {result.scene}"
         + "".join(f"  FAULT: {fault}" for fault in result.faults),
         flush=True,
     )
+
+
+def _chosen(scene: str, parts: list[str]) -> bool:
+    return not parts or any(part in scene for part in parts)
 
 
 @contextmanager

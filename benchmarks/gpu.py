@@ -33,6 +33,7 @@ TESTS = [
     "tests/kernels/test_routed_linear_triton.py",
     "tests/kernels/test_gated_edit_attention_triton.py",
     "tests/kernels/test_nearest_key_cuda.py",
+    "tests/kernels/test_benchmarks.py",
 ]
 
 

@@ -240,7 +240,7 @@ def shrink_kernel(
         # [BK, BR]
         b_d = tl.load(p_d, mask=m_k[:, None] & m_r[None, :], other=0.0)
         b_inner = tl.dot(b_x, b_d, b_inner, input_precision="ieee")
-        p_d += BK * stride_i
+        p_d += tl.cast(stride_i, tl.int64) * BK
     p_out = ((i_part.to(tl.int64) * rows + i_b) * tokens + o_t)[:, None] * rank + o_r[None, :]
     tl.store(inner + p_out, b_inner, mask=m_t[:, None] & m_r[None, :])
 
@@ -357,7 +357,7 @@ def project_kernel(
         # [BK, BO]
         b_w = tl.load(p_w, mask=m_k[:, None] & m_o[None, :], other=0.0)
         b_out = tl.dot(b_x, b_w, b_out, input_precision="ieee")
-        p_w += BK * stride_i
+        p_w += tl.cast(stride_i, tl.int64) * BK
     if HAS_BIAS:
         # [BO]
         b_out += tl.load(bias + o_o, mask=m_o, other=0.0).to(tl.float32)[None, :]

@@ -1,10 +1,15 @@
 """GPU kernels compiled without a GPU: no spills, within the shared memory of the chip, on tensor cores."""
 
+import json
 import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import compile_report
+from benchmarks import compile_report, tritons
 
 pytest.importorskip("triton", reason="Triton is not installed here")
 
@@ -47,6 +52,73 @@ def test_fit_to_ship_on_hopper(kernel):
         assert 0 < result.registers <= 255
         dots = kernel not in ("scan_kernel", "finish_kernel", "statistics_kernel")
         assert (result.tensor_cores != "-") == dots
+
+
+@pytest.fixture
+def oldest_triton():
+    """The oldest supported version, where it is kept already or can be fetched."""
+    version = tritons.oldest()
+    if version == tritons.installed():
+        pytest.skip(f"the installed Triton is the oldest, {version}: the other tests compile with it")
+    try:
+        tritons.fetch(version, limit=180)
+    except tritons.NotAvailable as error:
+        pytest.skip(str(error))
+    return version
+
+
+@pytest.mark.slow
+def test_fit_to_ship_by_the_oldest_triton(oldest_triton, tmp_path):
+    """Every kernel in bf16 for both generations; `make compile-report` compiles every configuration."""
+    command = [sys.executable, "-m", "benchmarks.compile_report", "--triton", "oldest", "--no-cuda"]
+    command += ["--scenes", *sorted(SCENES), "--json", str(tmp_path / "rows.json")]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert {row["triton"] for row in rows} == {oldest_triton}
+    assert {(row["kernel"], row["arch"]) for row in rows} == {
+        (kernel, arch) for kernel in KERNELS for arch in ("sm_80", "sm_90")
+    }
+    assert not [row for row in rows if row["faults"]]
+
+
+def test_a_triton_is_fetched_once_and_whole(monkeypatch, tmp_path):
+    calls = []
+
+    def pip(command, **options):
+        calls.append(command[-1])
+        target = Path(command[command.index("--target") + 1])
+        target.mkdir()
+        if len(calls) > 1:  # the first fetch is cut short
+            (target / "triton").mkdir()
+        failed = len(calls) == 1
+        return SimpleNamespace(returncode=int(failed), stderr="trying\nno network\n" if failed else "")
+
+    monkeypatch.setattr(tritons.subprocess, "run", pip)
+    with pytest.raises(tritons.NotAvailable, match="triton 9.9.9 cannot be fetched: no network"):
+        tritons.fetch("9.9.9", tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    folder = tritons.fetch("9.9.9", tmp_path)
+    assert tritons.fetch("9.9.9", tmp_path) == folder
+    assert list(tmp_path.iterdir()) == [folder] and (folder / "triton").is_dir()
+    assert calls == ["triton==9.9.9"] * 2
+    assert tritons.environment(folder)["PYTHONPATH"].startswith(str(folder))
+
+
+def test_another_triton_than_the_asked_one_is_refused(monkeypatch, tmp_path):
+    """A cached folder that is not the version of its name."""
+    folder = tmp_path / f"triton-9.9.9-{sys.implementation.cache_tag}"
+    (folder / "triton").mkdir(parents=True)
+    row = compile_report.Result("3.0.0", "kernel", "sm_90", "", "", 1, 0, 0, "-", [])
+
+    def child(command, **options):
+        Path(command[command.index("--json") + 1]).write_text(json.dumps([vars(row)]))
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(compile_report.subprocess, "run", child)
+    options = compile_report.arguments().parse_args(["--cache", str(tmp_path)])
+    with pytest.raises(RuntimeError, match=r"compiled by triton \{'3.0.0'\} in place of 9.9.9"):
+        compile_report.under_another_triton("9.9.9", options)
 
 
 @pytest.mark.slow

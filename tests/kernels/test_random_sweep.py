@@ -1,18 +1,35 @@
-"""Random shapes, strides, dtypes and routes, every implementation; attention has them in its own tests."""
+"""Random shapes, strides, dtypes and routes, every implementation."""
+
+from dataclasses import replace
 
 import pytest
 import torch
 from interpreter import DEVICE, on_triton
 
-from dualedit_kernels import Full, LowRank, backend, nearest_key, routed_linear
+from dualedit_kernels import (
+    Full,
+    LowRank,
+    backend,
+    gated_edit_attention,
+    nearest_key,
+    products,
+    routed_linear,
+)
+from dualedit_kernels.gated_edit_attention.reference import gated_edit_attention_reference
 from dualedit_kernels.routed_linear.reference import routed_full_reference, routed_low_rank_reference
-from dualedit_kernels.testing import assert_as_exact, assert_nearest, rounding_of_sums
+from dualedit_kernels.testing import (
+    assert_as_exact,
+    assert_nearest,
+    attention_case,
+    rounding_of_sums,
+    sample_shape,
+)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def names(operator):
-    return [e.name for e in backend.families()[operator] if e.refuses("cpu", torch.float32) is None]
+def names(operator, dtype=torch.float32):
+    return [e.name for e in backend.families()[operator] if e.refuses("cpu", dtype) is None]
 
 
 class Draw:
@@ -124,3 +141,71 @@ def test_routed_linear_in_triton(generator):
     with backend.use_backend(routed_linear="triton"):
         for _ in range(2):
             linear(draw, 24, DEVICE)
+
+
+def attention(draw, dtypes, device):
+    """Output, in place and every gradient; slots overlap, leave gaps, and some are empty."""
+    shape, dtype = sample_shape(draw.generator), draw.one_of(dtypes)
+    slots = shape.pop("slots")
+    lengths = [draw.number(0, 33) for _ in range(slots)]
+    route = [draw.number(-1, slots - 1) for _ in range(shape["rows"])]
+    case = attention_case(draw.generator, lengths=lengths, route=route, **shape).to(dtype)
+    shift = draw.number(0, 3)  # slots neither begin nor end where the tables do
+    start = (case.start - shift).clamp(min=0)
+    case = replace(case, start=start, length=torch.minimum(case.length, len(case.k) - start))
+    loose = {name: draw.laid_out(getattr(case, name)) for name in case.DIFFERENTIABLE}
+    wide_span = torch.zeros(*case.span.shape, 3, dtype=torch.bool)
+    wide_span[..., 1] = case.span
+    loose |= {"span": wide_span[..., 1], "route": torch.stack([case.route] * 2, 1)[:, 1]}
+    cotangent = draw.laid_out(draw.normal(*case.hidden.shape).to(dtype))
+    print(dtype, shape, route, start, case.length, {n: t.stride() for n, t in loose.items()})
+
+    def results(function, case, cotangent):
+        leaves = [getattr(case, n).detach().requires_grad_(True) for n in case.DIFFERENTIABLE]
+        out = function(replace(case, **dict(zip(case.DIFFERENTIABLE, leaves, strict=True))))
+        return [out.detach(), *torch.autograd.grad(out, leaves, cotangent, materialize_grads=True)]
+
+    def reference(case):
+        return gated_edit_attention_reference(*case.args())
+
+    def operator(case):
+        return gated_edit_attention(**case.public())[0]
+
+    exact = results(reference, case.to(torch.float64), cotangent.double())
+    plain = results(reference, case, cotangent)
+    fields = {n: getattr(case, n) for n in case.__dataclass_fields__} | loose
+    there = {n: t.to(device) for n, t in fields.items() if isinstance(t, torch.Tensor)}
+    there = replace(case, **there)
+    actual = results(operator, there, cotangent.to(device))
+    # Sums that cancel are as exact as what they add up, not as what is left.
+    largest = max(float(true.abs().max()) for true in exact[1:] if true.numel())
+    unit = torch.finfo(torch.float32).eps if dtype == torch.float32 else 0.0
+    for name, got, low, true in zip(["out", *case.DIFFERENTIABLE], actual, plain, exact, strict=True):
+        assert_as_exact(name, got.cpu(), low, true, 4.0, 0.0 if name == "out" else 8 * unit * largest)
+    closed = ~(case.span & (case.route >= 0)[:, None])
+    assert torch.equal(actual[0].cpu()[closed], case.hidden[closed])
+
+    inside = there.hidden.clone(memory_format=torch.preserve_format)
+    with torch.no_grad():
+        out = gated_edit_attention(**there.public() | {"hidden": inside}, inplace=True)[0]
+    assert out is inside
+    assert_as_exact("in place", out.cpu(), plain[0], exact[0], 4.0)
+    assert torch.equal(out.cpu()[closed], case.hidden[closed])
+
+
+@pytest.mark.parametrize("name", names("gated_edit_attention", torch.bfloat16))
+def test_gated_edit_attention(name, generator, poison, monkeypatch):
+    monkeypatch.setattr(products, "_WORTH_IT", 0)  # small products take oneDNN's road too
+    draw = Draw(generator)
+    fit = [dtype for dtype in DTYPES if name in names("gated_edit_attention", dtype)]
+    with backend.use_backend(gated_edit_attention=name):
+        for _ in range(12):
+            attention(draw, fit, "cpu")
+
+
+@on_triton
+def test_gated_edit_attention_in_triton(seed):
+    draw = Draw(torch.Generator().manual_seed(seed))
+    with backend.use_backend(gated_edit_attention="triton"):
+        for _ in range(3):
+            attention(draw, DTYPES, DEVICE)
