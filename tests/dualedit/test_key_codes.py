@@ -10,8 +10,7 @@ import torch
 from dualedit import key_codes
 from dualedit.key_codes import TableCodes
 from dualedit.memory import EditMemory
-from dualedit.routing import mean_state, route_codebook
-from dualedit.sequence import ForwardPass, Prompt, Sequence
+from dualedit.routing import mean_state, pool_key, route_codebook
 
 from dualedit_kernels import backend, nearest_key
 from dualedit_kernels.nearest_key import op as operator
@@ -129,12 +128,12 @@ def test_a_codebook_in_half_precision_is_read_as_it_is_stored(generator):
     add(memory, generator, 1, 90, torch.bfloat16)
     edits = memory.snapshot()
     hidden = torch.randn(2, 5, D, generator=generator).bfloat16()
-    prompt = Prompt(torch.ones(2, 5, dtype=torch.bool), None, torch.full((2,), 4), torch.full((2,), 4))
-    forward = ForwardPass(Sequence(prompt), 0, 2, 5)
-    route, distance = route_codebook(hidden, forward, "mean", "l2", edits)
+    prompt = torch.ones(2, 5, dtype=torch.bool)
+    query = pool_key(hidden, "mean", prompt, torch.full((2,), 4))
+    route, distance = route_codebook(query, prompt, "l2", edits)
     assert ("l2" in edits.key_codes._known) == coded()  # of a converted table there are none
     wide = edits.tables["key"].float()
-    want = nearest_key(mean_state(hidden, prompt.text), wide, edits.tables["radius"].float(), "l2")
+    want = nearest_key(mean_state(hidden, prompt), wide, edits.tables["radius"].float(), "l2")
     assert torch.equal(route, want[0]) and torch.equal(distance, want[1])
 
 
