@@ -12,6 +12,15 @@ def generate(model, inputs, **more):
     return model.generate(**inputs, **(settings | more))[:, -NEW:]
 
 
+def generate_scored(model, inputs, **more):
+    """What `generate` gives for beams, [B, NEW], and their scores [B]."""
+    out = model.generate(
+        **inputs, max_new_tokens=NEW, eos_token_id=NEVER, do_sample=False, pad_token_id=PAD,
+        return_dict_in_generate=True, output_scores=True, **more,
+    )  # fmt: skip
+    return out.sequences[:, -NEW:], out.sequences_scores
+
+
 def decode(model, inputs, steps=NEW, between=None, **more):
     """A hand-written greedy loop with a cache: tokens [B, steps], logits [B, steps, V]."""
     tokens, logits = [], []

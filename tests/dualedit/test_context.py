@@ -8,7 +8,7 @@ from dualedit import explicit_masks, remove_edit
 from dualedit.context import ForwardPass, Sequence, describe_prompt
 from dualedit.editing import append_target
 from dualedit.frames import FRAMES
-from generating import NEVER, NEW, decode, generate
+from generating import NEVER, NEW, decode, generate, generate_scored
 from tiny_models import (
     IMAGE,
     LLAVA,
@@ -107,12 +107,14 @@ def test_beams(family, method, settings, generator):
     inputs = family.questions(3, generator)
     store(model, row_of(inputs, 1), generator)
     n = settings.get("num_return_sequences", 1)
-    together = generate(model, inputs, **settings)
-    expected = generate(base, inputs, **settings)
+    together, reached = generate_scored(model, inputs, **settings)
+    expected, before = generate_scored(base, inputs, **settings)
     alone = generate(model, row_of(inputs, 1), **settings)
     assert torch.equal(together[n : 2 * n], alone)
     assert torch.equal(together[:n], expected[:n]) and torch.equal(together[2 * n :], expected[2 * n :])
-    assert not torch.equal(together[n : 2 * n], expected[n : 2 * n])
+    # In a random model an edit may leave the winning words as they are, but not what they scored.
+    moved = (reached != before).view(3, n).all(1)
+    assert moved.tolist() == [False, True, False]
 
 
 def test_several_sampled_sequences(family, method, generator, seed):

@@ -75,7 +75,7 @@ def test_what_weak_adapters_do_not_write_is_mended_word_by_word(seed):
             found.append(editor.answer(request.image, request.prompt) == request.target)
             editor.undo()
         right[steps] = sum(found)
-    assert right[0] < 6 and right[200] == 12
+    assert right[0] < right[200] == len(samples)
     assert edit.probability >= active_group(editor.model)[1].refine_probability
 
 
