@@ -166,6 +166,14 @@ void refine(Scan scan, const Lookup& lookup, Nearest& nearest) {
   }
 }
 
+// A tensor [size], without the dispatcher: a small lookup would feel it.
+Tensor empty(int64_t size, int32_t dtype) {
+  const int64_t stride = 1;
+  AtenTensorHandle made;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, &size, &stride, dtype, aoti_torch_device_type_cpu(), 0, &made));
+  return Tensor(made);
+}
+
 }  // namespace
 
 Arguments prepare(const Tensor& query, const Tensor& keys, const Tensor& radius, bool cosine, int64_t isa) {
@@ -212,8 +220,7 @@ void look_up(Scan scan, const Lookup& lookup, int64_t count, Nearest& nearest) {
 std::tuple<Tensor, Tensor> answer(
     const Tensor& query, const Tensor& radius, bool cosine, const Nearest& nearest) {
   const int64_t batch = query.size(0);
-  Tensor index = torch::stable::new_empty(query, {batch}, ScalarType::Long);
-  Tensor distance = torch::stable::new_empty(query, {batch}, ScalarType::Float);
+  Tensor index = empty(batch, aoti_torch_dtype_int64()), distance = empty(batch, aoti_torch_dtype_float32());
   auto* index_out = static_cast<int64_t*>(index.mutable_data_ptr());
   auto* distance_out = static_cast<float*>(distance.mutable_data_ptr());
   const auto* radii = static_cast<const float*>(radius.const_data_ptr());

@@ -31,6 +31,21 @@ inline void quarters(Floats a, Floats b, Floats& first, Floats& last) {
 #endif
 }
 
+// Lane j holds what lane j + N did, in a circle.
+template <int N>
+inline Integers turned(const Integers& v) {
+#define DUALEDIT_LANES                                                                                              \
+  N % 16, (N + 1) % 16, (N + 2) % 16, (N + 3) % 16, (N + 4) % 16, (N + 5) % 16, (N + 6) % 16, (N + 7) % 16,         \
+      (N + 8) % 16, (N + 9) % 16, (N + 10) % 16, (N + 11) % 16, (N + 12) % 16, (N + 13) % 16, (N + 14) % 16,        \
+      (N + 15) % 16
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(v, v, DUALEDIT_LANES);
+#else
+  return __builtin_shuffle(v, Integers{DUALEDIT_LANES});
+#endif
+#undef DUALEDIT_LANES
+}
+
 // 16 quads of 8 rows, in tiles.
 inline void arrange_eight(const int8_t* from, int64_t stride, int8_t* to) {
   Integers one[8], two[8];
@@ -116,10 +131,11 @@ inline void sums_of(const Floats& a, const Floats& b, const Floats& c, const Flo
     out[i] = (own[0] + own[1]) + (own[2] + own[3]);
   }
 }
-inline int32_t sum_of(const Integers& lanes) {
-  int32_t sum = 0;
-  for (int j = 0; j < kBlock; ++j) sum += lanes[j];
-  return sum;
+inline int32_t sum_of(Integers lanes) {
+  lanes += turned<8>(lanes);
+  lanes += turned<4>(lanes);
+  lanes += turned<2>(lanes);
+  return lanes[0] + lanes[1];
 }
 
 inline void put(const Integers& codes, int8_t* to) {
@@ -127,22 +143,21 @@ inline void put(const Integers& codes, int8_t* to) {
   put(__builtin_convertvector(codes, Bytes), to);
 }
 
-// Codes of dimensions begin..end of x, written to the planes of a query, and their sums. Meanwhile ``next`` is
-// fetched.
+// Codes of x [count], some dimensions of a query, written to its planes, and their sums. Meanwhile ``next`` is fetched.
 template <int P>
 inline Sums codes_of(
-    const float* x, int64_t begin, int64_t end, float scale, float inverse, int8_t* bytes, int64_t stride,
-    const float* next, int32_t* offset) {
+    const float* x, int64_t count, float scale, float inverse, int8_t* bytes, int64_t stride, const float* next,
+    int32_t* offset) {
   constexpr float kRounder = 12582912.0f;  // rounds to nearest: the last bits of 1.5 * 2^23 + x are x
   constexpr int64_t run = (P == 1 ? 32 : 1) * kBlock;  // sums of so many dimensions need no doubles
   Sums sums;
   Floats squares = {}, rests = {};
   Doubles all = {}, together = {};
   Integers high = {}, low = {};
-  for (int64_t first = begin; first < end; first += run) {
-    const int64_t last = first + run < end ? first + run : end;
+  for (int64_t first = 0; first < count; first += run) {
+    const int64_t last = first + run < count ? first + run : count;
     Floats own = {}, both = {};
-    for (int64_t d = first; d < last; d += kBlock) {
+    const auto add_to = [&](int64_t d, Floats& squares, Floats& rests, Floats& own, Floats& both, Integers& low) {
       Floats value;
       __builtin_prefetch(next + d);
       get(value, x + d);
@@ -164,7 +179,22 @@ inline Sums codes_of(
         put(upper, bytes + d);
         put(lower, bytes + stride + d);
       }
+    };
+    int64_t d = first;
+    if constexpr (P == 1) {  // two at a time, so that a sum need not wait for the one before
+      Floats squares_2 = {}, rests_2 = {}, own_2 = {}, both_2 = {};
+      Integers low_2 = {};
+      for (; d + 2 * kBlock <= last; d += 2 * kBlock) {
+        add_to(d, squares, rests, own, both, low);
+        add_to(d + kBlock, squares_2, rests_2, own_2, both_2, low_2);
+      }
+      squares += squares_2;
+      rests += rests_2;
+      own += own_2;
+      both += both_2;
+      low += low_2;
     }
+    for (; d < last; d += kBlock) add_to(d, squares, rests, own, both, low);
     if constexpr (P == 1) {
       float four[4];
       sums_of(squares, rests, own, both, four);
@@ -197,96 +227,138 @@ inline void larger(const Floats& value, Integers& top) {
   top = size > top ? size : top;
 }
 
-// x = q - c in some dimensions, in whole registers, zero at those apart and behind the last; the largest magnitude.
+inline float largest_of(Integers top) {
+  const auto with = [&](const Integers& other) { top = other > top ? other : top; };
+  with(turned<8>(top));
+  with(turned<4>(top));
+  with(turned<2>(top));
+  with(turned<1>(top));
+  const int32_t most = top[0];
+  float result;
+  __builtin_memcpy(&result, &most, sizeof(result));
+  return result;
+}
+
+// x [end - begin] = q - c in some dimensions, in whole registers, zero at those apart and behind the last; the largest
+// magnitude.
 inline float centred(const Codes& codes, const float* query, int64_t begin, int64_t end, float* x) {
-  Integers top = {};
-  int64_t d = begin;
-  for (; d < end && d + kBlock <= codes.dim; d += kBlock) {
+  Integers top = {}, top_2 = {};
+  const auto subtract = [&](int64_t d, Integers& top) {
     Floats value, centre;
     get(value, query + d);
     get(centre, codes.centre + d);
     value -= centre;
-    put(value, x + d);
+    put(value, x + d - begin);
     larger(value, top);
+  };
+  int64_t d = begin;
+  for (; d + kBlock < end && d + 2 * kBlock <= codes.dim; d += 2 * kBlock) {
+    subtract(d, top);
+    subtract(d + kBlock, top_2);
   }
+  for (; d < end && d + kBlock <= codes.dim; d += kBlock) subtract(d, top);
+  top = top > top_2 ? top : top_2;
   int64_t seen = d;
-  for (; d < end; ++d) x[d] = d < codes.dim ? query[d] - codes.centre[d] : 0.0f;
+  for (; d < end; ++d) x[d - begin] = d < codes.dim ? query[d] - codes.centre[d] : 0.0f;
   for (int64_t p = 0; p < codes.apart; ++p) {
     const int64_t at = codes.apart_at[p];
     if (at < begin || at >= end) continue;
-    x[at] = 0.0f;
+    x[at - begin] = 0.0f;
     top = Integers{};
     seen = begin;
   }
   for (d = seen; d < end; d += kBlock) {
     Floats value;
-    get(value, x + d);
+    get(value, x + d - begin);
     larger(value, top);
   }
-  int32_t most = 0;
-  for (int j = 0; j < kBlock; ++j) most = top[j] > most ? top[j] : most;
-  float result;
-  __builtin_memcpy(&result, &most, sizeof(result));
-  return result;
+  return largest_of(top);
+}
+
+// What was found of a part of a query: its sums, those of its head (of the first part), and the scale of its codes
+// before it is that of least squares.
+struct CodedPart {
+  Sums sums;
+  double head_n = 0.0;
+  float first = 0.0f;
+};
+
+// The codes of query b, part by part, zero if it is ``blank``; false where a magnitude is too large. scratch: as `code`.
+inline bool code_parts(
+    const Codes& codes, const float* query, CodedQueries& coded, int64_t b, int8_t* bytes, int64_t stride,
+    float* scratch, bool blank, CodedPart* found) {
+  const int64_t padded = (codes.dim + kLanes - 1) / kLanes * kLanes, planes = coded.planes, batch = coded.batch;
+  const auto edge = [&](int64_t part) { return part < coded.parts ? part * coded.part * 4 : padded; };
+  // Two parts are at work: the next one is centred while the scale of this one is not yet known.
+  float* const both[2] = {scratch, scratch + (coded.parts == 1 ? 0 : padded / 2 / kLanes * kLanes)};
+  const auto centre = [&](int64_t part) {
+    float* x = both[part % 2];
+    if (!blank) return centred(codes, query, edge(part), edge(part + 1), x);
+    for (int64_t d = 0; d < edge(part + 1) - edge(part); ++d) x[d] = 0.0f;
+    return 0.0f;
+  };
+  const auto run = planes == 1 ? codes_of<1> : codes_of<2>;
+  const float* next = query + (b + 1 < batch ? stride : 0);
+  int8_t* to = bytes + b * planes * stride;
+  float most = centre(0);
+  for (int64_t p = 0; p < coded.parts; ++p) {
+    if (!(most <= 4e18f)) return false;  // beyond it squares could overflow; NaN compares false
+    // Smaller scales would lose their precision: codes are zero then.
+    const float first = most / (planes == 1 ? 127.0f : 127.0f * 256.0f);
+    const float inverse = first >= 1e-18f ? 1.0f / first : 0.0f;
+    if (p + 1 < coded.parts) most = centre(p + 1);
+    const float* x = both[p % 2];
+    const int64_t begin = edge(p), end = edge(p + 1), head = p == 0 ? coded.head * 4 : begin;
+    int32_t before[2] = {}, behind[2] = {};  // 128 times the sums of codes
+    CodedPart part;
+    if (p == 0) {
+      part.sums = run(x, head, first, inverse, to, stride, next, before);
+      part.head_n = part.sums.n;
+    }
+    const Sums rest =
+        run(x + head - begin, end - head, first, inverse, to + head, stride, next + head, behind);
+    part.sums.x += rest.x;
+    part.sums.r += rest.r;
+    part.sums.n += rest.n;
+    part.sums.rn += rest.rn;
+    part.first = first;
+    found[p] = part;
+    for (int64_t plane = 0; plane < planes; ++plane) {
+      int32_t* offset = coded.offset + b * planes + plane;
+      if (p == 0) offset[0] = behind[plane];
+      offset[(1 + p) * batch * planes] = -before[plane] - behind[plane];
+    }
+  }
+  return true;
 }
 
 // Code query b: as in CodedQueries.
 void code(
     const Codes& codes, const float* query, CodedQueries& coded, int64_t b, int8_t* bytes, int64_t stride,
     float* scratch) {
-  const int64_t padded = (codes.dim + kLanes - 1) / kLanes * kLanes, planes = coded.planes, batch = coded.batch;
-  const auto edge = [&](int64_t part) { return part < coded.parts ? part * coded.part * 4 : padded; };
+  const int64_t padded = (codes.dim + kLanes - 1) / kLanes * kLanes, batch = coded.batch;
   float* own = coded.apart + b * codes.apart;
   double apart = 0.0;
   for (int64_t p = 0; p < codes.apart; ++p) {
     own[p] = query[codes.apart_at[p]];
     apart += static_cast<double>(own[p]) * own[p];
   }
-  // Beyond these sizes squares could overflow. NaN compares false.
-  float most[kMostParts];
+  CodedPart found[kMostParts];
   bool fine = apart <= 1e37;
-  for (int64_t p = 0; p < coded.parts; ++p) {
-    most[p] = centred(codes, query, edge(p), edge(p + 1), scratch);
-    fine = fine && most[p] <= 4e18f;
-  }
-  if (!fine) {
-    for (int64_t d = 0; d < padded; ++d) scratch[d] = 0.0f;
-    for (int64_t p = 0; p < coded.parts; ++p) most[p] = 0.0f;
-  }
+  fine = code_parts(codes, query, coded, b, bytes, stride, scratch, !fine, found) && fine;
+  if (!fine) code_parts(codes, query, coded, b, bytes, stride, scratch, true, found);
   // Subtracting the centre and the coded value rounds by 2^-24 of the value each, summing squares by another 2^-24
   // for each addition to a lane, and squares that underflow amount to less than 1e-16 in length.
   const double summing = 1 + (static_cast<double>(padded) / 16 + 32) * 6.1e-8;
   double squares[kMostParts], left[kMostParts], x = 0.0, coded_square = 0.0;
   for (int64_t p = 0; p < coded.parts; ++p) {
-    // Smaller scales would lose their precision: codes are zero then.
-    const float first = most[p] / (planes == 1 ? 127.0f : 127.0f * 256.0f);
-    const float inverse = first >= 1e-18f ? 1.0f / first : 0.0f;
-    const auto run = planes == 1 ? codes_of<1> : codes_of<2>;
-    const float* next = query + (b + 1 < batch ? stride : 0);
-    int8_t* to = bytes + b * planes * stride;
-    const int64_t head = p == 0 ? coded.head * 4 : edge(p);
-    int32_t before[2] = {}, behind[2] = {};  // 128 times the sums of codes
-    Sums sums;
-    double head_n = 0.0;
-    if (p == 0) {
-      sums = run(scratch, 0, head, first, inverse, to, stride, next, before);
-      head_n = sums.n;
-    }
-    const Sums rest = run(scratch, head, edge(p + 1), first, inverse, to, stride, next, behind);
-    sums.x += rest.x;
-    sums.r += rest.r;
-    sums.n += rest.n;
-    sums.rn += rest.rn;
-    for (int64_t plane = 0; plane < planes; ++plane) {
-      int32_t* offset = coded.offset + b * planes + plane;
-      if (p == 0) offset[0] = behind[plane];
-      offset[(1 + p) * batch * planes] = -before[plane] - behind[plane];
-    }
+    const Sums& sums = found[p].sums;
+    const float first = found[p].first;
     // That of least squares: the residue is then at a right angle to the code.
     const float scale = sums.n > 0.0 ? static_cast<float>(first + sums.rn / sums.n) : 0.0f;
     coded.scale[b * coded.parts + p] = scale;
     const double unit = static_cast<double>(scale) * scale;
-    if (p == 0) coded.square[b] = static_cast<float>(unit * head_n);
+    if (p == 0) coded.square[b] = static_cast<float>(unit * found[p].head_n);
     coded_square += unit * sums.n;
     const double change = static_cast<double>(scale) - first;  // r of the other scale is r - change n
     const double own_left =

@@ -140,13 +140,12 @@ def check_codes(name: str, codes: object, keys: Tensor, metric: str) -> None:
     """Raise unless ``codes`` are a `KeyCodes` for keys like these. Their values are not compared."""
     if not isinstance(codes, KeyCodes):
         raise TypeError(f"{name} must be KeyCodes, got {type(codes).__name__}: make them with encode_keys.")
-    for what, has, wanted in (
-        ("keys", codes.count, keys.shape[0]),
-        ("dimensions", codes.dim, keys.shape[1]),
-        ("dtype", codes.dtype, keys.dtype),
-        ("metric", codes.metric, metric),
-        ("device", codes.codes.device, keys.device),
-    ):
+    made_for = (codes.count, codes.dim, codes.dtype, codes.metric, codes.codes.device)
+    given = (*keys.shape, keys.dtype, metric, keys.device)
+    if made_for == given:  # at once: a lookup takes microseconds
+        return
+    names = ("keys", "dimensions", "dtype", "metric", "device")
+    for what, has, wanted in zip(names, made_for, given, strict=True):
         if has != wanted:
             raise ValueError(
                 f"{name} were made for {what} {has}, this lookup has {what} {wanted}: encode the keys again."
