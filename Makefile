@@ -4,7 +4,8 @@
 # make test-all   also every architecture, and the tests on the oldest and the newest transformers
 # make fast    tests that take seconds, on all cores, stopping at the first failure: the inner loop (under 2 minutes)
 # make lint    ruff
-# make gpu     on a machine with a GPU: build, check and time everything there (under 10 minutes)
+# make gpu     on a machine with a GPU: build, check and time everything there, and say which goals are
+#              reached (under 10 minutes)
 # make compile-report   registers, spills and shared memory of every GPU kernel, without a GPU, by the oldest
 #              supported Triton (fetched once: 200 MB, kept in the user's cache folder) and the installed one
 # make bench   benchmarks of the operators and of models, results in benchmarks/results/local

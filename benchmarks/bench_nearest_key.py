@@ -13,6 +13,10 @@ expansion |q|^2 - 2 q.k + |k|^2 is.
 made once, not timed with the lookup, and take a quarter of the bytes of fp32 keys (half of bf16) beside the
 keys themselves; their size, the time that encoding took and the share of the keys whose distance was computed
 exactly are printed with the rows.
+
+On a GPU the lookup also stands in a CUDA graph, CALLS times one behind the other: what one costs inside a
+model's graph, without Python and without launches. Keys beyond the caches are held against the bandwidth of a
+large copy, bytes read and written.
 """
 
 from __future__ import annotations
@@ -24,12 +28,13 @@ import time
 import torch
 from torch import Tensor
 
-from benchmarks.common import BEYOND_CACHES, Benchmark, Rival, arguments, bandwidth
+from benchmarks.common import BEYOND_CACHES, Benchmark, Rival, arguments, bandwidth, captured
 from dualedit_kernels import KeyCodes, backend, encode_keys, nearest_key
 from dualedit_kernels.nearest_key.cpp import last_coded
 
 SHAPES = [(1_000, 4096), (100_000, 1024), (100_000, 4096)]
-BATCHES = (1, 8, 32)
+BATCHES, BATCHES_CUDA = (1, 8, 32), (1, 8, 16, 32, 128)
+CALLS = 20  # lookups in one CUDA graph
 
 
 def main() -> None:
@@ -42,19 +47,20 @@ def main() -> None:
     parser.add_argument("--shapes", help="numbers of keys x dimensions, e.g. 1000x4096,100000x1024")
     options = parser.parse_args()
     benchmark = Benchmark("nearest_key", options)
-    speed = bandwidth() if options.device == "cpu" else None
-    shapes = SHAPES[:1] if options.quick else SHAPES
+    cuda = options.device == "cuda"
+    speed = bandwidth(options.device)
+    shapes = (SHAPES[::2] if cuda else SHAPES[:1]) if options.quick else SHAPES
     if options.shapes is not None:
         shapes = [tuple(int(size) for size in shape.split("x")) for shape in options.shapes.split(",")]
     for count, dim in shapes:
         codes: dict[torch.dtype, KeyCodes] = {}
-        for batch, near in itertools.product(BATCHES, (False, True)):
+        for batch, near in itertools.product(BATCHES_CUDA if cuda else BATCHES, (False, True)):
             shape = {"batch": batch, "keys": count, "dim": dim, "near": near, "massive": options.massive}
             if options.clustered:
                 shape["clustered"] = True
             query, keys = problem(shape, options.device)
             times = benchmark.compare(shape, rivals(query, keys, options, codes), floors(shape, speed))
-            if speed is not None and batch == 1 and not near:
+            if batch == 1 and not near:
                 for line in read_rates(shape, speed, times):
                     print(f"    {line}", flush=True)
             report_codes(query, keys, codes)
@@ -73,10 +79,8 @@ def report_codes(query: Tensor, keys: Tensor, codes: dict[torch.dtype, KeyCodes]
           f"{given_up} of {len(query)} queries without codes", flush=True)  # fmt: skip
 
 
-def floors(shape: dict, speed: float | None) -> dict[str, float]:
+def floors(shape: dict, speed: float) -> dict[str, float]:
     """Milliseconds to read the keys once from memory, where they are too many to stay in a cache."""
-    if speed is None:
-        return {}
     sizes = {name: shape["keys"] * shape["dim"] * size for name, size in (("fp32", 4), ("bf16", 2))}
     return {
         f"read {name} keys once": size / speed * 1e3 for name, size in sizes.items() if size >= BEYOND_CACHES
@@ -89,7 +93,7 @@ def read_rates(shape: dict, speed: float, times: dict[str, list[float]]) -> list
     for impl, turns in times.items():
         if not impl.startswith("nearest_key") or "coded" in impl:
             continue
-        size = shape["keys"] * shape["dim"] * (2 if impl.endswith("bf16 keys") else 4)
+        size = shape["keys"] * shape["dim"] * (2 if "bf16 keys" in impl else 4)
         rate = size / (statistics.median(turns) / 1e3)
         where = "" if size >= BEYOND_CACHES else "; caches hold these keys"
         lines.append(
@@ -99,25 +103,30 @@ def read_rates(shape: dict, speed: float, times: dict[str, list[float]]) -> list
 
 
 def problem(shape: dict, device: str) -> tuple[Tensor, Tensor]:
-    """Queries, near some key each or far from all, and keys, in fp32."""
+    """Queries, near some key each or far from all, and keys, in fp32, drawn on the device."""
     batch, count, dim = shape["batch"], shape["keys"], shape["dim"]
-    generator = torch.Generator().manual_seed(0)
+
+    def normal(rows: int, generator: torch.Generator) -> Tensor:
+        return torch.randn(rows, dim, generator=generator, device=device)
+
+    def some_of(count: int, number: int) -> Tensor:
+        return torch.randint(0, count, (number,), generator=generator, device=device)
 
     def states(rows: int) -> Tensor:
-        result = torch.randn(rows, dim, generator=generator).mul_(0.05)
+        result = normal(rows, generator).mul_(0.05)
         if shape.get("clustered"):
-            result = result * 0.2 + centres[torch.randint(0, len(centres), (rows,), generator=generator)]
+            result = result * 0.2 + centres[some_of(len(centres), rows)]
         if shape["massive"]:
-            result[:, [dim // 7, dim // 2]] += torch.tensor([1000.0, -2500.0])
+            result[:, [dim // 7, dim // 2]] += torch.tensor([1000.0, -2500.0], device=device)
         return result
 
-    centres = torch.randn(50, dim, generator=torch.Generator().manual_seed(1)).mul_(0.05)
+    generator = torch.Generator(device).manual_seed(0)
+    centres = normal(50, torch.Generator(device).manual_seed(1)).mul_(0.05)
     keys = states(count).to(torch.bfloat16).float()  # every dtype then holds the same keys
     query = states(batch)
     if shape["near"]:
-        chosen = torch.randint(0, count, (batch,), generator=generator)
-        query = keys[chosen] + torch.randn(batch, dim, generator=generator) * 0.01
-    return query.to(device), keys.to(device)
+        query = keys[some_of(count, batch)] + normal(batch, generator) * 0.01
+    return query, keys
 
 
 def rivals(query: Tensor, keys: Tensor, options, codes: dict[torch.dtype, KeyCodes]) -> list[Rival]:
@@ -139,6 +148,9 @@ def rivals(query: Tensor, keys: Tensor, options, codes: dict[torch.dtype, KeyCod
         dtype = str(held.dtype).removeprefix("torch.")
         plain = _ours(query, held, radius)
         result.append(Rival(f"nearest_key ({chosen.name}){suffix}", dtype, plain, wrong))
+        if keys.device.type == "cuda":
+            graph, name = captured(plain, CALLS), f"nearest_key ({chosen.name}){suffix}, CUDA graph"
+            result.append(Rival(name, dtype, graph, wrong, calls=CALLS))
         if "nearest_key_coded" in chosen.functions:
             if held.dtype not in codes:
                 began = time.thread_time()

@@ -330,6 +330,8 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="only this one; both if not given")
     parser.add_argument("--all", action="store_true", help="time the variants of both sides too")
     options = parser.parse_args()
+    if options.device != "cpu":
+        parser.error(f"--device {options.device}: this benchmark builds its models on the CPU; leave it out.")
     side = options.side or (168 if options.quick else 336)
     benchmark = Benchmark("training_step", options)
     for dtype in (

@@ -18,13 +18,16 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from dualedit_kernels import library
 from dualedit_kernels.products import ONEDNN
 
-BEYOND_CACHES = 1 << 27  # bytes: what is larger is read from memory every time
+T = TypeVar("T")
+# Bytes: what is larger is read from memory every time. Caches of GPUs hold 40 to 126 MB.
+BEYOND_CACHES = 1 << 27
 
 
 @dataclass
@@ -58,6 +61,7 @@ class Rival:
 
     run: the call that is timed. wrong: given the result, says what is wrong with it, or None.
     around: called with True before and False after each turn, for rivals that need a global setting.
+    calls: how often ``run`` does the work, e.g. as a graph of that many calls: times are of one.
     """
 
     impl: str
@@ -65,6 +69,7 @@ class Rival:
     run: Callable[[], object]
     wrong: Callable[[object], str | None]
     around: Callable[[bool], None] = field(default=lambda on: None)
+    calls: int = 1
 
 
 class Benchmark:
@@ -103,10 +108,9 @@ class Benchmark:
         checked = {rival.impl: self._check(shape, rival) for rival in rivals}
         right = [rival for rival in rivals if checked[rival.impl] is not None]
         order = list(right)
-        # A call of seconds is warm after its check, and fills a turn.
-        repeats = {
-            rival.impl: 1 if checked[rival.impl] > 1 else self._repeats(rival) for rival in right
-        }  # fmt: skip
+        # A call of seconds is warm after its check, and fills a turn. On a GPU it has compiled a kernel.
+        alone = {rival.impl: self.device == "cpu" and checked[rival.impl] > 1 for rival in right}
+        repeats = {rival.impl: 1 if alone[rival.impl] else self._repeats(rival) for rival in right}
         times: dict[str, list[float]] = {rival.impl: [] for rival in right}
         for turn in range(turns or (3 if self.options.quick else 7)):
             if turn and turn % 2 == 0 and enough(times):
@@ -179,7 +183,10 @@ class Benchmark:
             if self.ratios:
                 content["ratios"] = content.get("ratios", []) + self.ratios
             self.options.json.parent.mkdir(parents=True, exist_ok=True)
-            self.options.json.write_text(json.dumps(content, indent=1) + "\n")
+            # Whole or not at all: a run that is ended for its time leaves what it has measured.
+            part = self.options.json.with_suffix(".part")
+            part.write_text(json.dumps(content, indent=1) + "\n")
+            part.replace(self.options.json)
 
     def _check(self, shape: dict[str, object], rival: Rival) -> float | None:
         """The seconds a rival's first call took, or None if its result is wrong."""
@@ -199,7 +206,7 @@ class Benchmark:
 
     def _repeats(self, rival: Rival) -> int:
         self._turn(rival, 1)  # caches, allocator and page tables are cold once
-        once = self._turn(rival, 1) / 1e3
+        once = self._turn(rival, 1) * rival.calls / 1e3
         return max(1, min(1000, int((0.02 if self.options.quick else 0.1) / max(once, 1e-7))))
 
     def _turn(self, rival: Rival, repeats: int) -> float:
@@ -211,7 +218,7 @@ class Benchmark:
         self._synchronize()
         elapsed = self.clock() - begin
         rival.around(False)
-        return elapsed / repeats * 1e3
+        return elapsed / repeats / rival.calls * 1e3
 
     def _synchronize(self) -> None:
         if self.device == "cuda":
@@ -263,19 +270,67 @@ def paired_ratio(times: list[float], base: list[float]) -> Paired:
     return Paired(float(ratios.quantile(0.5)), low, high)
 
 
-def bandwidth() -> float:
-    """Bytes per second that the CPU reads from memory on torch's threads, at best."""
-    data = torch.ones(1 << 26)  # 256 MB
-    data.sum()
-    return data.numel() * 4 / min(_timed(data.sum) for _ in range(7))
+def captured(call: Callable[[], T], calls: int = 1) -> Callable[[], T]:
+    """A call whose kernels are captured once, and which replays them: no Python and no launches of each.
+
+    calls: how often the call stands in the graph, one behind the other; for those so short that the launch of
+    a graph would take longer. What it returns is the same tensors at every replay, written anew.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream), torch.no_grad():
+        for _ in range(3):  # compiles, and makes what is made on a first call
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph), torch.no_grad():
+        for _ in range(calls):
+            result = call()
+
+    def replay() -> T:
+        graph.replay()
+        return result
+
+    return replay
 
 
-def product_rate(dtype: torch.dtype) -> float:
-    """Floating-point operations per second of a large matrix product on the CPU, at best."""
-    size = 1536
-    x, weight = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
-    ONEDNN.linear(x, weight, None)
-    return 2 * size**3 / min(_timed(lambda: ONEDNN.linear(x, weight, None)) for _ in range(7))
+def bandwidth(device: str = "cpu") -> float:
+    """Bytes per second of memory, at best: read by a CPU on torch's threads; read and written by a GPU."""
+    if device == "cpu":
+        data = torch.ones(1 << 26)  # 256 MB
+        data.sum()
+        return data.numel() * 4 / min(_timed(data.sum) for _ in range(7))
+    source = torch.ones(1 << 28, device=device)  # 1 GiB
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / _timed_on_gpu(lambda: target.copy_(source), 10)
+
+
+def product_rate(dtype: torch.dtype, device: str = "cpu") -> float:
+    """Floating-point operations per second of a large matrix product, at best."""
+    if device == "cpu":
+        size = 1536
+        x, weight = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
+        ONEDNN.linear(x, weight, None)
+        return 2 * size**3 / min(_timed(lambda: ONEDNN.linear(x, weight, None)) for _ in range(7))
+    size = 8192
+    # Random: of ones a GPU computes faster, because they take less power.
+    x, weight = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
+    return 2 * size**3 / _timed_on_gpu(lambda: torch.nn.functional.linear(x, weight), 4)
+
+
+def _timed_on_gpu(call: Callable[[], object], repeats: int) -> float:
+    """Seconds of one call on the GPU's own clock, the best of seven turns of ``repeats`` calls."""
+    call()
+    milliseconds = []
+    for _ in range(7):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(repeats):
+            call()
+        end.record()
+        torch.cuda.synchronize()
+        milliseconds.append(begin.elapsed_time(end))
+    return min(milliseconds) / repeats / 1e3
 
 
 def _timed(call: Callable[[], object]) -> float:

@@ -386,6 +386,7 @@ def outer_kernel(
     o_r = i_r * BR + tl.arange(0, BR)
     m_l, m_r = o_l < height, o_r < width
     dtype = out.dtype.element_ty
+    wide = tokens.to(tl.int64)  # offsets of rows: all rows together may hold more than 2^31 tokens
     b_out = tl.zeros([BL, BR], tl.float32)
     for i_b in range(0, rows):
         # []
@@ -394,7 +395,7 @@ def outer_kernel(
             for i_t in range(0, tokens, BT):
                 o_t = i_t + tl.arange(0, BT)
                 m_t = o_t < tokens
-                o_row = i_b * tokens + o_t.to(tl.int64)
+                o_row = i_b * wide + o_t
                 # [BL, BT]
                 b_left = tl.load(
                     left + o_row[None, :] * height + o_l[:, None], mask=m_l[:, None] & m_t[None, :], other=0.0

@@ -124,6 +124,25 @@ def test_large_tiles(seed, dtype):
         triton_kernel.product_tiles = products
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@on_triton
+def test_offsets_of_64_bits(seed, dtype):
+    """What is compiled for more than 2^31 tokens gives the same bits."""
+    from dualedit_kernels.gated_edit_attention import triton_backward
+
+    case = there(sample(seed, CASES["mixed"]).to(dtype))
+    cotangent, limit = torch.ones_like(case.hidden), triton_backward.WIDE_FROM
+    assert limit == 2**31
+    out, want = gradients(case, through_operator, cotangent)
+    triton_backward.WIDE_FROM = 0
+    try:
+        wide, got = gradients(case, through_operator, cotangent)
+    finally:
+        triton_backward.WIDE_FROM = limit
+    assert torch.equal(wide, out)
+    assert [n for n, g, w in zip(case.DIFFERENTIABLE, got, want, strict=True) if not torch.equal(g, w)] == []
+
+
 @pytest.mark.parametrize("name", CLOSED)
 @on_triton
 def test_closed_is_bit_identical(seed, name):
