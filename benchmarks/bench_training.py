@@ -44,7 +44,7 @@ from __future__ import annotations
 import copy
 import statistics
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -291,6 +291,8 @@ class Problem:
         # A learning rate of 0: the work of an update, and the same weights in every turn.
         for optimizer in self.optimizers.values():
             optimizer.param_groups[0]["lr"] = 0.0
+        self.running = ExitStack()  # for all steps, as the training loop does
+        self.running.enter_context(quick_layers(self.ours.base))
 
     def _autocast(self):
         return torch.autocast("cpu", torch.bfloat16) if self.dtype == torch.bfloat16 else nullcontext()
@@ -304,8 +306,7 @@ class Problem:
     def run_ours(self, pack: bool) -> tuple[Tensor, Tensor]:
         """Losses [5] and gradient norms of the adapters' weights."""
         batch = self.batches[pack]
-        with quick_layers(self.ours.base):
-            return self._finish("ours", self.ours(batch)[:5] / self.count)
+        return self._finish("ours", self.ours(batch)[:5] / self.count)
 
     def text_first(self, on: bool) -> None:
         """Whether a step does all that it would with text in front of the image."""

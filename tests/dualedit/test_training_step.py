@@ -1,5 +1,7 @@
 """The training step: the same losses and gradients as one question at a time through the whole model."""
 
+import os
+
 import pytest
 import torch
 from dualedit import EditRequest, EditSample, Probe, inject_dualedit
@@ -10,9 +12,10 @@ from dualedit.model import active_group
 from dualedit.modules import EditCrossAttention, EditKV
 from dualedit.prompting import Prompter
 from dualedit.sequence import describe_prompt
+from dualedit.training import frozen as laying
 from dualedit.training.batches import Batch, Feed, Part, make_batch, questions_of, untrained_terms
 from dualedit.training.checkpoint import Checkpoint, full, optimizer_state, restore, weights_of
-from dualedit.training.frozen import quick_products
+from dualedit.training.frozen import quick_products, spare_memory
 from dualedit.training.recipe import TERMS, Recipe
 from dualedit.training.setting import adamw
 from dualedit.training.step import TrainingStep, term_sums
@@ -249,23 +252,73 @@ def test_wordings_kept_for_a_test_are_not_trained(generator):
         assert {q.probe.prompt for q in asked if q.term in TERMS[:3]} == {sample.request.prompt, "name it"}
 
 
-def test_quick_products_change_rounding_at_most(generator):
+def of_each_dtype(generator):
+    """Frozen linear layers in fp32 and bf16, with and without a bias, and one that is trained."""
     torch.manual_seed(int(torch.randint(1 << 30, (), generator=generator)))
-    big, trained, narrow = nn.Linear(192, 160), nn.Linear(192, 160), nn.Linear(192, 160, dtype=torch.bfloat16)
-    model = nn.ModuleList([big.requires_grad_(False), trained, narrow.requires_grad_(False)])
-    x = torch.randn(2, 96, 192, generator=generator, requires_grad=True)
-    expected = big(x)
-    (gradient,) = torch.autograd.grad(expected.square().sum(), x)
-    expected = expected.detach()
-    with pytest.raises(KeyError), quick_products(model) as count:
-        assert count == (1 if onednn_refuses("cpu", torch.float32) is None else 0)
-        found = big(x)
-        torch.testing.assert_close(found.detach(), expected, rtol=1e-5, atol=1e-5)
-        again = torch.autograd.grad(found.square().sum(), x)[0]
-        torch.testing.assert_close(again, gradient, rtol=1e-4, atol=1e-4)
-        assert torch.equal(trained(x), nn.functional.linear(x, trained.weight, trained.bias))
+    kinds = [(dtype, bias) for dtype in (torch.float32, torch.bfloat16) for bias in (True, False)]
+    layers = [nn.Linear(192, 160, bias, dtype=dtype) for dtype, bias in kinds]
+    return nn.ModuleList([layer.requires_grad_(False) for layer in layers]), nn.Linear(192, 160)
+
+
+@pytest.mark.parametrize("room", [None, 0, 200_000])
+@pytest.mark.parametrize("rows", [1, 96])
+def test_quick_products_change_rounding_at_most(generator, rows, room):
+    frozen, trained = of_each_dtype(generator)
+    model = nn.ModuleList([frozen, trained])
+
+    def outcome(layer):
+        x = given.to(layer.weight.dtype).requires_grad_(True)
+        found = layer(x)
+        return found.detach(), *torch.autograd.grad(found.float().square().sum(), x)
+
+    given = torch.randn(2, rows, 192, generator=generator)
+    expected = [outcome(layer) for layer in frozen]
+    with pytest.raises(KeyError), quick_products(model, room) as count:
+        assert count == (4 if onednn_refuses("cpu", torch.float32) is None else 0)
+        for layer, wanted in zip(frozen, expected, strict=True):
+            loose = 1e-4 if layer.weight.dtype == torch.float32 else 2e-2
+            for _ in range(2):  # with copies made now, and with those of before
+                for got, want in zip(outcome(layer), wanted, strict=True):
+                    torch.testing.assert_close(got, want, rtol=loose, atol=loose * float(want.abs().max()))
+        assert torch.equal(trained(given), nn.functional.linear(given, trained.weight, trained.bias))
         raise KeyError
-    assert "forward" not in big.__dict__ and torch.equal(big(x).detach(), expected)
+    for layer, wanted in zip(frozen, expected, strict=True):
+        assert "forward" not in layer.__dict__ and torch.equal(outcome(layer)[0], wanted[0])
+
+
+def test_copies_of_weights_keep_to_their_room(generator, monkeypatch):
+    frozen, _ = of_each_dtype(generator)
+    made = []
+    real = laying._laid_out
+    monkeypatch.setattr(laying, "_laid_out", lambda m: made.append(m.numel() * m.element_size()) or real(m))
+    with quick_products(frozen, 250_000):
+        for layer in (*frozen, *frozen):
+            x = torch.randn(5, 192, generator=generator).to(layer.weight.dtype).requires_grad_(True)
+            layer(x).float().sum().backward()
+    # 122,880 bytes of fp32, forward and backward; of the others no fp32 weight fits, nor a bf16 one.
+    assert made == [122_880, 122_880]
+    made.clear()
+    with quick_products(frozen, 0):
+        frozen[0](torch.randn(5, 192, generator=generator))
+    assert made == []
+
+
+def test_a_frozen_weight_that_changes_is_noticed(generator):
+    """Its copies would be of the weight before."""
+    frozen, _ = of_each_dtype(generator)
+    x = torch.randn(7, 192, generator=generator)
+    with quick_products(frozen):
+        frozen[0](x)
+        with torch.no_grad():
+            frozen[0].weight.mul_(2)
+        torch.testing.assert_close(frozen[0](x), nn.functional.linear(x, frozen[0].weight, frozen[0].bias))
+        frozen[0].weight = nn.Parameter(torch.ones(160, 192), requires_grad=False)
+        torch.testing.assert_close(frozen[0](x), nn.functional.linear(x, frozen[0].weight, frozen[0].bias))
+
+
+def test_spare_memory_is_that_of_the_machine_or_less():
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert 0 < spare_memory() < total
 
 
 def test_a_quick_update_counts_as_a_change(step, generator):
