@@ -28,9 +28,11 @@ core): counted in layers over one image of each edit, the published step is 86: 
 an output head of 2.6 layers' work, 4 of them with a backward pass through 3 layers and the head. 26 of
 these are left: 5 lower layers for each of 3 images (15), the layer between the edited ones without an edit
 for each (3), the next one for what must stay (1) and, for 3 images, that layer and the keys and values of the
-last, forward and backward (7). With text in front of the image it is 30: there the layer between the edited
-ones has to run with the edit too, forward and backward but for the way from queries, keys and values of the
-image to states that nobody trains. Beside the products there are attention, where half
+last, forward and backward (7). With text in front of the image it is just below 30: there the layer between
+the edited ones has to run with the edit too, forward and backward, but for queries, keys and values of the
+image: nothing that is trained is below them, and for two images of three the run without the edit, which the
+third then does not need, has left them. An eighth of a product's time is taken off by laying the frozen weights
+out for oneDNN once. Beside the products there are attention, where half
 of the scores under a causal mask are closed and a third is left out, the adapters, the vision tower and the
 optimiser, and what a model does between its products: rotations, gates and sums, pass by pass over memory.
 In fp32 PyTorch's own products run at half speed on this processor, and the step's do not.

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from dualedit.training.asked import _Asked, asked_at
+from dualedit.training.asked import _Asked, asked_at, left_by
 from torch import nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
@@ -81,6 +81,37 @@ def test_where_something_else_is_read_nothing_is_left_out(generator):
     upstream = torch.randn(3, 9, 16, generator=generator).double()
     found, wanted = (gradients(layer, states, kwargs, at, upstream, cut)[1] for cut in (True, False))
     torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", [LlamaDecoderLayer, Copying])
+def test_products_of_a_run_without_the_edit_are_taken_from_there(kind, generator):
+    layer, states, kwargs, at = problem(generator, torch.float64, kind)
+    upstream = torch.randn(3, 9, 16, generator=generator).double()
+    with torch.no_grad(), left_by(layer, at) as left:
+        layer(states, **kwargs)
+    attention = layer.self_attn
+    own = [attention.q_proj, attention.k_proj, attention.v_proj]
+    assert list(left) == (own if kind is LlamaDecoderLayer else [])
+    states[at] += torch.randn(4, 16, generator=generator).double()
+    x = states.clone().requires_grad_()
+    asks, multiply = [], torch.nn.functional.linear
+    with pytest.MonkeyPatch.context() as patch, asked_at(layer, at, left):
+        patch.setattr(
+            torch.nn.functional,
+            "linear",
+            lambda x, *more: asks.append(x.shape[:-1].numel()) or multiply(x, *more),
+        )
+        out = layer(x, **kwargs)
+    (found,) = torch.autograd.grad(out, x, upstream)
+    wanted, gradient = gradients(layer, states, kwargs, at, upstream, False)
+    torch.testing.assert_close(out, wanted, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(found[at], gradient[at], rtol=1e-9, atol=1e-12)
+    assert asks[:3] == ([4, 4, 4] if kind is LlamaDecoderLayer else [27, 27, 27]) and asks[3:] == [27] * 4
+    # What is not asked for is taken as it was left.
+    if kind is LlamaDecoderLayer:
+        left[attention.v_proj].zero_()
+        with asked_at(layer, at, left):
+            assert not torch.allclose(layer(x, **kwargs), wanted)
 
 
 def test_other_layers_are_left_alone(generator):

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from ..architectures import find_decoder_layers
 from ..context import Bound, framed, recording, runtime_of
 from ..layer import DualEditLayer, EditLayer
 from ..sequence import ForwardPass, Prompt, Sequence
-from .asked import asked_at
+from .asked import asked_at, left_by
 from .narrow import can_narrow, run_narrow
 from .reach import Listening, Reach, reached, run_reached, worth_it
 
@@ -60,11 +60,13 @@ class Lower:
         calls: the modules above it with their arguments, states left out.
         reach: where the first edit arrives by the last edited layer, if the runs up to there share the other
             positions; then a run without the edit has to come before one with it.
+        left: what a run without the edit, if there was one, has left of the layer above (see `asked.py`).
     """
 
     states: Tensor
     calls: list[tuple[nn.Module, tuple, dict]]
     reach: Reach | None = None
+    left: dict[nn.Module, Tensor] = field(default_factory=dict)
 
 
 def _split(args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, tuple, dict]:
@@ -181,7 +183,7 @@ class UpperPart:
             for door, (module, args, kwargs) in zip(doors, lower.calls, strict=False)
         ]
         told, last = replace(lower, calls=calls + lower.calls[len(doors) :]), None
-        with torch.no_grad(), recording(self.base) as states:
+        with torch.no_grad(), recording(self.base) as states, self._leaving(lower, prompt):
             states[self.first_name] = hidden = lower.states
             if at is not None:
                 last = self._run(told, hidden, prompt, at)
@@ -193,6 +195,15 @@ class UpperPart:
             lower.reach.kept = [door.kept for door in doors if door.kept is not None]
             lower.reach.states = states[self.last_name]
         return states, last
+
+    @contextmanager
+    def _leaving(self, lower: Lower, prompt: Prompt) -> Iterator[None]:
+        """Inside the block, a run without the edit leaves `Lower.left`."""
+        if lower.reach is not None or not lower.calls or self.first == len(self.decoder) - 1:
+            yield  # what is shared then is shared at all layers, or there is no upper layer
+            return
+        with left_by(_unwrapped(lower.calls[0][0]), self.spans(self.first_name, prompt)) as lower.left:
+            yield
 
     def edited(
         self, lower: Lower, prompt: Prompt, at: Tensor, route: Tensor, edits: Mapping[str, Any]
@@ -256,8 +267,7 @@ class UpperPart:
             def run(states, module=module, args=args, kwargs=kwargs, only=only, narrow=narrow, asked=asked):
                 # Frames are set here and not outside: a recomputation in backward has to find them too.
                 inside = framed(self.runtime, "mode", mode) if mode is not None else nullcontext()
-                layer = module.base_layer if isinstance(module, EditLayer) else module
-                cut = asked_at(layer, asked) if asked is not None else nullcontext()
+                cut = asked_at(_unwrapped(module), asked, lower.left) if asked is not None else nullcontext()
                 with self._passing(prompt), inside, cut:
                     if narrow:
                         return run_narrow(module, states, kwargs, only)
@@ -290,6 +300,10 @@ class UpperPart:
         for module, args, kwargs in lower.calls[len(self.decoder) - 1 - self.first :]:
             hidden = _first(module(hidden, *args, **kwargs))
         return self.base.get_output_embeddings()(hidden)[0]
+
+
+def _unwrapped(layer: nn.Module) -> nn.Module:
+    return layer.base_layer if isinstance(layer, EditLayer) else layer
 
 
 def _leave(module: nn.Module, args: tuple, output: Any) -> None:
