@@ -31,7 +31,7 @@ for each (3), the next one for what must stay (1) and, for 3 images, that layer 
 last, forward and backward (7). With text in front of the image it is just below 30: there the layer between
 the edited ones has to run with the edit too, forward and backward, but for queries, keys and values of the
 image: nothing that is trained is below them, and for two images of three the run without the edit, which the
-third then does not need, has left them. An eighth of a product's time is taken off by laying the frozen weights
+third then does not need, has left them. An eighth of a product's time is saved by laying the frozen weights
 out for oneDNN once. Beside the products there are attention, where half
 of the scores under a causal mask are closed and a third is left out, the adapters, the vision tower and the
 optimiser, and what a model does between its products: rotations, gates and sums, pass by pass over memory.
