@@ -61,8 +61,13 @@ def compiled_refuses(device: str, dtype: torch.dtype) -> str | None:
     return None if able() else "this processor lacks AVX512-BF16"
 
 
+def by_onednn(x: Tensor, weight: Tensor) -> bool:
+    """Whether `ONEDNN` hands x [P, I] @ weight [O, I].T to oneDNN, not to what PyTorch would choose."""
+    return x.dtype in _FASTER and x.numel() * weight.shape[0] >= _WORTH_IT
+
+
 def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    if x.dtype not in _FASTER or x.numel() * weight.shape[0] < _WORTH_IT:
+    if not by_onednn(x, weight):
         return F.linear(x, weight, bias)
     # The operator that torch.compile emits for a linear layer on the CPU. In bf16, too, where PyTorch's own
     # writes the bias into every row before oneDNN adds the product: a tenth more for 576 x 1024 x 4096.

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dualedit_kernels.products import ONEDNN, onednn_refuses
+from dualedit_kernels.products import ONEDNN, by_onednn, onednn_refuses
 
 from .attention import attention_by_head
 from .forwards import forwards
@@ -45,8 +45,9 @@ class _Room:
 class _Laid:
     """A frozen weight [O, I] with copies as oneDNN wants them, for products with it and with its transpose.
 
-    Each is made when it is first needed, if there is room. A weight that changes all the same is used as it
-    is from then on.
+    Each is made when it is first needed, if there is room; no bit of a product depends on that, so that a run
+    which is resumed with less memory free comes to the same end. A weight that changes all the same is used
+    as it is from then on.
     """
 
     def __init__(self, weight: Tensor, room: _Room):
@@ -57,7 +58,9 @@ class _Laid:
     def product(self, x: Tensor, bias: Tensor | None, transposed: bool = False) -> Tensor:
         """x [P, I] @ weight.T + bias, or x [P, O] @ weight."""
         matrix = self.weight.t() if transposed else self.weight
-        laid = self._copy(matrix, transposed) if x.dtype == matrix.dtype else None
+        # In fp32 a single row is summed in another order, as are small products, which oneDNN does not get.
+        same = x.dtype == torch.bfloat16 or (len(x) > 1 and by_onednn(x, matrix))
+        laid = self._copy(matrix, transposed) if same and x.dtype == matrix.dtype else None
         if laid is None:
             return ONEDNN.linear(x, matrix, bias)
         bias = None if bias is None else bias.contiguous()  # the operator does not look at its stride
