@@ -15,7 +15,7 @@ from dualedit.sequence import describe_prompt
 from dualedit.training import frozen as laying
 from dualedit.training.batches import Batch, Feed, Part, make_batch, questions_of, untrained_terms
 from dualedit.training.checkpoint import Checkpoint, full, optimizer_state, restore, weights_of
-from dualedit.training.frozen import quick_products, spare_memory
+from dualedit.training.frozen import quick_products, room_for_copies, spare_memory
 from dualedit.training.recipe import TERMS, Recipe
 from dualedit.training.setting import adamw
 from dualedit.training.step import TrainingStep, term_sums
@@ -331,9 +331,13 @@ def test_a_frozen_weight_that_changes_is_noticed(generator):
         torch.testing.assert_close(frozen[0](x), nn.functional.linear(x, frozen[0].weight, frozen[0].bias))
 
 
-def test_spare_memory_is_that_of_the_machine_or_less():
+def test_room_for_copies_is_a_share_of_what_is_free(monkeypatch):
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     assert 0 < spare_memory() < total
+    monkeypatch.setattr(laying, "spare_memory", lambda: 8_000_000)
+    for processes, room in (("1", 2_000_000), ("4", 500_000), ("many", 2_000_000)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+        assert room_for_copies() == room
 
 
 def test_a_quick_update_counts_as_a_change(step, generator):

@@ -123,7 +123,7 @@ def quick_products(base: nn.Module, room: int | None = None) -> Iterator[int]:
     Yields:
         how many layers do; 0 on a GPU, or where PyTorch has no oneDNN.
     """
-    left = _Room(int(_SHARE * spare_memory()) if room is None else room)
+    left = _Room(room_for_copies() if room is None else room)
     with forwards({m: _forward_of(m, left) for m in base.modules() if _multiplies(m)}) as count:
         yield count
 
@@ -137,6 +137,15 @@ def _multiplies(module: nn.Module) -> bool:
         return False  # trained, or cut up by FSDP
     known = weight.dtype in (torch.float32, torch.bfloat16)
     return known and onednn_refuses(weight.device.type, weight.dtype) is None
+
+
+def room_for_copies() -> int:
+    """Bytes that copies of weights may take in this process: others of the run share the machine."""
+    try:
+        processes = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # as torchrun and accelerate say it
+    except ValueError:
+        processes = 1
+    return int(_SHARE * spare_memory()) // processes
 
 
 def spare_memory() -> int:
