@@ -7,7 +7,7 @@ sizes, captures every operator in a CUDA graph and replays it with other routes,
 the goals are about, that of a whole model of LLaVA-1.5-7B's shapes (16 GB of memory) among them. Then come
 the Triton and CUDA tests on the device, tables of more than 2^31 elements among them (9 GB of memory), some
 under compute-sanitizer (where it is installed), and the other benchmarks. At the end stands which goals are
-reached, see `benchmarks.goals`. All of it goes into benchmarks/results/<gpu>.json, which begins anew, with
+reached, see `benchmarks.goals`. All of it goes into benchmarks/results/<gpu>.json, in place of what was there, with
 the versions it was measured on; the exit status is 0 only if nothing failed. A missed goal is no failure.
 
 Exit status 2: there is no GPU.
@@ -105,20 +105,23 @@ def main() -> int:
     module, tests = partial(call, report, "-m"), partial(call, report, "-m", "pytest", "-q", "-x")
     report.step("against float64", partial(module, "benchmarks.gpu", "--part", "check", limit=90))
     report.step("CUDA graphs", partial(module, "benchmarks.gpu", "--part", "capture", limit=60))
-    target.unlink(missing_ok=True)  # what an earlier version measured must not count as this one's
+    # An earlier version's rows must not count as this one's, and are kept until this run has its own.
+    rows = target.with_suffix(".measuring.json")
+    rows.unlink(missing_ok=True)
     for stem, (limit, extra) in GOALS.items():
-        report.step(stem, partial(measure, report, stem, target, limit, extra))
+        report.step(stem, partial(measure, report, stem, rows, limit, extra))
     report.step("tests on the device", partial(tests, *TESTS, limit=200))
     report.step("random and large sizes", partial(tests, *SWEEPS, limit=120))
     report.step("compute-sanitizer", partial(sanitize, report))
     for stem in sorted(path.stem for path in (ROOT / "benchmarks").glob("bench_*.py")):
         if stem not in ON_THE_CPU and stem not in GOALS:
-            report.step(stem, partial(measure, report, stem, target, 100, ["--quick"]))
-    content = json.loads(target.read_text()) if target.exists() else {}
+            report.step(stem, partial(measure, report, stem, rows, 100, ["--quick"]))
+    content = json.loads(rows.read_text()) if rows.exists() else {}
     found = goals.findings(content)
     content |= {"gpu": versions(), "steps": report.steps, "goals": [asdict(one) for one in found]}
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(json.dumps(content, indent=1) + "\n")
+    rows.parent.mkdir(parents=True, exist_ok=True)
+    rows.write_text(json.dumps(content, indent=1) + "\n")
+    rows.replace(target)
     print(f"{goals.table(found)}\nwrote {target}")
     return 0 if report.passed() else 1
 

@@ -214,14 +214,17 @@ def test_a_run_on_a_gpu(tmp_path, monkeypatch, capsys, broken):
             status = 1
         elif command[2] == "benchmarks.bench_gated_edit_attention":
             target = Path(command[command.index("--json") + 1])
-            assert not target.exists()  # an earlier run's rows are gone
+            assert not target.exists()  # rows of a run that did not end are gone
+            assert before.read_text() == "{}"  # those of one that did are kept until these are all there
             target.write_text(json.dumps(attention(32, 8, {f"{OURS}, CUDA graph": 1.0, PEER: 2.5})))
         return subprocess.CompletedProcess(command, status, text, "")
 
     (tmp_path / "benchmarks/results").mkdir(parents=True)
     for stem in ("nearest_key", "gated_edit_attention", "whole_model", "routed_linear", "training"):
         (tmp_path / f"benchmarks/bench_{stem}.py").touch()
-    (tmp_path / "benchmarks/results/h200.json").write_text("{}")
+    before = tmp_path / "benchmarks/results/h200.json"
+    before.write_text("{}")
+    before.with_name("h200.measuring.json").write_text('{"rows": [1]}')
     monkeypatch.setattr(gpu, "ROOT", tmp_path)
     monkeypatch.setattr(gpu, "run", run)
     monkeypatch.setattr(gpu, "versions", lambda: {"name": "NVIDIA H200"})
@@ -244,7 +247,8 @@ def test_a_run_on_a_gpu(tmp_path, monkeypatch, capsys, broken):
     sweeps = next(command for command, _ in commands if "tests/kernels/test_large_sizes.py" in command)
     assert "tests/kernels/test_random_sweep.py" in sweeps and sweeps[-2:] == ["-k", "in_triton"]
 
-    content = json.loads((tmp_path / "benchmarks/results/h200.json").read_text())
+    assert list(before.parent.iterdir()) == [before]
+    content = json.loads(before.read_text())
     missed = [one for one in content["goals"] if one["outcome"] == "missed"]
     assert [(one["measured"], one["limit"]) for one in missed] == [(2.5, 3.0)]
     assert len(content["goals"]) == len(goals.findings({})) and content["gpu"] == {"name": "NVIDIA H200"}
