@@ -7,8 +7,8 @@ sizes, captures every operator in a CUDA graph and replays it with other routes,
 the goals are about, that of a whole model of LLaVA-1.5-7B's shapes (16 GB of memory) among them. Then come
 the Triton and CUDA tests on the device, tables of more than 2^31 elements among them (9 GB of memory), some
 under compute-sanitizer (where it is installed), and the other benchmarks. At the end stands which goals are
-reached, see `benchmarks.goals`. All of it goes into benchmarks/results/<gpu>.json, in place of what was there,
-with the versions it was measured on; the exit status is 0 only if nothing failed. A missed goal is no
+reached, see `benchmarks.goals`. All of it goes into benchmarks/results/<gpu>.json, in place of what was
+there, with the versions it was measured on; the exit status is 0 only if nothing failed. A missed goal is no
 failure.
 
 Exit status 2: there is no GPU.
