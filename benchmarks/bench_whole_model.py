@@ -9,8 +9,8 @@ the same relative depth). "prefill" is the forward of picture and question as `g
 token over its cache. The edited model and the plain one, which share their weights, take turns of one
 forward, in an order that changes every turn; the ratio printed is the median of those of two turns in a row,
 one in each order, with its bootstrap interval. Tokens are measured until that interval is narrower than
-0.6 %. "base again" is a second plain model, with a cache of its own: its ratio to the first is what no editor has to
-answer for.
+0.6 %. "base again" is a second plain model, with a cache of its own: its ratio to the first is what no editor
+has to answer for.
 
 Before anything is timed, the edited model must have looked the question up among all edits and hit none, and
 its logits and every layer's cached keys and values must be the plain model's, bit for bit.
