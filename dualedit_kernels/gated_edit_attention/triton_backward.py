@@ -20,9 +20,9 @@ from torch import Tensor
 from ..triton_support import on_device, power_of_two
 from .triton_kernel import attend, rows_of, slot_of, span_of
 
-# Tokens of all rows and heads from which offsets of rows take 64 bits in `memory_kernel`. Not before: its
-# registers are full, and the wider offsets spill 8 to 32 bytes of them in four configurations.
-WIDE_FROM = 1 << 31
+# Tokens over all rows and heads that `memory_kernel` can count: its registers are full, and offsets of 64
+# bits spill some of them. The states of so many take 256 GB and more.
+MOST_TOKENS = (1 << 31) - 1
 
 
 def backward(
@@ -92,6 +92,11 @@ def attend_backward(
     """(o, d_q) [B, L, M], zero where nothing changes, and (d_k, d_v) [T, M]; d_k, d_v empty if not needed."""
     rows, tokens, size = q.shape
     head = size // num_heads
+    if rows * tokens * num_heads > MOST_TOKENS:
+        raise ValueError(
+            f"hidden has {rows} x {tokens} tokens for {num_heads} heads, the backward pass takes "
+            f"{MOST_TOKENS} in one call: split the batch."
+        )
     o, d_q = torch.zeros_like(q), torch.zeros_like(q)
     d_k, d_v = (t.new_zeros(t.shape) if needs[i] else t.new_empty(0) for i, t in ((1, k), (2, v)))
     if not q.numel() or not k.numel():
@@ -110,8 +115,7 @@ def attend_backward(
         if needs[1] or needs[2]:
             memory_kernel[(triton.cdiv(len(k), memory_sizes["BN"]), num_heads)](
                 *shared, d_k if needs[1] else d_v, d_v if needs[2] else d_k, rows, tokens, num_heads, head,
-                len(start), len(k), head**-0.5, NEEDS_K=needs[1], NEEDS_V=needs[2],
-                WIDE=lse.numel() >= WIDE_FROM, **memory_sizes,
+                len(start), len(k), head**-0.5, NEEDS_K=needs[1], NEEDS_V=needs[2], **memory_sizes,
             )  # fmt: skip
     return o, d_q, d_k, d_v
 
@@ -218,7 +222,6 @@ def memory_kernel(
     scale,
     NEEDS_K: tl.constexpr,
     NEEDS_V: tl.constexpr,
-    WIDE: tl.constexpr,
     BT: tl.constexpr,
     BN: tl.constexpr,
     BH: tl.constexpr,
@@ -226,9 +229,6 @@ def memory_kernel(
     """Gradients of an edit's keys and values: one program an edit, head and block of its tokens."""
     i_h = tl.program_id(1)
     size = heads * head
-    wide = tokens
-    if WIDE:
-        wide = tokens.to(tl.int64)
     i_n = tl.program_id(0).to(tl.int64) * BN
     o_n, o_h = i_n + tl.arange(0, BN), tl.arange(0, BH)
     m_h = o_h < head
@@ -247,11 +247,11 @@ def memory_kernel(
             m_n = (o_n >= first) & (o_n < last)
             for i_t in range(0, tokens, BT):
                 o_t = i_t + tl.arange(0, BT)
-                m_t = span_of(span, i_b, o_t, wide)
+                m_t = span_of(span, i_b, o_t, tokens)
                 if tl.max(m_t.to(tl.int32), 0) > 0:
-                    o_row = i_b * wide + o_t.to(tl.int64)
+                    o_row = i_b * tokens + o_t.to(tl.int64)
                     p_q = o_row[:, None] * size + i_h * head + o_h[None, :]
-                    p_l = (i_b * heads + i_h) * wide + o_t
+                    p_l = (i_b * heads + i_h) * tokens + o_t
                     m_q = m_t[:, None] & m_h[None, :]
                     # [BT, BH]
                     b_q = tl.load(q + p_q, mask=m_q, other=0.0)

@@ -124,23 +124,22 @@ def test_large_tiles(seed, dtype):
         triton_kernel.product_tiles = products
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @on_triton
-def test_offsets_of_64_bits(seed, dtype):
-    """What is compiled for more than 2^31 tokens gives the same bits."""
+def test_more_tokens_than_offsets_count_are_refused_backward(seed):
     from dualedit_kernels.gated_edit_attention import triton_backward
 
-    case = there(sample(seed, CASES["mixed"]).to(dtype))
-    cotangent, limit = torch.ones_like(case.hidden), triton_backward.WIDE_FROM
-    assert limit == 2**31
-    out, want = gradients(case, through_operator, cotangent)
-    triton_backward.WIDE_FROM = 0
+    case, limit = there(sample(seed, CASES["mixed"]).to(torch.float32)), triton_backward.MOST_TOKENS
+    rows, tokens, _ = case.hidden.shape
+    cotangent = torch.ones_like(case.hidden)
+    assert limit == 2**31 - 1
     try:
-        wide, got = gradients(case, through_operator, cotangent)
+        triton_backward.MOST_TOKENS = rows * tokens * case.num_heads - 1
+        with pytest.raises(ValueError, match=f"{rows} x {tokens} tokens .* split the batch"):
+            gradients(case, through_operator, cotangent)
+        triton_backward.MOST_TOKENS += 1
+        gradients(case, through_operator, cotangent)
     finally:
-        triton_backward.WIDE_FROM = limit
-    assert torch.equal(wide, out)
-    assert [n for n, g, w in zip(case.DIFFERENTIABLE, got, want, strict=True) if not torch.equal(g, w)] == []
+        triton_backward.MOST_TOKENS = limit
 
 
 @pytest.mark.parametrize("name", CLOSED)
