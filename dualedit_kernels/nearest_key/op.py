@@ -58,7 +58,8 @@ def nearest_key(
         tensors = codes.tensors()
     if query.requires_grad or keys.requires_grad or radius.requires_grad:
         query, keys, radius = query.detach(), keys.detach(), radius.detach()
-    if type(query) is Tensor and type(keys) is Tensor and not torch.compiler.is_compiling():
+    plain = type(query) is Tensor and type(keys) is Tensor and type(radius) is Tensor
+    if plain and not torch.compiler.is_compiling():
         # What the operator does, without the way through the dispatcher: a fifth of a lookup among few keys.
         return _run(query, keys, radius, metric, tensors)
     return torch.ops.dualedit_kernels.nearest_key(query, keys, radius, metric, tensors)

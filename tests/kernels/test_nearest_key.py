@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dualedit_kernels import backend, nearest_key
 from dualedit_kernels.testing import assert_nearest, exact_distances
@@ -201,3 +202,11 @@ def test_keys_may_be_given_up_early(generator, shape, dtype, share):
     again, same = nearest_key(query, copies, torch.full((len(copies),), 1e6))
     assert torch.equal(same, distance)
     assert torch.equal(again, torch.where(index < count // 2, index, index + count // 2))
+
+
+def test_tensors_without_values_have_shapes_found():
+    """An eager call leaves the dispatcher out, which these need: the compiled library reads values."""
+    with FakeTensorMode():
+        index, distance = nearest_key(torch.empty(3, 8), torch.empty(5, 8), torch.empty(5))
+    assert (index.shape, index.dtype) == ((3,), torch.int64)
+    assert (distance.shape, distance.dtype) == ((3,), torch.float32)
