@@ -160,7 +160,7 @@ setup(
     packages=find_packages(include=["dualedit_kernels", "dualedit_kernels.*"]) + find_packages("python"),
     package_dir={"dualedit_kernels": "dualedit_kernels", "dualedit": "python/dualedit"},
     package_data={
-        "dualedit": [f"demo/weights/**/*.{end}" for end in ("safetensors", "json", "txt", "jinja")]
+        "dualedit": [f"toy/weights/**/*.{end}" for end in ("safetensors", "json", "txt", "jinja")]
         + ["training/launch/*.yaml"]
     },
     ext_modules=EXTENSIONS,

@@ -19,10 +19,10 @@ import statistics
 import numpy as np
 import torch
 from dualedit import Editor
-from dualedit.demo.embedded import METHODS, load_editor
-from dualedit.demo.vlm import load_embedded
-from dualedit.demo.world import ATTRIBUTES, QUESTIONS, World
-from dualedit.model import active_group
+from dualedit.toy.editors import METHODS, load_editor
+from dualedit.toy.model import load_embedded
+from dualedit.toy.world import ATTRIBUTES, QUESTIONS, World
+from dualedit.tuners.model import active_group
 from torch import Tensor, nn
 
 from benchmarks.common import Benchmark, Rival, arguments

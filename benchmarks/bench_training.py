@@ -52,16 +52,16 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from dualedit import EditRequest, EditSample, Probe, inject_dualedit
-from dualedit.demo.vlm import IMAGE, build_tokenizer
-from dualedit.fitting import to_device
-from dualedit.modules import EditCrossAttention
-from dualedit.prompting import Prompter
+from dualedit.models.prompting import Prompter
+from dualedit.toy.model import IMAGE, build_tokenizer
 from dualedit.training.batches import KEEP, Batch, make_batch, questions_of
 from dualedit.training.dualedit import teacher_forced
 from dualedit.training.frozen import quick_layers
 from dualedit.training.recipe import TERMS, Recipe
 from dualedit.training.setting import adamw
 from dualedit.training.step import TrainingStep
+from dualedit.tuners.dualedit.modules import EditCrossAttention
+from dualedit.tuners.fitting import to_device
 from PIL import Image
 from torch import Tensor, nn
 from transformers import (

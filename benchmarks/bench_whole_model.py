@@ -34,11 +34,11 @@ from functools import partial
 import torch
 from accelerate import init_empty_weights
 from dualedit import add_edit, inject_balancedit, inject_dualedit
-from dualedit.architectures import unwrap
-from dualedit.context import runtime_of
-from dualedit.layer import EditLayer
 from dualedit.memory import EditMemory
-from dualedit.model import active_group
+from dualedit.models.architectures import unwrap
+from dualedit.runtime.context import runtime_of
+from dualedit.tuners.layer import EditLayer
+from dualedit.tuners.model import active_group
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 

@@ -5,6 +5,7 @@ import random
 
 import pytest
 import torch
+from tiny_models import FAMILIES, METHODS
 
 torch.set_num_threads(1)
 
@@ -34,3 +35,15 @@ def poison():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.fixture(params=FAMILIES, ids=lambda family: family.name)
+def family(request):
+    """Every tiny model."""
+    return request.param
+
+
+@pytest.fixture(params=METHODS)
+def method(request):
+    """Both methods."""
+    return request.param

@@ -10,14 +10,14 @@ Importing this package registers both editors with PEFT, so that `PeftModel.from
 edits.
 """
 
-from .adapters import disabled, lifted, remove_adapter
-from .config import BalancEditConfig, DualEditConfig
-from .context import explicit_masks
 from .data import EditRequest, EditSample, Probe
 from .editing import Edit, Lookup, add_edit, list_edits, lookup, remove_edit
 from .editor import Editor, Explanation
-from .model import inject_balancedit, inject_dualedit
+from .runtime.context import explicit_masks
 from .storage import load_edits, save_edits
+from .tuners.adapters import disabled, lifted, remove_adapter
+from .tuners.config import BalancEditConfig, DualEditConfig
+from .tuners.model import inject_balancedit, inject_dualedit
 
 __version__ = "0.1.0"
 

@@ -14,15 +14,15 @@ from torch import Tensor, nn
 
 from dualedit_kernels import nearest_key
 
-from .architectures import target_token_type, unwrap
-from .config import BalancEditConfig, DualEditConfig
-from .context import Prompt, recording, runtime_of
-from .fitting import fit_value, refine_edit, to_device
-from .frames import States
-from .layer import EditLayer
 from .memory import MemoryGroup, Snapshot
-from .model import active_group
-from .routing import cosine_radius
+from .memory.routing import cosine_radius
+from .models.architectures import target_token_type, unwrap
+from .runtime.context import Prompt, recording, runtime_of
+from .runtime.frames import States
+from .tuners.config import BalancEditConfig, DualEditConfig
+from .tuners.fitting import fit_value, refine_edit, to_device
+from .tuners.layer import EditLayer
+from .tuners.model import active_group
 
 Inputs = Mapping[str, Tensor]
 # Tensors over patches or over a Q-Former's own tokens, which may happen to be as long as the prompt.

@@ -12,14 +12,14 @@ from PIL import Image, ImageEnhance
 from torch import nn
 from tqdm.auto import tqdm
 
-from .architectures import unwrap
-from .config import BalancEditConfig, EditConfig
-from .context import runtime_of
 from .data import EditRequest
 from .editing import Edit, add_edit, edit_of, list_edits, lookup_many
 from .memory import MemoryGroup
-from .model import active_group
-from .prompting import Picture, Prompter, open_image
+from .models.architectures import unwrap
+from .models.prompting import Picture, Prompter, open_image
+from .runtime.context import runtime_of
+from .tuners.config import BalancEditConfig, EditConfig
+from .tuners.model import active_group
 
 Sample = tuple[Picture | None, str]
 _OTHER_QUESTIONS = 2  # asked about an edit's image to see how far another question is

@@ -17,11 +17,11 @@ from peft.config import PeftConfig
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from .adapters import put_beside, remove_adapter, remove_editors
-from .config import EditConfig, check_adapter_file
-from .context import runtime_of
 from .memory import MemoryGroup
-from .model import group_of
+from .runtime.context import runtime_of
+from .tuners.adapters import put_beside, remove_adapter, remove_editors
+from .tuners.config import EditConfig, check_adapter_file
+from .tuners.model import group_of
 
 _CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"

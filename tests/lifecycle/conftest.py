@@ -1,13 +1,8 @@
-"""The tiny models of the other tests serve here, too."""
+"""Fixtures of the adapter lifecycle tests."""
 
 import importlib.util
-import sys
-from pathlib import Path
 
 import pytest
-
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "dualedit")]
 
 
 @pytest.fixture

@@ -2,9 +2,9 @@
 
 import pytest
 from dualedit import Editor, disabled, inject_balancedit, load_edits, remove_adapter, save_edits
-from dualedit.demo.embedded import load_editor
-from dualedit.demo.pictures import sample_pictures
-from dualedit.demo.vlm import load_embedded
+from dualedit.toy.editors import load_editor
+from dualedit.toy.model import load_embedded
+from dualedit.toy.pictures import sample_pictures
 
 QUESTION = "who founded this brand?"
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from dualedit import Editor, inject_dualedit, load_edits, save_edits
 from dualedit.editor import generate_answers
-from dualedit.prompting import Prompter
+from dualedit.models.prompting import Prompter
 from tiny_hub_models import LAYERS, make_llava, make_qwen
 from tiny_models import edit_layers, random_image, strengthen
 from transformers import AutoModelForImageTextToText, AutoProcessor

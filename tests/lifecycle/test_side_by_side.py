@@ -18,7 +18,7 @@ from dualedit import (
     remove_adapter,
     save_edits,
 )
-from dualedit.context import runtime_of
+from dualedit.runtime.context import runtime_of
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from tiny_models import LLAVA, QWEN, edit_layers, row_of, store, strengthen

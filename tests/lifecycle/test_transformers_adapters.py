@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from dualedit import BalancEditConfig, DualEditConfig, load_edits, lookup, remove_edit, save_edits
-from dualedit.context import runtime_of
+from dualedit.runtime.context import runtime_of
 from peft import LoraConfig, PeftModel
 from tiny_models import LLAVA, METHODS, QWEN, edit_layers, editor_of, row_of, store, strengthen
 from transformers import AutoModelForImageTextToText

@@ -11,14 +11,7 @@ from .finetune import FineTune
 from .grace import GRACE
 from .ike import IKE
 from .lora import LoRA
-from .settings import (
-    FineTuneSettings,
-    GRACESettings,
-    IKESettings,
-    LoRASettings,
-    Settings,
-    VisEditSettings,
-)
+from .settings import FineTuneSettings, GRACESettings, IKESettings, LoRASettings, Settings, VisEditSettings
 from .visedit import VisEdit
 
 BASELINES = ("base", "ft-l", "ft-v", "lora", "ike", "grace", "visedit")
@@ -41,7 +34,7 @@ def open_baseline(
         model: a Hugging Face VLM without adapters; it is frozen and put into eval mode.
         processor: the model's processor.
         settings: of that baseline; None takes its defaults ("visedit" has to be told its adapter).
-        template: see `dualedit.prompting.Prompter`.
+        template: see `dualedit.models.prompting.Prompter`.
 
     Raises:
         ValueError: an unknown name, one that is not built yet, settings of another baseline, a model with

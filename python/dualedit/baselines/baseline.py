@@ -14,9 +14,9 @@ from ..data import EditSample
 from ..editing import append_target
 from ..editor import Explanation, generate_answers
 from ..evaluation.forcing import forced_batch, forced_predictions
-from ..fitting import to_device
-from ..layer import EditLayer
-from ..prompting import Picture, Prompter, open_image
+from ..models.prompting import Picture, Prompter, open_image
+from ..tuners.fitting import to_device
+from ..tuners.layer import EditLayer
 
 Question = tuple[Picture | None, str]
 

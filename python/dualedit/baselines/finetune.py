@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..architectures import find_decoder_layers
 from ..data import EditSample
-from ..replay import Replay
+from ..models.architectures import find_decoder_layers
+from ..runtime.replay import Replay
 from .baseline import Baseline
 from .gradient import fit
 from .settings import FineTuneSettings

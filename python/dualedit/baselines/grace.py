@@ -22,11 +22,11 @@ from torch import Tensor, nn
 
 from dualedit_kernels import nearest_key
 
-from ..architectures import find_decoder_layers, resolve_layer
 from ..data import EditSample
 from ..editing import Edit
 from ..editor import Explanation
-from ..replay import Replay
+from ..models.architectures import find_decoder_layers, resolve_layer
+from ..runtime.replay import Replay
 from .baseline import Baseline, Question
 from .gradient import fit
 from .settings import GRACESettings

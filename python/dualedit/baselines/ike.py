@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..architectures import find_decoder_layers, resolve_layer
 from ..data import EditSample
+from ..models.architectures import find_decoder_layers, resolve_layer
 from .baseline import Baseline, Question
 from .settings import IKESettings
 from .states import last_states

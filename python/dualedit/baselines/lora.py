@@ -15,9 +15,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from ..architectures import find_decoder_layers
 from ..data import EditSample
-from ..replay import Replay
+from ..models.architectures import find_decoder_layers
+from ..runtime.replay import Replay
 from .baseline import Baseline
 from .gradient import fit
 from .settings import LoRASettings

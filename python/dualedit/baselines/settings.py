@@ -2,7 +2,7 @@
 
 They are starting points, taken from the methods' papers or code where those state them, and have not been
 measured on such a model here. Settings for the embedded model, tuned on training facts of its world, are in
-`dualedit.demo.embedded_baselines`.
+`dualedit.toy.baselines`.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..fitting import to_device
-from ..prompting import Prompter, open_image
+from ..models.prompting import Prompter, open_image
+from ..tuners.fitting import to_device
 
 
 class _Seen(Exception):

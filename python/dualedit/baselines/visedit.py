@@ -21,12 +21,12 @@ from peft import PeftModel
 from safetensors import safe_open
 from torch import nn
 
-from ..architectures import check_fingerprint
-from ..config import DualEditConfig
 from ..data import EditSample
 from ..editing import edit_layers
 from ..editor import Editor
-from ..model import active_group, inject_dualedit
+from ..models.architectures import check_fingerprint
+from ..tuners.config import DualEditConfig
+from ..tuners.model import active_group, inject_dualedit
 from .baseline import Baseline
 from .settings import VisEditSettings
 

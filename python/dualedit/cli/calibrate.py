@@ -61,7 +61,6 @@ class Options:
 
 def run(options: Options) -> None:
     """Measure, set the threshold, save adapter, curve and plot, print what was found."""
-    from ..model import active_group
     from ..storage import save_edits
     from ..training.calibration import (
         measure_curve,
@@ -72,6 +71,7 @@ def run(options: Options) -> None:
         with_alpha,
         with_threshold,
     )
+    from ..tuners.model import active_group
 
     use_few_threads()
     samples = _samples(options)
@@ -107,8 +107,9 @@ def _tell(sweep: Sweep, count: int, options: Options) -> None:
 
 def _samples(options: Options) -> Sequence[EditSample]:
     if options.data is None:
-        from ..demo.train_editors import calibration_samples
-        from ..demo.world import World
+        from recipes.toy.train_editors import calibration_samples
+
+        from ..toy.world import World
 
         return calibration_samples(World(0), options.edits or EMBEDDED_EDITS, options.seed)
     from ..datasets import load_samples

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from ..demo.show import Story
     from ..evaluation import SingleResult
+    from .story import Story
 
 _BLOCK = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -64,9 +64,9 @@ def run(options: Options) -> None:
     began = time.monotonic()
     from rich.console import Console
 
-    from ..demo import show
-    from ..demo.samples import edit_samples
-    from ..demo.world import World
+    from ..toy.samples import edit_samples
+    from ..toy.world import World
+    from . import story as show
 
     console = Console(highlight=False)
     console.print("Loading the embedded vision-language model and its editors ...")
@@ -86,7 +86,7 @@ def run(options: Options) -> None:
         rows = [result.row.to_dict() for result in results.values()]
         write_whole(options.json, json.dumps({"rows": rows}, indent=1) + "\n")
     if options.page is not None:
-        from ..demo.page import render_page
+        from .story_page import render_page
 
         opening = next(story for story in stories if story.request is first.request)
         write_whole(options.page, render_page(opening, stories, results))
@@ -99,7 +99,7 @@ def run(options: Options) -> None:
 
 
 def _editors(weights: Path | None) -> dict:
-    from ..demo.embedded import METHODS, load_editor
+    from ..toy.editors import METHODS, load_editor
 
     vlm, editors = (None, None) if weights is None else (weights / "vlm", weights / "editors")
     return {method: load_editor(method, vlm=vlm, weights=editors) for method in METHODS}
@@ -109,8 +109,9 @@ def retrain(out: Path) -> None:
     """Train the embedded model and its editors from scratch into `out`; a stopped run continues there."""
     import shutil
 
-    from ..demo import train_editors, train_vlm
-    from ..demo.embedded import EDITORS, VLM
+    from recipes.toy import train_editors, train_vlm
+
+    from ..toy.editors import EDITORS, VLM
 
     use_few_threads()
     model_minutes = _minutes(VLM / "training.json", ["seconds"], 40)
@@ -153,7 +154,7 @@ def write_whole(file: Path, text: str) -> None:
 
 def tell(console: Console, story: Story, method: str) -> None:
     """Print one edit and what it did."""
-    from ..demo.show import NAMES, near
+    from .story import NAMES, near
 
     request = story.request
     console.print(f"\nQuestion: {request.prompt}   [dim](about a picture of a logo)[/dim]")
@@ -169,7 +170,7 @@ def story_table(story: Story, method: str) -> Table:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    from ..demo.show import KINDS, brief, near
+    from .story import KINDS, brief, near
 
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for title in ("asked", "question", "before", "after", "right", "fires", "distance"):
@@ -183,7 +184,7 @@ def story_table(story: Story, method: str) -> Table:
 
 def conclude(console: Console, results: dict[str, SingleResult]) -> None:
     """Print the figures and what they mean."""
-    from ..demo.show import untouched
+    from .story import untouched
 
     rows = [result.row for result in results.values()]
     console.print(f"{rows[0].n} single edits: % right ± standard error, answers generated freely")
@@ -197,7 +198,7 @@ def figures_table(results: dict[str, SingleResult]) -> Table:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    from ..demo.show import MEANINGS, NAMES, TITLES
+    from .story import MEANINGS, NAMES, TITLES
 
     rows = [result.row for result in results.values()]
     table = Table(box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
@@ -253,7 +254,7 @@ def _story_text(story: Story) -> str:
 
 
 def _figures_text(results: dict[str, SingleResult]) -> str:
-    from ..demo.show import NAMES, TITLES
+    from .story import NAMES, TITLES
 
     rows = [result.row for result in results.values()]
     titles = " | ".join(TITLES.values())

@@ -16,14 +16,14 @@ NO_IMAGE = "-"
 
 
 def _picture(image: str):
-    from ..prompting import open_image
+    from ..models.prompting import open_image
 
     return None if image == NO_IMAGE else open_image(image)
 
 
 def why(found: Explanation) -> str:
     """An explanation in words."""
-    from ..demo.show import near
+    from .story import near
 
     if found.edit is None:
         return "no edit is stored"
@@ -38,7 +38,7 @@ def ask(folder: Path, model: Path | None, image: str, question: str) -> None:
     picture = _picture(image)
     if not is_saved(folder):
         from ..editor import generate_answers
-        from ..prompting import Prompter
+        from ..models.prompting import Prompter
 
         base, processor = load_base(model)
         print(generate_answers(base, Prompter(processor), [(picture, question)])[0])
@@ -109,7 +109,7 @@ def remove(folder: Path, model: Path | None, edit_id: int) -> None:
 
 def sample(folder: Path, seed: int) -> None:
     """Write example pictures of the embedded model's world, and what can be asked about them."""
-    from ..demo.pictures import sample_pictures
+    from ..toy.pictures import sample_pictures
 
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file: pass a folder.")

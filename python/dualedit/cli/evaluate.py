@@ -178,8 +178,8 @@ def _samples(options: Options, console) -> tuple[Sequence[EditSample], tuple[int
     """All facts that are needed, and how many of them each row takes from their beginning."""
     facts = options.facts
     if facts.data is None:
-        from ..demo.samples import edit_samples
-        from ..demo.world import ATTRIBUTES, World
+        from ..toy.samples import edit_samples
+        from ..toy.world import ATTRIBUTES, World
 
         world = World(facts.world_seed)
         there = len(world.entities("test")) * len(ATTRIBUTES)

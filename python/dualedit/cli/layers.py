@@ -28,7 +28,7 @@ def show(model: str) -> None:
 
 def _folder(model: str) -> Path:
     if model in EMBEDDED:
-        from ..demo.vlm import WEIGHTS
+        from ..toy.model import WEIGHTS
 
         return WEIGHTS
     folder = Path(model)
@@ -70,7 +70,7 @@ def describe(model: nn.Module) -> list[tuple[str, str]]:
     Raises:
         ValueError: it cannot be edited at all, with the reason.
     """
-    from .. import architectures
+    from ..models import architectures
 
     path, layers = architectures.find_decoder_layers(model)
     ids = architectures.image_token_ids(model)
@@ -89,7 +89,7 @@ def describe(model: nn.Module) -> list[tuple[str, str]]:
 
 
 def _without_ids(model: nn.Module) -> str:
-    from .. import architectures
+    from ..models import architectures
 
     if not architectures.has_vision(model):
         return "none: a text-only model"
@@ -102,7 +102,7 @@ def _without_ids(model: nn.Module) -> str:
 
 def _allowed(model: nn.Module, depth: int) -> str:
     """The decoder layers that DualEdit can write to, or why there is none."""
-    from .. import architectures
+    from ..models import architectures
 
     allowed, reason = [], ""
     for number in range(depth):
@@ -116,7 +116,7 @@ def _allowed(model: nn.Module, depth: int) -> str:
 
 def _unplaced(model: nn.Module, argument: str) -> str:
     """Why the positions that this layer would edit cannot be told; empty if they can."""
-    from .. import architectures
+    from ..models import architectures
 
     try:
         architectures.check_image_positions(model, None, 0, argument)
@@ -146,7 +146,7 @@ def _linear_names(model: nn.Module, path: str) -> list[tuple[list[int], list[str
 
 
 def _resolves(model: nn.Module, name: str) -> bool:
-    from .. import architectures
+    from ..models import architectures
 
     try:
         architectures.resolve_linear(model, name)

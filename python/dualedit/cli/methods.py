@@ -102,7 +102,7 @@ def _open_editor(name: str, source: Source) -> Method:
     from ..evaluation import EditorMethod
 
     if source.model is None:
-        from ..demo.embedded import load_editor
+        from ..toy.editors import load_editor
 
         vlm, editors = _folders(source)
         editor = load_editor(name, vlm=vlm, weights=editors)
@@ -117,9 +117,9 @@ def _threshold(name: str, editor, source: Source) -> float:
         return source.published_threshold
     if not source.published or source.model is not None or name != "dualedit":
         return _PUBLISHED
-    from ..demo.samples import edit_samples
-    from ..demo.world import World
     from ..evaluation import fit_published_threshold
+    from ..toy.samples import edit_samples
+    from ..toy.world import World
 
     return fit_published_threshold(editor, edit_samples(World(0), "train", _TRAINING_FACTS, _TRAINING_SEED))
 
@@ -136,7 +136,7 @@ def _baselines() -> tuple[str, ...]:
 
 def _open_baseline(name: str, source: Source) -> Method:
     if source.model is None:
-        from ..demo.embedded_baselines import load_baseline
+        from ..toy.baselines import load_baseline
 
         vlm, editors = _folders(source)
         return load_baseline(name, vlm=vlm, weights=editors)

@@ -48,7 +48,7 @@ def load_base(model: Path | None, device: str | None = None) -> tuple[Any, Any]:
     import torch
 
     if model is None:
-        from ..demo.vlm import load_embedded
+        from ..toy.model import load_embedded
 
         use_few_threads()
         return load_embedded()
@@ -106,13 +106,13 @@ def open_or_start(folder: Path, model: Path | None, start: Start) -> Editor:
 def start_editor(model: Path | None, start: Start) -> Editor:
     """A new editor without edits. Raises ValueError for options that do not fit together."""
     from ..editor import Editor
-    from ..model import inject_balancedit
     from ..storage import load_edits
+    from ..tuners.model import inject_balancedit
 
     if model is None:
         if start.adapter or start.layer:
             raise ValueError("--adapter and --layer are for a model of your own: pass --model too.")
-        from ..demo.embedded import load_editor
+        from ..toy.editors import load_editor
 
         use_few_threads()
         return load_editor(start.method or "dualedit")

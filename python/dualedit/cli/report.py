@@ -91,17 +91,17 @@ class _World(Sequence):
     """Samples of the embedded benchmark, each drawn when it is asked for."""
 
     def __init__(self, world_seed: int, seed: int):
-        from ..demo.world import World
+        from ..toy.world import World
 
         self._world, self._seed = World(world_seed), seed
 
     def __len__(self) -> int:
-        from ..demo.world import ATTRIBUTES
+        from ..toy.world import ATTRIBUTES
 
         return len(self._world.entities("test")) * len(ATTRIBUTES)
 
     def __getitem__(self, place):
-        from ..demo.samples import edit_sample
+        from ..toy.samples import edit_sample
 
         return edit_sample(self._world, "test", place, self._seed)
 

@@ -127,7 +127,7 @@ def recipe_of(options: Options, flags: dict[str, Any]) -> Recipe:
 
 def _for_embedded(recipe: Recipe, named: set[str]) -> Recipe:
     """The embedded model has eight narrow layers: the paper's sizes do not fit it."""
-    from ..demo.embedded import editor_settings
+    from ..toy.editors import editor_settings
 
     shipped = editor_settings()["dualedit"]
     fitting = {name: shipped[name] for name in ("text_layer", "vis_layer", "mid_dim")}
@@ -190,9 +190,10 @@ def _edits(recipe: Recipe, say: Callable[[str], None]) -> tuple[Sequence[EditSam
 
     if recipe.data != EMBEDDED:
         return load_edits_to_train(recipe, say)
-    from ..demo.samples import edit_samples
-    from ..demo.train_editors import held_out_entities, training_samples
-    from ..demo.world import World
+    from recipes.toy.train_editors import held_out_entities, training_samples
+
+    from ..toy.samples import edit_samples
+    from ..toy.world import World
 
     world = World(0)
     say("Drawing the embedded world's edits ...")

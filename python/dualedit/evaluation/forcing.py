@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..architectures import unwrap
-from ..fitting import to_device
-from ..prompting import Picture, Prompter, open_image
+from ..models.architectures import unwrap
+from ..models.prompting import Picture, Prompter, open_image
+from ..tuners.fitting import to_device
 
 IGNORED = -100
 # Tensors over patches or over a Q-Former's own tokens, which may happen to be as long as the prompt.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..data import EditSample
 from ..editor import Editor, Explanation, Sample
-from ..model import active_group
+from ..tuners.model import active_group
 from .forcing import forced_predictions
 from .published import PublishedGate, editor_batch
 

@@ -16,18 +16,18 @@ from torch import Tensor
 
 from dualedit_kernels import nearest_key
 
-from ..architectures import target_token_type, unwrap
-from ..config import BalancEditConfig
-from ..context import bound
 from ..data import EditSample
 from ..editing import edit_layers, record_states
 from ..editor import Editor
-from ..layer import values_of
 from ..memory import Snapshot
-from ..model import active_group
-from ..modules import EditKV
-from ..prompting import open_image
-from ..routing import last_state, pool_key
+from ..memory.routing import last_state, pool_key
+from ..models.architectures import target_token_type, unwrap
+from ..models.prompting import open_image
+from ..runtime.context import bound
+from ..tuners.config import BalancEditConfig
+from ..tuners.dualedit.modules import EditKV
+from ..tuners.layer import values_of
+from ..tuners.model import active_group
 from .forcing import forced_batch
 
 

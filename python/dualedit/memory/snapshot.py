@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dualedit_kernels import KeyCodes
 
-from ..key_codes import TableCodes
+from .key_codes import TableCodes
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ..key_codes import TableCodes
+from .key_codes import TableCodes
 from .snapshot import Snapshot
 
 _FIRST_CAPACITY = 8

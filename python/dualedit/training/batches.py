@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ..data import EditSample, ImageSource, Probe
-from ..prompting import Prompter
-from ..sequence import Prompt, describe_prompt, last_true
+from ..models.prompting import Prompter
+from ..runtime.sequence import Prompt, describe_prompt, last_true
 from .dualedit import teacher_forced
 from .recipe import TERMS
 

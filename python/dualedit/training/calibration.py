@@ -22,7 +22,7 @@ from ..editor import Editor
 from ..evaluation.method import EditorMethod
 from ..evaluation.metrics import PROBED, exact_match, figures_of
 from ..evaluation.single import Asked, ask, ask_before, check_fresh
-from ..model import active_group
+from ..tuners.model import active_group
 
 CALIBRATION = "calibration.json"
 

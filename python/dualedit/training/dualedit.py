@@ -15,14 +15,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..architectures import unwrap
-from ..context import bound, describe_prompt, recording, runtime_of
 from ..data import EditSample, Probe
 from ..editing import edit_layers
-from ..layer import DualEditLayer
-from ..model import active_group
-from ..modules import EditKV
-from ..prompting import Prompter
+from ..models.architectures import unwrap
+from ..models.prompting import Prompter
+from ..runtime.context import bound, describe_prompt, recording, runtime_of
+from ..tuners.dualedit.modules import EditKV
+from ..tuners.layer import DualEditLayer
+from ..tuners.model import active_group
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ def describe_images(base: nn.Module, input_ids: Tensor) -> Tensor:
 
 
 def _with_labels(base: nn.Module, call: dict[str, Tensor], labels: Tensor) -> Tensor:
-    from ..context import framed
+    from ..runtime.context import framed
 
     prompt = describe_prompt(
         call["input_ids"],

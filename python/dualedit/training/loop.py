@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..architectures import fingerprint, unwrap
 from ..data import EditSample
+from ..models.architectures import fingerprint, unwrap
 from ..storage import save_edits
 from .checkpoint import (
     Checkpoint,

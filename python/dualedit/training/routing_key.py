@@ -9,15 +9,15 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..architectures import unwrap
-from ..config import BalancEditConfig
-from ..context import describe_prompt, recording, runtime_of
 from ..data import EditSample, Probe
 from ..editing import edit_layers
-from ..fitting import to_device
-from ..layer import EditLayer
-from ..model import active_group
-from ..prompting import Prompter
+from ..models.architectures import unwrap
+from ..models.prompting import Prompter
+from ..runtime.context import describe_prompt, recording, runtime_of
+from ..tuners.config import BalancEditConfig
+from ..tuners.fitting import to_device
+from ..tuners.layer import EditLayer
+from ..tuners.model import active_group
 from .dualedit import TrainSettings, optimise
 
 SCALE, CENTRE = 16.0, 0.5  # a cosine above CENTRE is called the same fact

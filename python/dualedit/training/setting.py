@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from ..data import EditSample
-from ..model import inject_dualedit
-from ..prompting import Prompter
+from ..models.prompting import Prompter
+from ..tuners.model import inject_dualedit
 from .batches import Batch, Feed, make_batch, untrained_terms
 from .recipe import TERMS, Recipe, learning_rate_at
 from .step import TrainingStep

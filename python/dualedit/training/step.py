@@ -17,11 +17,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from ..architectures import unwrap
-from ..context import bound, framed, recording, runtime_of
-from ..fitting import to_device
-from ..modules import EditKV
-from ..sequence import Prompt
+from ..models.architectures import unwrap
+from ..runtime.context import bound, framed, recording, runtime_of
+from ..runtime.sequence import Prompt
+from ..tuners.dualedit.modules import EditKV
+from ..tuners.fitting import to_device
 from .batches import CHANGE, IGNORED, Batch, Part
 from .dualedit import trainable_layers
 from .reach import seen

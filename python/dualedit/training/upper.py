@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..architectures import find_decoder_layers
-from ..context import Bound, framed, recording, runtime_of
-from ..layer import DualEditLayer, EditLayer
-from ..sequence import ForwardPass, Prompt, Sequence
+from ..models.architectures import find_decoder_layers
+from ..runtime.context import Bound, framed, recording, runtime_of
+from ..runtime.sequence import ForwardPass, Prompt, Sequence
+from ..tuners.layer import DualEditLayer, EditLayer
 from .asked import asked_at, left_by
 from .narrow import can_narrow, run_narrow
 from .reach import Listening, Reach, reached, run_reached, worth_it

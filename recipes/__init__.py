@@ -1,0 +1,1 @@
+"""How the shipped models and editors were trained: scripts that use the library."""

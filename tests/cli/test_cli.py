@@ -1,0 +1,354 @@
+"""The command line: what a user types, what comes back, and what happens to the saved files."""
+
+import json
+import re
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from dualedit.cli import edits as commands
+from dualedit.cli import main
+from dualedit.cli.saved import read_saved, writing
+from dualedit.cli.story import TITLES
+from dualedit.toy import model as vlm
+from PIL import Image
+
+QUESTION = "who founded this brand?"
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """The sample pictures, as `dualedit sample` writes them."""
+    folder = tmp_path_factory.mktemp("pictures")
+    assert main(["sample", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def saved_once(tmp_path_factory, pictures):
+    """A folder with one BalancEdit edit of the embedded model; copy it before changing it."""
+    folder = tmp_path_factory.mktemp("saved") / "edits"
+    assert edit(pictures / "logo.png", "maria", folder, "--method", "balancedit") == 0
+    return folder
+
+
+@pytest.fixture
+def saved(saved_once, tmp_path):
+    """An own copy of a folder with one edit."""
+    folder = tmp_path / "edits"
+    folder.mkdir()
+    for file in saved_once.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def other_model(tmp_path_factory):
+    """A local Hugging Face folder with another model of the same shape, untrained."""
+    folder = tmp_path_factory.mktemp("model")
+    processor = vlm.build_processor()
+    vlm.save_embedded(vlm.build_model(processor.tokenizer, seed=1), processor, folder)
+    return folder
+
+
+def edit(image, answer, folder, *options):
+    return main(["edit", str(image), QUESTION, answer, "--edits", str(folder), *options])
+
+
+def bytes_of(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def complaint(capsys):
+    """The one line on stderr."""
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("dualedit: ")
+    return lines[0]
+
+
+# ---------------------------------------------------------------------- the round trip
+
+
+@pytest.mark.parametrize("method", ["dualedit", "balancedit"])
+def test_edit_list_ask_remove(method, pictures, tmp_path, capsys):
+    folder, logo = tmp_path / "edits", str(pictures / "logo.png")
+    assert main(["ask", logo, QUESTION, "-e", str(folder)]) == 0
+    before, note = capsys.readouterr().out.splitlines()
+    assert "unedited" in note and not folder.exists()
+    target = "maria" if before != "maria" else "leon"
+
+    assert edit(logo, target, folder, "--method", method) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert told[0] == f"before: {before}"
+    assert main(["list", "-e", str(folder)]) == 0
+    listed = capsys.readouterr().out
+    assert "1 " in listed and QUESTION in listed and target in listed
+
+    assert main(["ask", logo, QUESTION, "-e", str(folder)]) == 0
+    answer, note = capsys.readouterr().out.splitlines()
+    assert told[1] == f"after:  {answer}"
+    assert note.startswith("(edit 1 answers (distance 0,")
+    if method == "balancedit":  # it is fitted until it answers; DualEdit's adapters may be wrong about a fact
+        assert answer == target
+
+    assert main(["remove", "1", "-e", str(folder)]) == 0
+    capsys.readouterr()
+    assert main(["ask", logo, QUESTION, "-e", str(folder)]) == 0
+    assert capsys.readouterr().out.splitlines() == [before, "(no edit is stored)"]
+
+
+def test_a_second_edit_of_the_same_question_replaces_the_first(saved, pictures, capsys):
+    assert edit(pictures / "logo.png", "leon", saved) == 0
+    out = capsys.readouterr().out
+    assert "before: maria" in out and "after:  leon" in out and "replaces edit 1, 'maria'" in out
+    assert [(e.id, e.target) for e in read_saved(saved).edits] == [(2, "leon")]
+
+
+def test_a_question_without_a_picture_is_left_alone(saved, capsys):
+    assert main(["ask", "-", "what is the capital of peru?", "-e", str(saved)]) == 0
+    assert capsys.readouterr().out.splitlines()[1].startswith("(no edit answers; edit 1 is nearest")
+
+
+def test_saved_edits_are_read_without_the_model_as_with_it(saved):
+    from dualedit.cli.opening import open_editor
+
+    read = [(e.id, e.prompt, e.target, e.radius, e.created) for e in read_saved(saved).edits]
+    loaded = open_editor(saved, None).edits
+    assert read == [(e.id, e.prompt, e.target, pytest.approx(e.radius), e.created) for e in loaded]
+
+
+def test_a_model_of_ones_own_with_balancedit(other_model, pictures, tmp_path, capsys):
+    folder, options = tmp_path / "edits", ("--model", str(other_model))
+    assert edit(pictures / "logo.png", "maria", folder, *options, "--layer", "layers.5.mlp.up_proj") == 0
+    assert "after:  maria" in capsys.readouterr().out
+    assert main(["ask", str(pictures / "logo.png"), QUESTION, "-e", str(folder), *options]) == 0
+    assert capsys.readouterr().out.startswith("maria\n(edit 1 answers")
+
+
+# ---------------------------------------------------------------------- errors: one line, exit code 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["asq"], "No such command 'asq'"),
+        (["ask"], "Missing argument 'IMAGE'"),
+        (["list", "--edit", "x"], "No such option"),
+        (["remove", "one"], "Invalid value for 'ID'"),
+        (["list", "-e", "{tmp}/none"], "no edits are saved in {tmp}/none"),
+        (["remove", "1", "-e", "{tmp}/none"], "no edits are saved in {tmp}/none"),
+        (["ask", "{tmp}/none.png", "who?"], "'{tmp}/none.png': no such file"),
+        (["ask", "{tmp}/text.png", "who?"], "'{tmp}/text.png' cannot be read as an image"),
+        (["ask", "-", "who?", "-e", "{tmp}/text.png"], "--edits {tmp}/text.png is a file"),
+        (["ask", "-", "who?", "-m", "{tmp}"], "--model {tmp} holds no config.json"),
+        (["ask", "-", " "], "prompt=' ': pass a question"),
+        (["edit", "-", "who?", "me", "--method", "dual"], "--method dual: choose one of dualedit, "),
+        (["edit", "-", "who?", "me", "--layer", "x", "-e", "{tmp}/none"], "--adapter and --layer are"),
+        (["edit", "-", "who?", "me", "-m", "{tmp}", "-e", "{tmp}/none"], "balancedit --layer NAME"),
+        (["sample", "{tmp}/text.png"], "{tmp}/text.png is a file"),
+        (["demo", "--edits", "0"], "--edits 0: pass at least 1"),
+        (["eval", "--protocol", "batc"], "--protocol batc: choose one of single, batch"),
+        (["eval", "--methods", "dualedit,magic"], "choose from dualedit, balancedit"),
+        (["eval", "--edits", "1,x"], "--edits 1,x: pass whole numbers"),
+        (["demo", "--json", "{tmp}"], "--json {tmp} is a folder"),
+    ],
+)
+def test_errors_fit_on_a_line(arguments, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.png").write_text("not a picture")
+    assert main([argument.format(tmp=tmp_path) for argument in arguments]) == 2
+    assert says.format(tmp=tmp_path) in complaint(capsys)
+    assert [file.name for file in tmp_path.iterdir()] == ["text.png"]
+
+
+def test_unknown_id_names_the_stored_ones(saved, capsys):
+    before = bytes_of(saved)
+    assert main(["remove", "7", "-e", str(saved)]) == 2
+    assert "no edit 7" in complaint(capsys)
+    assert bytes_of(saved) == before
+
+
+def test_the_other_method_is_refused_for_a_folder(saved, pictures, capsys):
+    before = bytes_of(saved)
+    assert edit(pictures / "logo.png", "leon", saved, "--method", "dualedit") == 2
+    assert "holds BalancEdit edits" in complaint(capsys)
+    assert bytes_of(saved) == before
+
+
+def test_edits_of_another_base_model_are_refused(saved, other_model, capsys):
+    before = bytes_of(saved)
+    assert main(["ask", "-", "who?", "-e", str(saved), "-m", str(other_model)]) == 2
+    assert "another base model" in complaint(capsys)
+    assert bytes_of(saved) == before
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[:-40])
+
+
+DAMAGES = {
+    "weights cut short": lambda folder: cut(folder / "adapter_model.safetensors"),
+    "weights missing": lambda folder: (folder / "adapter_model.safetensors").unlink(),
+    "config cut short": lambda folder: cut(folder / "adapter_config.json"),
+    "config missing": lambda folder: (folder / "adapter_config.json").unlink(),
+    "config of something else": lambda folder: (folder / "adapter_config.json").write_text("[]"),
+    "another adapter": lambda folder: (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}'),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("command", ["list", "ask", "remove", "edit"])
+def test_a_damaged_folder_is_refused_and_left_as_it_is(damage, command, saved, pictures, capsys):
+    DAMAGES[damage](saved)
+    before = bytes_of(saved)
+    arguments = {
+        "list": ["list"],
+        "ask": ["ask", "-", "who?"],
+        "remove": ["remove", "1"],
+        "edit": ["edit", str(pictures / "logo.png"), QUESTION, "leon"],
+    }[command]
+    assert main([*arguments, "-e", str(saved)]) == 2
+    assert str(saved) in complaint(capsys)
+    assert bytes_of(saved) == before
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch, tmp_path):
+    def broken(*_):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(commands, "show_list", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        main(["list"])
+
+
+# ---------------------------------------------------------------------- stopping, and two at once
+
+
+def test_ctrl_c_leaves_the_folder_as_it_was(saved, pictures, monkeypatch, capsys):
+    from dualedit import storage
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(storage, "_sync", interrupted)  # while saving: files are written, not yet in place
+    before = bytes_of(saved)
+    assert edit(pictures / "logo.png", "leon", saved) == 130
+    assert "stopped" in complaint(capsys)
+    assert bytes_of(saved) == before
+    assert [file.name for file in saved.parent.iterdir()] == ["edits"]
+
+
+def test_one_writer_at_a_time(tmp_path):
+    pytest.importorskip("fcntl")
+    order = []
+
+    def second():
+        with writing(tmp_path / "edits"):
+            order.append("second")
+
+    with writing(tmp_path / "edits"):
+        thread = threading.Thread(target=second)
+        thread.start()
+        time.sleep(0.2)
+        order.append("first")
+    thread.join(timeout=10)
+    assert order == ["first", "second"]
+
+
+# ---------------------------------------------------------------------- sample and demo
+
+
+def test_sample_writes_pictures_and_their_questions(pictures):
+    listing = json.loads((pictures / "questions.json").read_text())
+    assert {entry["file"] for entry in listing} | {"questions.json"} == {f.name for f in pictures.iterdir()}
+    for entry in listing:
+        assert Image.open(pictures / entry["file"]).size == (48, 48)
+        assert entry["questions"] and all(q["ask"] and q["answer"] for q in entry["questions"])
+    logo, again, alike = ({q["ask"]: q["answer"] for q in entry["questions"]} for entry in listing[:3])
+    assert logo == again
+    assert all(logo[question] != alike[question] for question in logo)
+
+
+@pytest.fixture(scope="module")
+def demo_files(tmp_path_factory):
+    """The JSON, page and README of a small demo."""
+    folder = tmp_path_factory.mktemp("demo")
+    readme = folder / "README.md"
+    readme.write_text(README)
+    files = {"json": folder / "out" / "demo.json", "page": folder / "out" / "demo.html", "readme": readme}
+    options = [word for name, file in files.items() for word in (f"--{name}", str(file))]
+    assert main(["demo", "--edits", "3", *options]) == 0
+    return files
+
+
+README = (
+    "# Top\n<!-- generated: story -->\noutdated\n<!-- end -->\nbetween\n"
+    "<!-- generated: figures -->\n<!-- end -->\nbottom\n"
+)
+
+
+def test_demo_json(demo_files):
+    rows = json.loads(demo_files["json"].read_text())
+    assert list(rows) == ["rows"]
+    assert [row["method"] for row in rows["rows"]] == ["dualedit", "balancedit"]
+    for row in rows["rows"]:
+        assert list(row) == ["method", "scoring", "protocol", "edits", "n", "metrics", "stderr"]
+        assert (row["scoring"], row["protocol"], row["edits"], row["n"]) == ("free", "single", 1, 3)
+        assert set(row["metrics"]) == set(row["stderr"]) == set(TITLES)
+        assert all(0 <= value <= 100 for value in row["metrics"].values())
+
+
+@pytest.mark.parametrize("protocol", ["single", "batch"])
+def test_eval_json(protocol, tmp_path, capsys):
+    file = tmp_path / "figures.json"
+    options = ["--protocol", protocol, "--edits", "2,3", "--asked", "3", "--json", str(file)]
+    assert main(["eval", "--methods", "balancedit", *options]) == 0
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["protocol"] for row in rows] == [protocol] * 2
+    assert [row["edits"] for row in rows] == ([1, 1] if protocol == "single" else [2, 3])
+    assert [row["n"] for row in rows] == ([2, 3] if protocol == "single" else [3, 3])
+    assert all(row["metrics"]["rel"] == 100 for row in rows)
+
+
+def test_demo_page_is_one_file(demo_files):
+    text = demo_files["page"].read_text()
+    assert text.count("<html") == text.count("</html>") == 1
+    assert "data:image/png;base64," in text
+    for outside in ("http://", "https://", "<script", "<link", "src=\"/", "url("):
+        assert outside not in text
+
+
+def test_demo_fills_the_readme(demo_files):
+    text = demo_files["readme"].read_text()
+    assert text.startswith("# Top\n<!-- generated: story -->\n```text\nQuestion: ")
+    assert "outdated" not in text and "\nbetween\n" in text and text.endswith("bottom\n")
+    row = json.loads(demo_files["json"].read_text())["rows"][1]
+    assert f"| BalancEdit | {row['metrics']['rel']:.1f} ± " in text
+
+
+def test_a_readme_without_blocks_is_refused_before_the_work(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    readme = tmp_path / "README.md"
+    readme.write_text("nothing to fill")
+    assert main(["demo", "--readme", str(readme)]) == 2
+    assert "needs '<!-- generated: NAME -->' blocks" in complaint(capsys)
+    assert readme.read_text() == "nothing to fill"
+
+
+# ---------------------------------------------------------------------- the README
+
+
+def readme_blocks():
+    text = (Path(__file__).parents[2] / "README.md").read_text()
+    return re.findall(r"<!-- runs -->\n```python\n(.*?)```", text, re.DOTALL)
+
+
+@pytest.mark.parametrize("number", range(2))
+def test_the_quickstarts_of_the_readme_run(number, tmp_path, monkeypatch, capsys):
+    blocks = readme_blocks()
+    assert len(blocks) == 2
+    monkeypatch.chdir(tmp_path)
+    exec(compile(blocks[number], "README.md", "exec"), {"__name__": "readme"})
+    assert "maria" in capsys.readouterr().out
