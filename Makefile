@@ -69,7 +69,7 @@ gpu: $(STAMP)
 	$(PY) -m benchmarks.gpu
 
 compile-report: $(STAMP)
-	$(PY) -m benchmarks.compile_report
+	$(PY) -m benchmarks.gpu.compile_report
 
 readme: $(STAMP)
 	$(PY) -m dualedit.cli demo --json demo_output/demo.json --page demo_output/demo.html --readme README.md

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import compile_report, tritons
+from benchmarks.gpu import compile_report, tritons
 
 pytest.importorskip("triton", reason="Triton is not installed here")
 
@@ -70,7 +70,7 @@ def oldest_triton():
 @pytest.mark.slow
 def test_fit_to_ship_by_the_oldest_triton(oldest_triton, tmp_path):
     """Every kernel in bf16 for both generations; `make compile-report` compiles every configuration."""
-    command = [sys.executable, "-m", "benchmarks.compile_report", "--triton", "oldest", "--no-cuda"]
+    command = [sys.executable, "-m", "benchmarks.gpu.compile_report", "--triton", "oldest", "--no-cuda"]
     command += ["--scenes", *sorted(SCENES), "--json", str(tmp_path / "rows.json")]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

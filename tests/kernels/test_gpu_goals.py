@@ -9,8 +9,10 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-goals = pytest.importorskip("benchmarks.goals", reason="the benchmarks are not part of an installed package")
-gpu = pytest.importorskip("benchmarks.gpu")
+goals = pytest.importorskip(
+    "benchmarks.gpu.goals", reason="the benchmarks are not part of an installed package"
+)
+gpu = pytest.importorskip("benchmarks.gpu.run")
 
 OURS = "gated_edit_attention (triton)"
 PEER = "cached K/V compiled, CUDA graph"
@@ -258,7 +260,7 @@ def test_a_run_on_a_gpu(tmp_path, monkeypatch, capsys, broken):
 
 
 def test_what_the_run_names_is_there():
-    root = Path(gpu.__file__).parents[1]
+    root = gpu.ROOT
     for stem in [*gpu.GOALS, *gpu.ON_THE_CPU]:
         assert (root / f"benchmarks/{stem}.py").exists(), stem
     for path in [*gpu.TESTS, *gpu.SWEEPS[:2]]:

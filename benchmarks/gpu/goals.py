@@ -1,6 +1,6 @@
 """Which of the goals on a GPU a file of results reaches.
 
-    python -m benchmarks.goals benchmarks/results/<gpu>.json
+    python -m benchmarks.gpu.goals benchmarks/results/<gpu>.json
 
 Every goal is computed from rows, floors and ratios that the benchmarks wrote: medians, and where several
 shapes answer for a goal the worst of them. "Not measured" is a goal of which a row or a floor is missing,

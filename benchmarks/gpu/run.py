@@ -7,7 +7,7 @@ sizes, captures every operator in a CUDA graph and replays it with other routes,
 the goals are about, that of a whole model of LLaVA-1.5-7B's shapes (16 GB of memory) among them. Then come
 the Triton and CUDA tests on the device, tables of more than 2^31 elements among them (9 GB of memory), some
 under compute-sanitizer (where it is installed), and the other benchmarks. At the end stands which goals are
-reached, see `benchmarks.goals`. All of it goes into benchmarks/results/<gpu>.json, in place of what was
+reached, see `benchmarks.gpu.goals`. All of it goes into benchmarks/results/<gpu>.json, in place of what was
 there, with the versions it was measured on; the exit status is 0 only if nothing failed. A missed goal is no
 failure.
 
@@ -31,9 +31,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import goals
+from benchmarks.gpu import checks, goals
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TESTS = [
     "tests/kernels/test_nearest_key_triton.py",
     "tests/kernels/test_routed_linear_triton.py",
@@ -96,7 +96,7 @@ def main() -> int:
         print("There is no GPU that torch can see, so there is nothing to check or to measure here.")
         return 2
     if options.part is not None:
-        print({"check": check, "capture": capture}[options.part]())
+        print({"check": checks.check, "capture": checks.capture}[options.part]())
         return 0
     name = torch.cuda.get_device_name().lower().replace(" ", "-").removeprefix("nvidia-")
     target = ROOT / "benchmarks/results" / f"{name}.json"
@@ -191,135 +191,6 @@ def run(
     )
 
 
-def check() -> str:
-    """Every implementation that runs on this GPU, against float64 on the GPU."""
-    from dualedit_kernels import backend
-
-    done: list[str] = []
-    for family, compare in (
-        ("nearest_key", _check_nearest),
-        ("routed_linear", _check_routed),
-        ("gated_edit_attention", _check_attention),
-    ):
-        for entry in backend.families()[family]:
-            dtypes = (torch.float32, torch.bfloat16, torch.float16)
-            fit = [dtype for dtype in dtypes if entry.refuses("cuda", dtype) is None]
-            for dtype in fit:
-                with backend.use_backend(**{family: entry.name}):
-                    compare(dtype)
-            if fit:
-                done.append(f"{family}={entry.name}")
-    return f"{len(done)} implementations agree with float64: {', '.join(done)}"
-
-
-def _check_nearest(dtype: torch.dtype) -> None:
-    from dualedit_kernels import nearest_key
-    from dualedit_kernels.testing import assert_nearest
-
-    generator = torch.Generator().manual_seed(1)
-    for rows, count, dim in ((1, 1, 1), (3, 7, 33), (1, 3000, 1024), (9, 3001, 1000), (33, 500, 4096)):
-        keys = torch.randn(count, dim, generator=generator).to(dtype)
-        query = torch.randn(rows, dim, generator=generator)
-        radius = torch.full((count,), dim**0.5 * 1.35)
-        for metric in ("l2", "cosine"):
-            answer = nearest_key(query.cuda(), keys.cuda(), radius.cuda(), metric)
-            assert_nearest(*(t.cpu() for t in answer), query, keys, radius, metric)
-
-
-def _check_routed(dtype: torch.dtype) -> None:
-    from dualedit_kernels import Full, LowRank, routed_linear
-    from dualedit_kernels.routed_linear.reference import routed_full_reference, routed_low_rank_reference
-    from dualedit_kernels.testing import assert_as_exact
-
-    generator = torch.Generator().manual_seed(2)
-
-    def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
-        return (torch.randn(*shape, generator=generator) * scale).to(dtype).cuda()
-
-    index = torch.tensor([2, -1, 0, 2]).cuda()
-    for tokens, size, out, rank in ((1, 1024, 768, 8), (7, 33, 65, 3), (130, 1024, 1000, 64)):
-        base, x, bias = normal(4, tokens, out), normal(4, tokens, size), normal(out)
-        down, up, full = normal(3, rank, size, scale=size**-0.5), normal(3, out, rank), normal(3, out, size)
-        low = (base, x, down, up, index)
-        whole = (base, x, full * size**-0.5, bias, index)
-        for values, reference, args in (
-            (LowRank(down, up), routed_low_rank_reference, low),
-            (Full(whole[2]), routed_full_reference, whole),
-        ):
-            got = routed_linear(x, None, bias, values, index, base=base)
-            exact = reference(*(t.double() if t.is_floating_point() else t for t in args))
-            assert_as_exact(f"{type(values).__name__} L={tokens}", got, reference(*args), exact, 3.0)
-            assert torch.equal(got[1], base[1])
-
-
-def _check_attention(dtype: torch.dtype) -> None:
-    from dualedit_kernels import gated_edit_attention
-    from dualedit_kernels.gated_edit_attention.reference import gated_edit_attention_reference as reference
-    from dualedit_kernels.testing import assert_as_exact
-
-    sizes = (
-        dict(rows=5, tokens=19, dim=24, mid=32, num_heads=2, lengths=[7, 1, 40], route=[2, -1, 0, 1, 2]),
-        dict(rows=3, tokens=600, dim=1024, mid=1024, num_heads=8, lengths=[620, 3], route=[0, -1, 1]),
-    )
-    for size in sizes:
-        case = _case(size).to(dtype)
-        plain = reference(*case.args())
-        exact = reference(*case.to(torch.float64).args())
-        with torch.no_grad():
-            got = gated_edit_attention(**case.public())[0]
-            inplace = gated_edit_attention(**case.public() | {"hidden": case.hidden.clone()}, inplace=True)[0]
-        assert_as_exact("out", got, plain, exact, 3.0)
-        assert torch.equal(inplace, got)
-        closed = ~(case.span & (case.route >= 0)[:, None])
-        assert torch.equal(got[closed], case.hidden[closed])
-
-
-def _case(size: dict[str, object]):
-    from dataclasses import replace
-
-    from dualedit_kernels.testing import attention_case
-
-    case = attention_case(torch.Generator().manual_seed(3), **size)
-    tensors = {name: getattr(case, name) for name in case.__dataclass_fields__}
-    return replace(case, **{name: t.cuda() for name, t in tensors.items() if isinstance(t, torch.Tensor)})
-
-
-def capture() -> str:
-    """Capture the operators in one CUDA graph; replays with other rows and routes give the bits of calls."""
-    from dualedit_kernels import Gate, LowRank, gated_edit_attention, routed_linear
-
-    size = dict(rows=4, tokens=64, dim=256, mid=256, num_heads=2, lengths=[70, 3], route=[0, -1, 1, -1])
-    case = _case(size).to(torch.bfloat16)
-    keys = case.hidden[:2, 5].clone()
-    last = torch.full((4,), 5, device="cuda")
-    gate = Gate(last, keys, torch.full((2,), 0.05, device="cuda"))
-    down, up = (torch.randn(2, *shape, device="cuda").to(torch.bfloat16) for shape in ((8, 256), (256, 8)))
-    fixed = case.public() | {"route": None, "gate": gate}
-
-    @torch.no_grad()
-    def work(hidden: torch.Tensor) -> torch.Tensor:
-        out, route = gated_edit_attention(**fixed | {"hidden": hidden})
-        return routed_linear(out, None, None, LowRank(down, up), route, base=hidden)
-
-    static = case.hidden.clone()
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        work(static)  # compiles
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = work(static)
-    open_rows = 0
-    for order in ([0, 1, 2, 3], [2, 3, 0, 1], [3, 3, 2, 2], [1, 0, 1, 0]):
-        static.copy_(case.hidden[order])
-        graph.replay()
-        want = work(case.hidden[order].clone())
-        assert torch.equal(result, want), f"a replay with the rows {order} differs from a call"
-        open_rows += int((result != static).flatten(1).any(1).sum())
-    assert open_rows == 8, f"{open_rows} rows were open over the replays, expected 8"
-    return "nearest_key, gated_edit_attention and routed_linear replay bit for bit with other routes"
-
-
 def versions() -> dict[str, object]:
     """The GPU and the software that the figures depend on."""
     import triton
@@ -338,6 +209,3 @@ def versions() -> dict[str, object]:
         "triton": triton.__version__,
     }
 
-
-if __name__ == "__main__":
-    sys.exit(main())

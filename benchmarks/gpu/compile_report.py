@@ -1,10 +1,10 @@
 """Compiles every GPU kernel without a GPU; fails if one spills, is too large or misses the tensor cores.
 
-    python -m benchmarks.compile_report [--triton oldest installed] [--arch 80 90] [--only attend]
+    python -m benchmarks.gpu.compile_report [--triton oldest installed] [--arch 80 90] [--only attend]
                                         [--scenes bf16] [--json report.json]
 
 It is done for the oldest Triton that is supported and for the installed one, which in a fresh install is the
-newest. Another version than the installed one is fetched once (200 MB) and kept, see `benchmarks.tritons`.
+newest. Another version than the installed one is fetched once (200 MB) and kept: `benchmarks.gpu.tritons`.
 
 The configurations are not a list kept by hand: the shipped launch code runs on meta tensors at the shapes of
 LLaVA-1.5-7B, and every launch is recorded with its tiles and the facts that Triton specialises on (dtypes,
@@ -32,7 +32,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import tritons
+from benchmarks.gpu import tritons
 
 HEADER = "{:<7} {:<22} {:<6} {:>4} {:>5} {:>7} {:<6} tiles | first used by".format(
     "triton", "kernel", "arch", "regs", "spill", "shared", "units"
@@ -175,7 +175,7 @@ def compile_cuda(arch: int) -> list[Result]:
     """Compile csrc/cuda/*.cu with nvcc; an empty list if there is no nvcc."""
     nvcc = shutil.which("nvcc")
     results = []
-    folder = Path(__file__).parents[1] / "csrc"
+    folder = Path(__file__).parents[2] / "csrc"
     for source in sorted(folder.glob("cuda/*.cu")) if nvcc else []:
         command = [
             nvcc,
@@ -262,8 +262,9 @@ def under_another_triton(version: str, options: argparse.Namespace) -> list[Resu
     folder = tritons.fetch(version, options.cache)
     with tempfile.TemporaryDirectory() as place:
         rows = Path(place) / "rows.json"
-        command = [sys.executable, "-m", "benchmarks.compile_report", "--triton", "installed", "--no-cuda"]
-        command += ["--json", str(rows), "--only", options.only, "--arch", *map(str, options.arch)]
+        command = [sys.executable, "-m", "benchmarks.gpu.compile_report", "--triton", "installed"]
+        command += ["--no-cuda", "--json", str(rows), "--only", options.only]
+        command += ["--arch", *map(str, options.arch)]
         if options.scenes:
             command += ["--scenes", *options.scenes]
         done = subprocess.run(command, env=tritons.environment(folder), cwd=tritons.ROOT, check=False)
