@@ -229,6 +229,81 @@ def test_empty_text(method, prompt, target, words, generator):
     refused(model, lambda: editor.edit(random_image(generator), prompt, target), *words)
 
 
+@pytest.mark.parametrize("call", ["edit", "edit_many", "answer", "explain"])
+def test_an_image_that_is_an_address(method, call, generator):
+    model = editor_of(LLAVA, method)
+    editor = Editor(model, tiny_processor())
+    address = "https://example.com/computer.jpg"
+    calls = {
+        "edit": lambda: editor.edit(address, "what is this ?", "cat"),
+        "edit_many": lambda: editor.edit_many([(address, "what is this ?", "cat")], progress=False),
+        "answer": lambda: editor.answer(address, "what is this ?"),
+        "explain": lambda: editor.explain(address, "what is this ?"),
+    }
+    refused(model, calls[call], repr(address), "is an address", "download the picture first")
+
+
+def test_an_image_that_no_file_system_takes_for_a_name(method):
+    model = editor_of(LLAVA, method)
+    editor = Editor(model, tiny_processor())
+    coded = "iVBORw0KGgo" * 2000
+    refused(model, lambda: editor.edit(coded, "what is this ?", "cat"), "image='iVBORw0KGgo", "no such file")
+
+
+def test_image_and_question_that_have_changed_places(method, generator, tmp_path):
+    model = editor_of(LLAVA, method)
+    editor = Editor(model, tiny_processor())
+    image, file = random_image(generator), tmp_path / "photo.png"
+    image.save(file)
+    words = ["is a picture, where the question belongs", "pass the image first, then the prompt"]
+    for picture in (image, file, str(file)):
+        refused(model, lambda p=picture: editor.edit("what is this ?", p, "cat"), "prompt=", *words)
+        refused(model, lambda p=picture: editor.answer("what is this ?", p), "prompt=", *words)
+    refused(model, lambda: editor.answer_many(["what is this ?"]), "questions[0] is a str", "pairs")
+
+
+def test_an_editor_with_a_tokenizer_in_place_of_the_processor(method, generator):
+    model = editor_of(LLAVA, method)
+    editor = Editor(model, tiny_processor().tokenizer)
+    image = random_image(generator)
+    words = ["a tokenizer, which drops pictures", "pass the model's processor"]
+    refused(model, lambda: editor.edit(image, "what is this ?", "cat"), *words)
+    refused(model, lambda: editor.answer(image, "what is this ?"), *words)
+    assert isinstance(editor.answer(None, "what is this ?", 2), str)
+
+
+@pytest.mark.parametrize(
+    ("samples", "words"),
+    [
+        (dict(rephrases="founder ?"), ["rephrases='founder ?' is one sample", "rephrases=[...]"]),
+        (dict(negatives="cat.png"), ["negatives='cat.png' is one sample", "negatives=[...]"]),
+        (dict(rephrases=[3]), ["rephrases[0]=3", "a text or an (image, question) pair"]),
+        (dict(negatives=["a.png", ("b.png", "what ?", "c")]), ["negatives[1]=", "(image, question) pair"]),
+    ],
+)
+def test_one_sample_where_a_list_belongs(samples, words, method, generator):
+    model = editor_of(LLAVA, method)
+    editor = Editor(model, tiny_processor())
+    refused(model, lambda: editor.edit(random_image(generator), "what is this ?", "cat", **samples), *words)
+
+
+@pytest.mark.parametrize(
+    ("requests", "words"),
+    [
+        ({"image": None, "prompt": "what ?", "target": "cat"}, ["requests is one dict", "a list"]),
+        ("what ?", ["requests is one str"]),
+        (["what ?"], ["requests[0]: the request is a str", "(image, prompt, target)"]),
+        ([("what ?", "cat")], ["requests[0]: the request is a tuple"]),
+        ([{"image": None, "prompt": "what ?"}], ["requests[0]", "target is missing"]),
+        ([{"image": None, "prompt": "?", "target": "cat", "answer": "x"}], ["answer is not known"]),
+    ],
+)
+def test_requests_of_another_shape(requests, words, method):
+    model = editor_of(LLAVA, method)
+    editor = Editor(model, tiny_processor())
+    refused(model, lambda: editor.edit_many(requests, progress=False), *words)
+
+
 @pytest.mark.parametrize("bad", ["rows", "no ids", "target"])
 def test_bad_tensors(method, bad, generator):
     model = editor_of(LLAVA, method)

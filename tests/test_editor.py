@@ -5,7 +5,8 @@ import warnings
 import pytest
 import torch
 from dualedit import BalancEditConfig, DualEditConfig, Editor, EditRequest
-from dualedit.models.prompting import Prompter, open_image
+from dualedit.models.images import open_image
+from dualedit.models.prompting import Prompter
 from peft import get_peft_model
 from PIL import Image, ImageEnhance
 from tiny_models import (
@@ -64,6 +65,23 @@ def test_prompts(generator):
     assert [row[row != PAD].tolist().count(BOS) for row in ids] == [1, 1]
     assert torch.equal(ids[:, -2:], ids[:1, -2:].expand(2, -1))  # the template's "assistant :"
     assert prompter.tokenizer.decode(ids[0]).endswith("assistant :")
+
+
+def test_the_tokenizer_keeps_its_padding_side(generator):
+    """It may be padding for another thread at the same time, so not even for the length of a call."""
+    processor, seen = tiny_processor(), []
+    processor.tokenizer.padding_side = "right"
+
+    class Watched(type(processor)):
+        def __call__(self, *args, **kwargs):
+            seen.append(self.tokenizer.padding_side)
+            return super().__call__(*args, **kwargs)
+
+    processor.__class__ = Watched
+    image = random_image(generator)
+    inputs = Prompter(processor).inputs([(image, "what is this ?"), (image, BRAND + " " + COLOR)])
+    assert seen == ["right"] and processor.tokenizer.padding_side == "right"
+    assert inputs["input_ids"][0, 0] == PAD and inputs["attention_mask"][:, -1].all()
 
 
 @pytest.mark.parametrize("chat", [True, False])
@@ -163,6 +181,16 @@ def test_edit_many(method, generator):
         "apple",
         "dell",
     ]  # the first took its old one's place
+
+
+def test_edit_many_takes_mappings(method, generator):
+    editor = editor_for(method)
+    images = [random_image(generator) for _ in range(2)]
+    asked = {"image": images[0], "prompt": BRAND, "target": "dell"}
+    more = {"image": images[1], "prompt": BRAND, "target": "apple", "rephrases": [COLOR]}
+    edits = editor.edit_many([asked, more], progress=False)
+    assert [edit.target for edit in edits] == ["dell", "apple"]
+    assert editor.explain(images[0], BRAND).edit == edits[0]
 
 
 def test_undo(method, generator):

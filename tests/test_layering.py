@@ -11,8 +11,8 @@ KERNELS = ROOT / "dualedit_kernels"
 
 # From the bottom up. Rooms of one level do not import each other, except as listed.
 LEVELS = [
-    {"data", "models"},
-    {"runtime"},
+    {"models"},
+    {"data", "runtime"},
     {"memory"},
     {"tuners"},
     {"editing", "storage"},

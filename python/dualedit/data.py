@@ -8,73 +8,12 @@ thousands of samples hold no pictures in memory.
 
 from __future__ import annotations
 
-import io
-import os
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import PIL.Image
 from PIL.Image import Image
 
-ImageSource = Image | str | bytes | None
-
-
-def image_source(image: Any) -> ImageSource:
-    """What is kept of an image as it was given.
-
-    Args:
-        image: a PIL image, a path, the bytes of an image file, None, or the {"bytes": ..., "path": ...} of a
-            Hugging Face `datasets` row that was not decoded (its bytes win).
-
-    Returns:
-        the PIL image, the path as text, the bytes, or None.
-
-    Raises:
-        ValueError: another type, or an empty path, empty bytes or an empty mapping.
-    """
-    if isinstance(image, Mapping):
-        found = image.get("bytes") or image.get("path")
-        if found is None:
-            raise ValueError(f"image={dict(image)!r} has neither bytes nor a path: fill in one of them.")
-        image = found
-    if image is None or isinstance(image, Image):
-        return image
-    if isinstance(image, (bytes, bytearray)):
-        image = bytes(image)
-    elif isinstance(image, (str, os.PathLike)):
-        image = os.fspath(image)
-    else:
-        kind = type(image).__name__
-        raise ValueError(f"image is a {kind}: pass a PIL image, a path, the bytes of an image file, or None.")
-    if not image:
-        raise ValueError(f"image={image!r} is empty: pass a path or bytes, or None for a text-only question.")
-    return image
-
-
-def open_source(source: ImageSource) -> Image | None:
-    """The picture behind an `image_source`: PIL images as they are, paths and bytes opened, in RGB.
-
-    Raises:
-        ValueError: no such file, or not an image that Pillow can read.
-    """
-    if source is None or isinstance(source, Image):
-        return source
-    if isinstance(source, str) and not Path(source).is_file():
-        raise ValueError(f"image={source!r}: no such file.")
-    try:
-        with PIL.Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
-            return opened.convert("RGB")
-    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
-        raise ValueError(f"image={shown(source)} cannot be read as an image: {error}") from error
-
-
-def shown(source: ImageSource) -> str:
-    """A source in a few words, without opening it."""
-    if isinstance(source, bytes):
-        return f"<{len(source)} bytes>"
-    return f"<{source.mode} {source.width}x{source.height}>" if isinstance(source, Image) else repr(source)
+from .models.images import ImageSource, image_source, open_image, shown
 
 
 class _LazyImage:
@@ -86,7 +25,7 @@ class _LazyImage:
     def __get__(self, instance: object | None, owner: type | None = None) -> Image | None:
         if instance is None:
             raise AttributeError(self.name)  # tells dataclass that the field has no default
-        return open_source(instance.__dict__[self.name])
+        return open_image(instance.__dict__[self.name])
 
     def __set__(self, instance: object, image: Any) -> None:
         instance.__dict__[self.name] = image_source(image)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +17,14 @@ from .data import EditRequest
 from .editing import Edit, add_edit, edit_of, list_edits, lookup_many
 from .memory import MemoryGroup
 from .models.architectures import unwrap
-from .models.prompting import Picture, Prompter, open_image
+from .models.images import Picture, open_image, shown
+from .models.prompting import Prompter, open_questions
 from .runtime.context import runtime_of
 from .tuners.config import BalancEditConfig, EditConfig
 from .tuners.model import active_group
 
 Sample = tuple[Picture | None, str]
+_ARGUMENTS = ("image", "prompt", "target", "rephrases", "negatives")  # of `edit`
 _OTHER_QUESTIONS = 2  # asked about an edit's image to see how far another question is
 
 
@@ -98,7 +101,8 @@ class Editor:
             ValueError: a missing image, an empty prompt or target, an unreadable file. Nothing is stored.
         """
         _, config, group = active_group(self.model)
-        picture = open_image(image)
+        _check_samples(rephrases, negatives)
+        picture = open_questions([(image, prompt)])[0][0]
         if picture is None and (isinstance(config, BalancEditConfig) or config.vis_layer is not None):
             raise ValueError(
                 "image=None: the edit's image is missing. Pass the image that the question is about (only "
@@ -159,22 +163,25 @@ class Editor:
         eos = getattr(config, "eos_token_id", None)
         return eos[0] if isinstance(eos, list) else eos
 
-    def edit_many(self, requests: Iterable[EditRequest | tuple], progress: bool = True) -> list[Edit]:
+    def edit_many(
+        self, requests: Iterable[EditRequest | Mapping[str, Any] | tuple], progress: bool = True
+    ) -> list[Edit]:
         """Store many edits, with a progress bar; what was stored before a failure stays stored.
 
         Args:
-            requests: `EditRequest`s or (image, prompt, target) triples.
+            requests: `EditRequest`s, (image, prompt, target) triples, or mappings with these keys. A triple
+                may go on, and a mapping may have further keys, with `edit`'s rephrases and negatives.
 
         Raises:
             ValueError: a bad request; names its place in the list.
         """
+        if isinstance(requests, (str, Mapping, EditRequest)):
+            raise ValueError(f"requests is one {type(requests).__name__}: pass a list of requests.")
         edits: list[Edit] = []
         listed = list(requests)
         for number, request in enumerate(tqdm(listed, desc="editing", unit="edit", disable=not progress)):
-            if isinstance(request, EditRequest):
-                request = (request.image, request.prompt, request.target)
             try:
-                edits.append(self.edit(*request))
+                edits.append(self.edit(**_arguments(request)))
             except (ValueError, TypeError) as error:
                 raise ValueError(
                     f"requests[{number}]: {error} ({len(edits)} of {len(listed)} edits are stored.)"
@@ -221,7 +228,7 @@ class Editor:
     def explain_many(self, questions: Sequence[Sample]) -> list[Explanation]:
         """`explain` for a batch of questions, in one forward."""
         _, config, group = active_group(self.model)
-        inputs = self.prompter.inputs([(open_image(image), prompt) for image, prompt in questions])
+        inputs = self.prompter.inputs(open_questions(questions))
         found = lookup_many(self.model, inputs)
         edits = {i: edit_of(group, i, config) for i in {f.edit_id for f in found} - {None}}
         return [Explanation(f.fired, edits.get(f.edit_id), f.distance, f.radius) for f in found]
@@ -235,11 +242,48 @@ class Editor:
         return generate_answers(self.model, self.prompter, questions, max_new_tokens)
 
 
+def _arguments(request: Any) -> dict[str, Any]:
+    """One of `edit_many`'s requests as arguments of `edit`. Raises ValueError."""
+    if isinstance(request, EditRequest):
+        return {"image": request.image, "prompt": request.prompt, "target": request.target}
+    if isinstance(request, (tuple, list)) and 3 <= len(request) <= len(_ARGUMENTS):
+        return dict(zip(_ARGUMENTS, request, strict=False))
+    if not isinstance(request, Mapping):
+        kind = type(request).__name__
+        raise ValueError(
+            f"the request is a {kind}: pass an EditRequest (of an EditSample its .request), a triple (image, "
+            "prompt, target), or a mapping with these keys."
+        )
+    lacking = [name for name in _ARGUMENTS[:3] if name not in request]
+    unknown = sorted(map(str, set(request) - set(_ARGUMENTS)))
+    if lacking or unknown:
+        raise ValueError(
+            f"the request has the keys {sorted(map(str, request))}: "
+            + (f"{', '.join(lacking)} is missing" if lacking else f"{', '.join(unknown)} is not known")
+            + f". The keys are {', '.join(_ARGUMENTS)} (image None for an edit without one; the last two may "
+            "be left out)."
+        )
+    return dict(request)
+
+
+def _check_samples(rephrases: Any, negatives: Any) -> None:
+    """Refuse one sample where a list of them belongs: a text would be taken letter by letter."""
+    for name, samples in (("rephrases", rephrases), ("negatives", negatives)):
+        if isinstance(samples, (str, bytes, os.PathLike, Image.Image, Mapping)):
+            what = shown(samples) if isinstance(samples, (str, bytes, Image.Image)) else repr(samples)
+            raise ValueError(f"{name}={what} is one sample: pass a list with it, {name}=[...].")
+        for number, sample in enumerate(samples or ()):
+            pair = isinstance(sample, tuple)
+            if (pair and len(sample) != 2) or not (pair or name == "negatives" or isinstance(sample, str)):
+                kind = "an image" if name == "negatives" else "a text"
+                raise ValueError(f"{name}[{number}]={sample!r}: pass {kind} or an (image, question) pair.")
+
+
 def generate_answers(
     model: nn.Module, prompter: Prompter, questions: Sequence[Sample], max_new_tokens: int = 20
 ) -> list[str]:
     """Greedy answers to a batch of questions, in one `generate` of any Hugging Face VLM, edited or not."""
-    opened = [(open_image(image), prompt) for image, prompt in questions]
+    opened = open_questions(questions)
     base = unwrap(model)
     place = base.get_input_embeddings().weight
     inputs = {

@@ -10,8 +10,9 @@ from collections.abc import Mapping
 
 from PIL import Image, features
 
-from ..data import EditSample, ImageSource, Probe, open_source
+from ..data import EditSample, Probe
 from ..evaluation.asking import more_probes_of, portability_of, probes_of
+from ..models.images import ImageSource, open_image
 
 _PLAIN = 96  # pixels a side up to which a picture stays as it is
 _LARGE = 224
@@ -26,7 +27,7 @@ class Gallery:
     def add(self, source: ImageSource) -> str | None:
         """The class that shows a picture; None for one that is not there or cannot be read."""
         try:
-            image = open_source(source)
+            image = open_image(source)
         except ValueError:
             return None
         if image is None:

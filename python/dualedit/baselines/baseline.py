@@ -14,7 +14,8 @@ from ..data import EditSample
 from ..editing import append_target
 from ..editor import Explanation, generate_answers
 from ..evaluation.forcing import forced_batch, forced_predictions
-from ..models.prompting import Picture, Prompter, open_image
+from ..models.images import Picture, open_image
+from ..models.prompting import Prompter
 from ..tuners.fitting import to_device
 from ..tuners.layer import EditLayer
 

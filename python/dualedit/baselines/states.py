@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..models.prompting import Prompter, open_image
+from ..models.prompting import Prompter, open_questions
 from ..tuners.fitting import to_device
 
 
@@ -22,9 +22,7 @@ def entering(args: tuple, kwargs: dict) -> Tensor:
 
 def last_states(model: nn.Module, layer: nn.Module, prompter: Prompter, questions: Sequence) -> Tensor:
     """[R, D] the last prompt token's state as it enters a layer; what lies above does not run."""
-    inputs = to_device(
-        prompter.inputs([(open_image(image), prompt) for image, prompt in questions]), model
-    )
+    inputs = to_device(prompter.inputs(open_questions(questions)), model)
     seen: list[Tensor] = []
 
     def note(module: nn.Module, args: tuple, kwargs: dict) -> None:

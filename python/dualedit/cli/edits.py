@@ -16,7 +16,7 @@ NO_IMAGE = "-"
 
 
 def _picture(image: str):
-    from ..models.prompting import open_image
+    from ..models.images import open_image
 
     return None if image == NO_IMAGE else open_image(image)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from ..data import EditRequest, EditSample, ImageSource, Probe
+from ..data import EditRequest, EditSample, Probe
+from ..models.images import ImageSource
 from .rows import Row
 
 

@@ -6,7 +6,8 @@ import hashlib
 import os
 from collections.abc import Iterator, Sequence
 
-from ..data import EditSample, ImageSource, open_source
+from ..data import EditSample
+from ..models.images import ImageSource, open_image
 from .loading import LoadedSamples
 from .rows import Problem
 
@@ -28,7 +29,7 @@ def pixel_digest(source: ImageSource) -> str:
     Raises:
         ValueError: it cannot be opened.
     """
-    picture = open_source(source).convert("RGB")
+    picture = open_image(source).convert("RGB")
     return hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).hexdigest()
 
 
@@ -59,7 +60,7 @@ def _reason(source: str | bytes, decode: bool) -> str | None:
         return f"image {source!r} is not there"
     if decode:
         try:
-            open_source(source)
+            open_image(source)
         except ValueError as error:
             return str(error)
     return None

@@ -11,7 +11,8 @@ import os
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from ..data import EditSample, ImageSource
+from ..data import EditSample
+from ..models.images import ImageSource
 from .images import pixel_digest, sources_of
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..data import EditRequest, EditSample, ImageSource, Probe
+from ..data import EditRequest, EditSample, Probe
+from ..models.images import ImageSource
 from .rows import Row, briefly
 
 KEYS = (

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from ..data import ImageSource, image_source
+from ..models.images import ImageSource, image_source
 from .templates import PromptTemplate
 
 
@@ -146,8 +146,6 @@ class Row:
             raise self.error(key, f"cannot be used: {error}") from error
         if not isinstance(source, str):
             return source
-        if "://" in source:
-            raise self.error(key, f"is the address {briefly(source)}: download the image and write its path.")
         path, there = self.finder.find(source)
         if not there:
             roots = ", ".join(map(repr, self.finder.roots))

@@ -7,7 +7,8 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from ..data import EditSample, ImageSource, Probe, open_source
+from ..data import EditSample, Probe
+from ..models.images import ImageSource, open_image
 from .images import pixel_digest
 from .own import KINDS
 
@@ -75,7 +76,7 @@ class _Images:
         if not file.is_file():
             self.folder.mkdir(parents=True, exist_ok=True)
             part = file.with_suffix(".part")
-            open_source(source).convert("RGB").save(part, format="PNG")
+            open_image(source).convert("RGB").save(part, format="PNG")
             os.replace(part, file)
         return f"{self.folder.name}/{file.name}"
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ..models.architectures import unwrap
-from ..models.prompting import Picture, Prompter, open_image
+from ..models.images import Picture
+from ..models.prompting import Prompter, open_questions
 from ..tuners.fitting import to_device
 
 IGNORED = -100
@@ -38,7 +39,7 @@ def forced_batch(
     """
     if len(questions) != len(targets):
         raise ValueError(f"targets has {len(targets)} entries for {len(questions)} questions: pass one each.")
-    opened = [(open_image(image), prompt) for image, prompt in questions]
+    opened = open_questions(questions)
     inputs = prompter.inputs(opened)
     ids, mask = inputs["input_ids"], inputs["attention_mask"].bool()
     answers = [

@@ -22,7 +22,7 @@ from ..editor import Editor
 from ..memory import Snapshot
 from ..memory.routing import last_state, pool_key
 from ..models.architectures import target_token_type, unwrap
-from ..models.prompting import open_image
+from ..models.images import open_image
 from ..runtime.context import bound
 from ..tuners.config import BalancEditConfig
 from ..tuners.dualedit.modules import EditKV

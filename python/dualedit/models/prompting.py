@@ -4,34 +4,51 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
-Picture = Image.Image | str | os.PathLike
+from .images import is_file, open_image, shown
 
 
-def open_image(image: Picture | None) -> Image.Image | None:
-    """A PIL image from an image or a path.
+def check_question(image: Any, prompt: Any) -> None:
+    """Refuse a question that is no text, and say so where image and question have changed places.
 
     Raises:
-        ValueError: a path without a file, a file that is no image, or another type.
+        ValueError: the prompt is empty or not a text, or the image is the text.
     """
-    if image is None or isinstance(image, Image.Image):
-        return image
-    if not isinstance(image, (str, os.PathLike)):
-        raise ValueError(f"image is a {type(image).__name__}: pass a PIL image or a path.")
-    path = Path(image)
-    if not path.is_file():
-        raise ValueError(f"image={str(path)!r}: no such file.")
-    try:
-        with Image.open(path) as opened:
-            return opened.convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"image={str(path)!r} cannot be read as an image: {error}") from error
+    given_image = isinstance(prompt, (Image.Image, bytes, os.PathLike))
+    if given_image or (isinstance(image, str) and isinstance(prompt, str) and _changed_places(image, prompt)):
+        what = shown(prompt) if isinstance(prompt, (Image.Image, bytes, str)) else repr(prompt)
+        raise ValueError(
+            f"prompt={what} is a picture, where the question belongs: pass the image first, then the prompt."
+        )
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise ValueError(f"prompt={prompt!r}: pass a question.")
+
+
+def _changed_places(image: str, prompt: str) -> bool:
+    return not is_file(image) and is_file(prompt)
+
+
+def open_questions(questions: Sequence[tuple[Any, str]]) -> list[tuple[Image.Image | None, str]]:
+    """(image, prompt) pairs with the images opened.
+
+    Raises:
+        ValueError: not such pairs, an image that cannot be opened, or a prompt that is no question.
+    """
+    opened = []
+    for number, question in enumerate(questions):
+        if not isinstance(question, (tuple, list)) or len(question) != 2:
+            kind = type(question).__name__
+            raise ValueError(f"questions[{number}] is a {kind}: pass (image, prompt) pairs.")
+        image, prompt = question
+        check_question(image, prompt)
+        opened.append((open_image(image), prompt))
+    return opened
 
 
 class Prompter:
@@ -76,26 +93,28 @@ class Prompter:
         """Inputs of one batch of questions, left-padded; questions with and without an image may be mixed.
 
         Raises:
-            ValueError: an empty list or an empty question.
+            ValueError: an empty list, an empty question, or an image where there is only a tokenizer.
         """
         if not questions:
             raise ValueError("questions is empty: pass at least one (image, prompt).")
-        for _, prompt in questions:
-            if not isinstance(prompt, str) or not prompt.strip():
-                raise ValueError(f"prompt={prompt!r}: pass a question.")
-        texts = [self.text(image, prompt) for image, prompt in questions]
+        for image, prompt in questions:
+            check_question(image, prompt)
         images = [image for image, _ in questions if image is not None]
+        if images and isinstance(self.processor, PreTrainedTokenizerBase):
+            kind = type(self.processor).__name__
+            raise ValueError(
+                f"processor is a {kind}, a tokenizer, which drops pictures: pass the model's processor "
+                "(AutoProcessor.from_pretrained), of which the tokenizer is a part."
+            )
+        texts = [self.text(image, prompt) for image, prompt in questions]
         # A chat template writes the beginning-of-sequence token itself where the model has one.
         begin = getattr(self.tokenizer, "bos_token", None)
         special = not (self._chats and begin and texts[0].startswith(begin))
-        side, self.tokenizer.padding_side = getattr(self.tokenizer, "padding_side", "left"), "left"
-        try:
-            batch = self.processor(
-                text=texts, return_tensors="pt", padding=len(texts) > 1, add_special_tokens=special,
-                **({"images": images} if images else {}),
-            )  # fmt: skip
-        finally:
-            self.tokenizer.padding_side = side
+        # The side is passed with the call: others use this tokenizer at the same time, padding as they like.
+        batch = self.processor(
+            text=texts, return_tensors="pt", padding=len(texts) > 1, padding_side="left",
+            add_special_tokens=special, **({"images": images} if images else {}),
+        )  # fmt: skip
         return dict(batch)
 
     def target_ids(self, image: Image.Image | None, prompt: str, target: str, eos: int | None) -> Tensor:
