@@ -339,6 +339,7 @@ def fetch_smol(
     try:
         root.mkdir(parents=True, exist_ok=True)
         with _alone(root):
+            _clean(root)
             files = download(root / "downloads", progress, clients or Clients(), packages)
             if _read(root / "pictures" / "stamp") != pictures_stamp():
                 _make_pictures(root, files, packages, progress)
@@ -366,16 +367,14 @@ def _alone(root: Path):
 def download(folder: Path, progress, clients, packages=PACKAGES) -> dict[str, Path]:
     """The packages' files by use, downloaded where they are not in `folder` with the right digest."""
     folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder).free
-    if free < SPACE:
+    _clean(folder)
+    files = {package.use: folder / package.file for package in packages}
+    missing = [p for p in packages if not _whole(files[p.use], p)]
+    if missing and (free := shutil.disk_usage(folder).free) < SPACE:
         raise FetchError(
             f"{folder} has {free / 2**20:.0f} MB free, {SPACE / 2**20:.0f} MB are needed: free some space or "
             f"set DUALEDIT_CACHE to another folder, then run `{REMEDY}` again"
         )
-    for left in folder.glob("part-*"):  # of a call that was cut
-        shutil.rmtree(left, ignore_errors=True)
-    files = {package.use: folder / package.file for package in packages}
-    missing = [p for p in packages if not _whole(files[p.use], p)]
     for client in dict.fromkeys(p.client for p in missing):
         wanted = [p for p in missing if p.client == client]
         for package in wanted:
@@ -396,6 +395,12 @@ def download(folder: Path, progress, clients, packages=PACKAGES) -> dict[str, Pa
             if error is not None:
                 raise error
     return files
+
+
+def _clean(folder: Path) -> None:
+    """Remove what a call that was killed left."""
+    for left in folder.glob("part-*"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def _whole(file: Path, package: Package) -> bool:
