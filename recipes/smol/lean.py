@@ -32,7 +32,7 @@ def turn(x, cos, sin):
 
 
 def layer(x, cos, sin, mask, w, a, b, heads: int, kv_heads: int, eps: float, seen=None):
-    """One decoder layer. `x` [B, T, D]; `cos`, `sin` [B, 1, T, H]; `mask` [B, 1, T, T]; `w` nine frozen weights;
+    """`x` [B, T, D] to the same; `cos`, `sin` [B, 1, T, H]; `mask` [B, 1, T, T]; `w` nine frozen weights;
     `a` four [k R, in] and `b` six [out, R], or None without a LoRA."""
     rows, length, _ = x.shape
     size = cos.shape[-1]

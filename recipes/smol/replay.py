@@ -11,7 +11,8 @@ import random
 import time
 
 import torch
-from common import WORK, language_model, load_parts, read_folder, save
+from common import WORK, base, language_model, save
+from dualedit.smol import load_concepts
 from questions import text_questions
 
 OPEN, CLOSE = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
@@ -45,9 +46,9 @@ def main(asked: int = 240, seed: int = 0):
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     model = language_model(torch.bfloat16)
-    _, tokenizer, _, folder = load_parts()
+    tokenizer = base()[1]
     start = time.time()
-    prompts = [OPEN + q + CLOSE for q in text_questions(read_folder(folder), "training", 640, seed)]
+    prompts = [OPEN + q + CLOSE for q in text_questions(load_concepts(), "training", 640, seed)]
     own = generate(model, tokenizer, [OPEN] * asked, 28, sample=True)
     own = [tokenizer.decode([t for t in row if t != 2]).strip() for row in own]
     own = [q for q in dict.fromkeys(own) if 8 < len(q) < 160]

@@ -14,7 +14,7 @@ import time
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import SIDE, WORK, Pictures, augment, name_embeddings, save
+from common import SIDE, WORK, Pictures, augment, load_parts, name_embeddings, save
 from lite import Lite
 from torch import nn
 
@@ -34,16 +34,40 @@ class Projector(nn.Module):
         return self.linear_2(F.gelu(self.linear_1(x)))
 
 
+@torch.no_grad()
+def start_projector(projector: Projector, x: torch.Tensor, target: torch.Tensor, ridge: float = 0.02) -> None:
+    """Set `projector` to the linear map that fits best, in closed form.
+
+    Its gate is held where GELU is the identity (inputs around 5): training starts from ridge regression.
+
+    Args:
+        x: features [N, 1280].
+        target: embeddings [N, 576].
+        ridge: in units of the mean variance of `x`.
+    """
+    mean, centre = x.mean(0), target.mean(0)
+    x, target = x - mean, target - centre
+    square = x.T @ x
+    square.diagonal().add_(ridge * square.diagonal().mean() * len(x) ** 0.5)
+    weight = torch.linalg.solve(square, x.T @ target).T
+    spread = (x @ weight.T).std() * 1.5
+    projector.linear_1.weight.copy_(weight / spread)
+    projector.linear_1.bias.copy_(5 - weight @ mean / spread)
+    projector.linear_2.weight.copy_(torch.eye(len(weight)) * spread)
+    projector.linear_2.bias.copy_(centre - 5 * spread)
+
+
+def tuned(name: str) -> bool:
+    """Whether a parameter of the tower is trained: blocks from `FROZEN` up without their gates."""
+    if name.startswith("encoder.blocks."):
+        return int(name.split(".")[2]) >= FROZEN and "squeeze_excite" not in name
+    return name.startswith("encoder.top_")
+
+
 def trainable(model) -> list[nn.Parameter]:
-    for p in model.parameters():
-        p.requires_grad_(False)
-    chosen = [
-        p for b in list(model.encoder.blocks)[FROZEN:] for n, p in b.named_parameters() if "squeeze" not in n
-    ]
-    chosen += [*model.encoder.top_conv.parameters(), *model.encoder.top_bn.parameters()]
-    for p in chosen:
-        p.requires_grad_(True)
-    return chosen
+    for name, p in model.named_parameters():
+        p.requires_grad_(tuned(name))
+    return [p for p in model.parameters() if p.requires_grad]
 
 
 class Views:
@@ -72,8 +96,6 @@ class Views:
 
 
 def main(minutes: float, batch: int, base_rate: float, seed: int):
-    from common import load_parts
-
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     model, tokenizer, embedding, folder = load_parts()
@@ -104,9 +126,7 @@ def main(minutes: float, batch: int, base_rate: float, seed: int):
         mean = e0.mean(0).clone()
         with torch.no_grad():
             head.weight.copy_(centroids(F.normalize(e0 - mean, dim=1), y[train]))
-            # Inputs of the projector's gate around 0 with spread 1, so that it learns from the first step.
-            projector.linear_1.weight.div_(((e0 - mean) @ projector.linear_1.weight.T).std())
-            projector.linear_1.bias.copy_(-projector.linear_1.weight @ mean)
+        start_projector(projector, e0, names[y[train]] * norm + centre)
 
     def report():
         with torch.inference_mode():
@@ -130,7 +150,7 @@ def main(minutes: float, batch: int, base_rate: float, seed: int):
     groups = [
         {"params": parameters, "lr": base_rate},
         {"params": list(head.parameters()), "lr": 3e-4},
-        {"params": list(projector.parameters()), "lr": 1e-3},
+        {"params": list(projector.parameters()), "lr": 2e-4},
     ]
     rates = [g["lr"] for g in groups]
     optimiser = torch.optim.AdamW(groups, weight_decay=2e-2)
@@ -143,11 +163,11 @@ def main(minutes: float, batch: int, base_rate: float, seed: int):
         optimiser.load_state_dict(saved["optimiser"])
         mean, state = saved["mean"], saved["state"]
     print(f"{len(train)} training pictures, {len(valid)} of validation artists;", report(), flush=True)
-    total, last = minutes * 60, time.time()
+    total, last = minutes * 60, time.process_time()
     while state["seconds"] < total:
         losses = []
         for index in train[torch.randperm(len(train))].split(batch):
-            now = time.time()
+            now = time.process_time()
             state["seconds"] += now - last
             last = now
             share = min(1.0, state["seconds"] / total)
@@ -164,13 +184,8 @@ def main(minutes: float, batch: int, base_rate: float, seed: int):
             logits = e @ F.normalize(head.weight, dim=1).T * 24
             loss = F.cross_entropy(logits[:, seen], (seen.cumsum(0) - 1)[y[index]], label_smoothing=0.05)
             tokens = grid.flatten(2).transpose(1, 2)
-            if state["step"] < 60:  # until the projector points somewhere, it does not move the tower
-                tokens = tokens.detach()
             z = projector(tokens[:, torch.randperm(tokens.shape[1])[:6]])
-            mean_token = F.normalize(
-                projector(grid.mean((2, 3)) if state["step"] >= 60 else grid.mean((2, 3)).detach()) - centre,
-                dim=1,
-            )
+            mean_token = F.normalize(projector(grid.mean((2, 3))) - centre, dim=1)
             named = F.cross_entropy(mean_token @ names.T * 20, y[index])
             each = F.cross_entropy(
                 (F.normalize(z[:, :3].reshape(-1, 576) - centre, dim=1) @ names.T) * 20,
@@ -204,7 +219,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--minutes", type=float, default=30)
+    parser.add_argument("--minutes", type=float, default=25, help="of CPU")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rate", type=float, default=1e-4)
     parser.add_argument("--seed", type=int, default=0)

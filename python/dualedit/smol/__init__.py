@@ -22,7 +22,7 @@ from .pictures import FAMILIES, ROLES, SETS, Concept, PictureSet, read_concepts
 
 
 def load_concepts(families: tuple[str, ...] = FAMILIES) -> list[Concept]:
-    """The concepts of some families with pictures, names and facts; `SmolNotFetched` where they are missing."""
+    """The concepts of some families, with pictures and facts; `SmolNotFetched` where they are missing."""
     unknown = set(families) - set(FAMILIES)
     if unknown:
         raise ValueError(f"families has {', '.join(sorted(unknown))}: choose from {', '.join(FAMILIES)}")

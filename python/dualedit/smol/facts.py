@@ -6,17 +6,18 @@ from pathlib import Path
 
 CONTINENTS = {"Africa", "Asia", "Europe", "Oceania"}
 
-# `world-countries` sorts a country's languages by code. Where several are official and the first is not the
-# one that # most people would name, a flag's answer is this one; the others are accepted, too.
+# `world-countries` sorts a country's languages by code. Where the first is not the one that most people would
+# name, a flag's answer is this one; the others are accepted, too.
 USUAL_LANGUAGE = {
     "AF": "Dari", "BE": "Dutch", "BI": "Kirundi", "BO": "Spanish", "BW": "Tswana", "BY": "Belarusian",
     "CA": "English", "CH": "German", "CK": "English", "DJ": "French", "ER": "Tigrinya", "FI": "Finnish",
-    "FJ": "English", "GQ": "Spanish", "HT": "French", "IE": "English", "IL": "Hebrew", "IN": "Hindi", "KE": "Swahili",
-    "KG": "Kyrgyz", "KI": "English", "KZ": "Kazakh", "LK": "Sinhala", "LS": "Sotho", "LU": "Luxembourgish", "MG": "Malagasy",
-    "MH": "Marshallese", "MT": "Maltese", "MW": "Chewa", "NR": "Nauru", "NZ": "English", "PH": "Filipino",
-    "PK": "Urdu", "PS": "Arabic", "PW": "Palauan", "PY": "Spanish", "RW": "Kinyarwanda", "SG": "English",
-    "SO": "Somali", "SZ": "Swazi", "TD": "French", "TJ": "Tajik", "TO": "Tongan", "TZ": "Swahili",
-    "UG": "English", "US": "English", "VU": "Bislama", "WS": "Samoan", "ZA": "English", "ZW": "English", "PE": "Spanish",
+    "FJ": "English", "GQ": "Spanish", "HT": "French", "IE": "English", "IL": "Hebrew", "IN": "Hindi",
+    "KE": "Swahili", "KG": "Kyrgyz", "KI": "English", "KZ": "Kazakh", "LK": "Sinhala", "LS": "Sotho",
+    "LU": "Luxembourgish", "MG": "Malagasy", "MH": "Marshallese", "MT": "Maltese", "MW": "Chewa",
+    "NR": "Nauru", "NZ": "English", "PE": "Spanish", "PH": "Filipino", "PK": "Urdu", "PS": "Arabic",
+    "PW": "Palauan", "PY": "Spanish", "RW": "Kinyarwanda", "SG": "English", "SO": "Somali", "SZ": "Swazi",
+    "TD": "French", "TJ": "Tajik", "TO": "Tongan", "TZ": "Swahili", "UG": "English", "US": "English",
+    "VU": "Bislama", "WS": "Samoan", "ZA": "English", "ZW": "English",
 }  # fmt: skip
 
 

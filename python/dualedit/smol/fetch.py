@@ -23,11 +23,11 @@ SPACE = 900 * 2**20  # bytes while converting; about 520 MB stay
 WEIGHTS = Path(__file__).parent / "weights" / "smol.safetensors"
 
 
-class SmolNotFetched(RuntimeError):
+class SmolNotFetched(ValueError):
     """`smol` is not in the cache, or not whole."""
 
 
-class FetchError(RuntimeError):
+class FetchError(ValueError):
     """`smol` could not be fetched; the message is one line with what to do."""
 
 

@@ -1,4 +1,4 @@
-"""Assemble `smol` with stock classes: SmolLM2-135M-Instruct, EfficientNet-Lite0 and what this project trained.
+"""Assemble `smol` with stock classes: SmolLM2-135M-Instruct, EfficientNet-Lite0 and what was trained here.
 
 The language model and the tower come from registry packages (`fetch.py`). This package ships the projector,
 the tuned upper two thirds of the tower and a LoRA of the language model's upper layers in fp16; the LoRA is
@@ -183,7 +183,7 @@ def assemble(language, tokenizer, tower, weights: dict[str, torch.Tensor] | None
     if len(tokenizer) > language.config.vocab_size:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         # The image token is replaced before the first layer and must never be said: it gets the row of a
-        # token that # the model does not say either.
+        # token that the model does not say either.
         rows = model.get_input_embeddings().weight
         rows.data[language.config.vocab_size :] = rows.data[
             tokenizer.convert_tokens_to_ids("<reponame>")
