@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 REMEDY = "dualedit fetch smol"
+ASSEMBLED = "1"  # changes when `model.py` assembles otherwise, so that an older folder is made anew
 SPACE = 900 * 2**20  # bytes while converting; about 520 MB stay
 WEIGHTS = Path(__file__).parent / "weights" / "smol.safetensors"
 
@@ -230,10 +231,8 @@ def _digest(*texts: str) -> str:
 
 def model_stamp() -> str:
     """What the model's folder was made of: packages and this package's own weights."""
-    from .model import RECIPE
-
     weights = file_digest(WEIGHTS) if WEIGHTS.exists() else "none"
-    return _digest(RECIPE, weights, *(p.sha256 for p in PACKAGES if p.client == "pip"))
+    return _digest(ASSEMBLED, weights, *(p.sha256 for p in PACKAGES if p.client == "pip"))
 
 
 def pictures_stamp() -> str:
@@ -443,6 +442,8 @@ def _make_model(root: Path, files: dict[str, Path], packages, progress) -> None:
     from .model import write_model
 
     progress(f"assembling the model in {root / 'model'} (half a minute)")
+    if not WEIGHTS.exists():
+        progress(f"{WEIGHTS} is missing: the model answers texts alone, its projector is not trained")
     with tempfile.TemporaryDirectory(prefix="part-", dir=root) as part:
         made = Path(part) / "model"
         write_model(files["language"], files["tower"], made)

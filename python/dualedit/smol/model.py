@@ -15,7 +15,6 @@ import torch
 
 from .fetch import WEIGHTS, smol_folder
 
-RECIPE = "1"  # changes when the assembly does, so that folders of an older one are made anew
 SIDE = 128  # pixels of a picture's side, 16 image tokens
 IMAGE = "<image>"
 # SmolLM2's own turns, without the system message that its template puts first.
