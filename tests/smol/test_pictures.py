@@ -1,4 +1,4 @@
-"""Concepts from packages of pictures: names, facts, roles of artists, drawing that goes on where it stopped."""
+"""Concepts from packages of pictures: names, facts, artists' roles, drawing that goes on where it stopped."""
 
 import json
 
