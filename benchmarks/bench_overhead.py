@@ -22,7 +22,7 @@ from dualedit import Editor
 from dualedit.toy.editors import METHODS, load_editor
 from dualedit.toy.model import load_embedded
 from dualedit.toy.world import ATTRIBUTES, QUESTIONS, World
-from dualedit.tuners.model import active_group
+from dualedit.tuners.adapter import active_adapter
 from torch import Tensor, nn
 
 from benchmarks.common import Benchmark, Rival, arguments
@@ -78,7 +78,7 @@ def problem(edits: int) -> tuple[nn.Module, dict[str, Tensor], dict[str, nn.Modu
 
 def fill(editor: Editor, count: int) -> None:
     """Store copies of the editor's newest edit under random keys."""
-    group = active_group(editor.model)[2]
+    group = active_adapter(editor.model).group
     generator = torch.Generator().manual_seed(0)
     newest = group.rows(group.snapshot(), group.ids()[-1])
     for _ in range(count):

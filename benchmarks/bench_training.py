@@ -52,6 +52,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from dualedit import EditRequest, EditSample, Probe, inject_dualedit
+from dualedit.models.placement import to_device
 from dualedit.models.prompting import Prompter
 from dualedit.toy.model import IMAGE, build_tokenizer
 from dualedit.training.batches import KEEP, Batch, make_batch, questions_of
@@ -61,7 +62,6 @@ from dualedit.training.recipe import TERMS, Recipe
 from dualedit.training.setting import adamw
 from dualedit.training.step import TrainingStep
 from dualedit.tuners.dualedit.modules import EditCrossAttention
-from dualedit.tuners.fitting import to_device
 from PIL import Image
 from torch import Tensor, nn
 from transformers import (
@@ -256,7 +256,14 @@ class Problem:
         prompter, samples = Prompter(processor, "<image> {prompt} answer :"), edits(count, side)
         weights = {**Recipe().weights()}
         plain = copy.deepcopy(base)
-        model = inject_dualedit(base, TEXT_LAYER, VIS_LAYER, MID, MID_HEADS, init_weights=False).eval()
+        model = inject_dualedit(
+            base,
+            text_layer=TEXT_LAYER,
+            vis_layer=VIS_LAYER,
+            mid_dim=MID,
+            num_heads=MID_HEADS,
+            init_weights=False,
+        ).eval()
         self.ours = TrainingStep(model, autocast=dtype if dtype == torch.bfloat16 else None)
         for layer in self.ours.upper.layers.values():
             layer.dualedit_adapter.float()

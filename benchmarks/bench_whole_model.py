@@ -37,8 +37,8 @@ from dualedit import add_edit, inject_balancedit, inject_dualedit
 from dualedit.memory import EditMemory
 from dualedit.models.architectures import unwrap
 from dualedit.runtime.context import runtime_of
-from dualedit.tuners.layer import EditLayer
-from dualedit.tuners.model import active_group
+from dualedit.tuners import EditLayer
+from dualedit.tuners.adapter import active_adapter
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
@@ -352,9 +352,11 @@ def edited_model(
     model = skeleton(sizes, weights)
     if method == "dualedit":
         # Adapters that write when they are open: as the identity they would hide a hit.
-        model = inject_dualedit(model, text, visual, mid_dim=sizes.mid, init_weights=False)
+        model = inject_dualedit(
+            model, text_layer=text, vis_layer=visual, mid_dim=sizes.mid, init_weights=False
+        )
     else:
-        model = inject_balancedit(model, f"language_model.layers.{linear}.mlp.up_proj", max_steps=1)
+        model = inject_balancedit(model, layer=f"language_model.layers.{linear}.mlp.up_proj", max_steps=1)
     model.eval()
     target = torch.tensor([5, 6, 7])
     # A rewording: the same picture, shifted by a shade.
@@ -364,7 +366,7 @@ def edited_model(
         warnings.filterwarnings("ignore", "The edit did not take")  # what is stored does not matter
         warnings.filterwarnings("ignore", "The positive sample")
         add_edit(model, other, target, positives=positives, negatives=[asked])
-    real = sum(memory.bytes_per_edit() for memory in active_group(model)[2].memories.values())
+    real = sum(memory.bytes_per_edit() for memory in active_adapter(model).group.memories.values())
     print(
         f"    {method}: an edit with its picture takes {real / 2**20:.2f} MiB, 10,000 take "
         f"{real * 10_000 / 2**30:.1f} GiB",
@@ -375,7 +377,7 @@ def edited_model(
 
 def fill(model: nn.Module, count: int) -> None:
     """Give the memory ``count`` edits: its one edit, and others that share all but their keys with it."""
-    for memory in active_group(model)[2].memories.values():
+    for memory in active_adapter(model).group.memories.values():
         _share(memory, count)
 
 
@@ -411,7 +413,8 @@ def _keys(row: Tensor, count: int) -> Tensor:
 
 def encoding_seconds(model: nn.Module, clock: Callable[[], float]) -> float | None:
     """What making codes of all keys takes; None where lookups do without."""
-    _, config, group = active_group(model)
+    adapter = active_adapter(model)
+    config, group = adapter.config, adapter.group
     stored = group.first.snapshot()
     began = clock()
     codes = stored.codes(stored.tables["key"], getattr(config, "metric", "cosine"))

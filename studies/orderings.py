@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 from dualedit.baselines import GRACESettings, open_baseline
 from dualedit.data import EditSample
-from dualedit.editing import edit_layers
 from dualedit.evaluation import EditorMethod, Method, Plan, Unedited, evaluate
 from dualedit.toy.baselines import baseline_settings, load_baseline
 from dualedit.toy.editors import load_editor
@@ -26,7 +25,7 @@ from dualedit.toy.samples import edit_samples
 from dualedit.toy.world import World
 from dualedit.training import measure_curve
 from dualedit.training.calibration import Point, with_threshold
-from dualedit.tuners.model import active_group
+from dualedit.tuners.adapter import active_adapter
 from PIL import Image
 
 Figures = dict[str, float | None]
@@ -64,9 +63,10 @@ def modalities(samples: Sequence[EditSample], unedited: Unedited) -> dict[str, F
     rows = {}
     for row, silent in (("both", ()), ("text half", ("vision",)), ("image half", ("text",))):
         editor = load_editor("dualedit")
-        name, config, group = active_group(editor.model)
-        config.refine_steps = 0
-        for layer in edit_layers(editor.model, group).values():
+        adapter = active_adapter(editor.model)
+        name = adapter.name
+        adapter.config.refine_steps = 0
+        for layer in adapter.layers.values():
             for part in set(silent) & set(layer.dualedit_adapter[name]):
                 # With nothing projected back, the adapter's residual leaves its positions as they were.
                 for parameter in layer.dualedit_adapter[name][part].o_proj.parameters():

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from dualedit.data import EditSample
 from dualedit.editor import Editor
-from dualedit.runtime.context import recording
+from dualedit.runtime.context import recording, runtime_of
 from dualedit.toy.world import ATTRIBUTES, QUESTIONS
+from dualedit.tuners import active_adapter
 from PIL import Image, ImageEnhance
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -69,7 +70,7 @@ def read(editor: Editor, samples: list[EditSample], title: str) -> Facts:
     base = editor.model.get_base_model()
     image_id = base.config.image_token_id
     number_of = {sample.fact: number for number, sample in enumerate(samples)}
-    routers = [m for m in base.modules() if getattr(m, "dualedit_router", None)]
+    adapter = active_adapter(editor.model)
     layers = list(base.model.language_model.layers)
     keys: dict[str, list[Tensor]] = {}
     own, about, kind, near, far, edit = [], [], [], [], [], []
@@ -97,12 +98,9 @@ def read(editor: Editor, samples: list[EditSample], title: str) -> Facts:
             if place + 1 < len(layers):
                 for name, key in _pooled(states[place + 1], attended & ~image, image).items():
                     keys.setdefault(f"{name}@{place}", []).append(key.to(torch.float16))
-        for layer in routers:
-            key = layer.route_key(
-                "default", seen[layer.layer_name], attended & ~image, image, torch.full((len(asked),), -1),
-                seen.pictured,
-            )  # fmt: skip
-            keys.setdefault(layer.configs["default"].key, []).append(key.detach().to(torch.float16))
+        if adapter.config.key == "pooled":
+            prompt = runtime_of(base).describe(inputs, tuple(image.shape), image.device)
+            keys.setdefault("pooled", []).append(adapter.key_of(seen, prompt).to(torch.float16))
     return Facts(
         {name: torch.cat(parts) for name, parts in keys.items()},
         *(torch.tensor(x) for x in (own, about, kind, near, far, edit)),

@@ -215,7 +215,7 @@ def study(editor: Editor, train: Facts, test: Facts) -> dict:
         curves[f"{key} {metric}"] = curve(test, key, distance)
     at_100 = [row for row in rows if row["stored"] == FIT_AT]
     best = sorted(at_100, key=lambda row: -row["fitted_score"])[:4]
-    own = [(key, "cosine") for key in ("pooled", "learned") if key in train.keys]
+    own = [(key, "cosine") for key in ("pooled",) if key in train.keys]
     chosen = dict.fromkeys([("last@1", "cosine"), *own, *((row["key"], row["metric"]) for row in best)])
     for key, metric in tqdm(chosen, desc="rules", unit="key"):
         distance = Distance(metric, train.keys[key][train.kind >= 0])

@@ -12,8 +12,8 @@ from dualedit import (
     list_edits,
     remove_edit,
 )  # fmt: skip
-from dualedit.editing import append_target
 from dualedit.models.architectures import find_decoder_layers, image_token_ids
+from dualedit.models.targets import append_target
 from dualedit.runtime.context import runtime_of
 from tiny_models import (
     BLIP2,
@@ -80,13 +80,18 @@ def test_a_layer_name_that_does_not_exist(family):
     model = family.build()
     name = f"{family.layers}.7".replace("layers", "layer")
     refused(
-        model, lambda: inject_dualedit(model, name, 2),
+        model, lambda: inject_dualedit(model, text_layer=name, vis_layer=2),
         f"text_layer={name!r}", "no such module", f"{family.layers}.0 to {family.layers}.3",
     )  # fmt: skip
     vision = next(
         n for n, _ in model.named_modules() if "vision" in n and n.endswith("layers.0") or "blocks.0" in n
     )
-    refused(model, lambda: inject_dualedit(model, vision, 2), "no such module", "Valid layers")
+    refused(
+        model,
+        lambda: inject_dualedit(model, text_layer=vision, vis_layer=2),
+        "no such module",
+        "Valid layers",
+    )
 
 
 @pytest.mark.parametrize(
@@ -97,56 +102,94 @@ def test_a_linear_layer_that_does_not_exist(layer):
     words = (
         ["is ambiguous", "Pass one full name"] if layer == "up_proj" else ["no such module", "up_proj"][:1]
     )
-    refused(model, lambda: inject_balancedit(model, layer), f"layer={layer!r}", *words)
+    refused(model, lambda: inject_balancedit(model, layer=layer), f"layer={layer!r}", *words)
     if layer == "layers.2.mlp.up_project":
         refused(
             model,
-            lambda: inject_balancedit(model, layer),
+            lambda: inject_balancedit(model, layer=layer),
             "Nearest: model.language_model.layers.2.mlp.up_proj",
         )
 
 
 def test_models_without_image_positions():
     llama, mllama = tiny_llama(), tiny_mllama()
-    refused(llama, lambda: inject_dualedit(llama, 1, 2), "vis_layer=2", "text-only model", "vis_layer=None")
-    refused(mllama, lambda: inject_dualedit(mllama, 2, 2), "vis_layer=2", "cross-attention", "vis_layer=None")
-    assert inject_dualedit(llama, 1, None, mid_dim=16) and inject_dualedit(mllama, 2, None, mid_dim=16)
+    refused(
+        llama,
+        lambda: inject_dualedit(llama, text_layer=1, vis_layer=2),
+        "vis_layer=2",
+        "text-only model",
+        "vis_layer=None",
+    )
+    refused(
+        mllama,
+        lambda: inject_dualedit(mllama, text_layer=2, vis_layer=2),
+        "vis_layer=2",
+        "cross-attention",
+        "vis_layer=None",
+    )
+    assert inject_dualedit(llama, text_layer=1, vis_layer=None, mid_dim=16) and inject_dualedit(
+        mllama, text_layer=2, vis_layer=None, mid_dim=16
+    )
 
 
 def test_layers_that_questions_without_a_picture_skip():
     model = tiny_mllama()
-    refused(model, lambda: inject_dualedit(model, 1, None), "text_layer=1", "cross-attention layer", "[1]")
+    refused(
+        model,
+        lambda: inject_dualedit(model, text_layer=1, vis_layer=None),
+        "text_layer=1",
+        "cross-attention layer",
+        "[1]",
+    )
     linear = "layers.1.mlp.up_proj"
-    refused(model, lambda: inject_balancedit(model, linear), f"layer={linear!r}", "cross-attention layer")
+    refused(
+        model, lambda: inject_balancedit(model, layer=linear), f"layer={linear!r}", "cross-attention layer"
+    )
 
 
 def test_models_that_an_editor_cannot_serve():
     for kind, words in (("blip", "cross-attention"), ("git", "no id marks them"), ("pi0", "actions")):
         model = tiny_llama()
         model.config.model_type = kind
-        refused(model, lambda model=model: inject_dualedit(model, 1, None), "cannot be edited", words)
-        refused(model, lambda model=model: inject_balancedit(model, "layers.1.mlp.up_proj"), words)
+        refused(
+            model,
+            lambda model=model: inject_dualedit(model, text_layer=1, vis_layer=None),
+            "cannot be edited",
+            words,
+        )
+        refused(model, lambda model=model: inject_balancedit(model, layer="layers.1.mlp.up_proj"), words)
 
 
 def test_several_states_for_every_token():
     model = tiny_llama()
     model.config.hc_mult = 4
-    refused(model, lambda: inject_dualedit(model, 1, None), "carries 4 states", "inject_balancedit")
+    refused(
+        model,
+        lambda: inject_dualedit(model, text_layer=1, vis_layer=None),
+        "carries 4 states",
+        "inject_balancedit",
+    )
 
 
 def test_a_model_without_an_image_token():
     model = BLIP2.build()
     model.config.image_token_index = None
     refused(
-        model, lambda: inject_dualedit(model, 1, 2), "vis_layer=2", "image_token_ids=[...]", "vis_layer=None"
+        model,
+        lambda: inject_dualedit(model, text_layer=1, vis_layer=2),
+        "vis_layer=2",
+        "image_token_ids=[...]",
+        "vis_layer=None",
     )
-    assert inject_dualedit(model, 1, 2, mid_dim=16, image_token_ids=[IMAGE])
+    assert inject_dualedit(model, text_layer=1, vis_layer=2, mid_dim=16, image_token_ids=[IMAGE])
 
 
 def test_an_encoder_decoder():
     model = tiny_t5()
-    refused(model, lambda: inject_dualedit(model, 0, None), "encoder-decoder", "decoder-only")
-    refused(model, lambda: inject_balancedit(model, "wo"), "encoder-decoder", "decoder-only")
+    refused(
+        model, lambda: inject_dualedit(model, text_layer=0, vis_layer=None), "encoder-decoder", "decoder-only"
+    )
+    refused(model, lambda: inject_balancedit(model, layer="wo"), "encoder-decoder", "decoder-only")
 
 
 @pytest.mark.parametrize(

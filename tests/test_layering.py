@@ -108,14 +108,14 @@ def test_the_operators_know_no_models():
 @pytest.mark.parametrize(
     ("file", "line"),
     [
-        ("memory.py", "from .model import active_group"),
-        ("config.py", "import dualedit.tuners.layer"),
-        ("context.py", "from . import routing"),
+        ("memory/tables.py", "from ..tuners.adapter import active_adapter"),
+        ("data.py", "import dualedit.tuners.layer"),
+        ("runtime/context.py", "from ..memory import routing"),
         ("storage.py", "def f():\n    from .editor import Editor"),
-        ("layer.py", "from dualedit import inject_dualedit"),
+        ("tuners/layer.py", "from dualedit import inject_dualedit"),
         ("training/loop.py", "from ..cli import main"),
         ("training/loop.py", "from dualedit.toy.world import World"),
-        ("newcomer.py", "from .config import DualEditConfig"),
+        ("newcomer.py", "from .tuners import DualEditConfig"),
     ],
 )
 def test_an_arrow_upward_is_seen(file, line, tmp_path):

@@ -124,7 +124,7 @@ def test_saving_something_else(tmp_path):
         save_edits(LLAVA.build(), tmp_path / "edits")
     (tmp_path / "file").write_text("mine")
     with pytest.raises(ValueError, match="is a file: pass a folder"):
-        save_edits(inject_dualedit(tiny_llama(), 1, None, mid_dim=16), tmp_path / "file")
+        save_edits(inject_dualedit(tiny_llama(), text_layer=1, vis_layer=None, mid_dim=16), tmp_path / "file")
     assert contents(tmp_path) == {"file": b"mine"}
 
 

@@ -15,9 +15,8 @@ from .editing import Edit, Lookup, add_edit, list_edits, lookup, remove_edit
 from .editor import Editor, Explanation
 from .runtime.context import explicit_masks
 from .storage import load_edits, save_edits
+from .tuners import BalancEditConfig, DualEditConfig, inject_balancedit, inject_dualedit
 from .tuners.adapters import disabled, lifted, remove_adapter
-from .tuners.config import BalancEditConfig, DualEditConfig
-from .tuners.model import inject_balancedit, inject_dualedit
 
 __version__ = "0.1.0"
 

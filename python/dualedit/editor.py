@@ -15,13 +15,11 @@ from tqdm.auto import tqdm
 
 from .data import EditRequest
 from .editing import Edit, add_edit, edit_of, list_edits, lookup_many
-from .memory import MemoryGroup
 from .models.architectures import unwrap
 from .models.images import Picture, open_image, shown
 from .models.prompting import Prompter, open_questions
 from .runtime.context import runtime_of
-from .tuners.config import BalancEditConfig, EditConfig
-from .tuners.model import active_group
+from .tuners.adapter import EditAdapter, active_adapter
 
 Sample = tuple[Picture | None, str]
 _ARGUMENTS = ("image", "prompt", "target", "rephrases", "negatives")  # of `edit`
@@ -66,11 +64,11 @@ class Editor:
     """
 
     def __init__(self, model: nn.Module, processor: Any, template: str | None = None):
-        active_group(model)
+        active_adapter(model)
         self.model = model
         self.processor = processor
         self.prompter = Prompter(processor, template)
-        self._undo: list[tuple[MemoryGroup, EditConfig, int, list[tuple[int, dict, dict]]]] = []
+        self._undo: list[tuple[EditAdapter, int, list[tuple[int, dict, dict]]]] = []
 
     # ------------------------------------------------------------------ editing
 
@@ -100,27 +98,28 @@ class Editor:
         Raises:
             ValueError: a missing image, an empty prompt or target, an unreadable file. Nothing is stored.
         """
-        _, config, group = active_group(self.model)
+        adapter = active_adapter(self.model)
+        group = adapter.group
         _check_samples(rephrases, negatives)
         picture = open_questions([(image, prompt)])[0][0]
-        if picture is None and (isinstance(config, BalancEditConfig) or config.vis_layer is not None):
+        if picture is None and adapter.method.needs_image(adapter.config):
             raise ValueError(
                 "image=None: the edit's image is missing. Pass the image that the question is about (only "
                 "a DualEdit adapter with vis_layer=None takes text-only edits)."
             )
-        positives, contrasts = self.samples_around(picture, prompt, rephrases, negatives, config)
+        positives, contrasts = self.samples_around(picture, prompt, rephrases, negatives)
         inputs = self.prompter.inputs([(picture, prompt)])
         target_ids = self.prompter.target_ids(picture, prompt, target, self._eos())
         note = {"prompt": prompt, "target": target.strip(), "image_sha256": _image_hash(picture)}
-        snapshots, records = group.snapshot(), group.records()
+        before = group.snapshot()
         edit = add_edit(
             self.model, inputs, target_ids,
             positives=[self.prompter.inputs([sample]) for sample in positives],
             negatives=[self.prompter.inputs([sample]) for sample in contrasts],
             note=note,
         )  # fmt: skip
-        lost = [i for i in records if i not in group.ids()]
-        self._undo.append((group, config, edit.id, [(i, group.rows(snapshots, i), records[i]) for i in lost]))
+        replaced = [(old["id"], {k: v for k, v in old.items() if k != "id"}) for old in edit.replaces]
+        self._undo.append((adapter, edit.id, [(i, group.rows(before, i), record) for i, record in replaced]))
         return edit
 
     def samples_around(
@@ -129,7 +128,6 @@ class Editor:
         prompt: str,
         rephrases: Sequence[str | Sample] | None,
         negatives: Sequence[Picture | Sample] | None,
-        config: EditConfig,
     ) -> tuple[list[Sample], list[Sample]]:
         """What an edit has to recognise and what not: the given samples, or those made where there are none.
 
@@ -140,8 +138,8 @@ class Editor:
         Returns:
             positives and negatives, as (image, question) pairs.
         """
-        balancedit = isinstance(config, BalancEditConfig)
-        needed = balancedit or config.radius == "own"
+        adapter = active_adapter(self.model)
+        needed = adapter.method.needs_samples(adapter.config)
         positives = [(image, s) if isinstance(s, str) else (open_image(s[0]), s[1]) for s in rephrases or ()]
         contrasts = [
             (open_image(s[0]), s[1]) if isinstance(s, tuple) else (open_image(s), prompt)
@@ -153,7 +151,7 @@ class Editor:
                 positives.append((_brighter(image), prompt))
         if needed and not contrasts:
             contrasts = [] if image is None else [(_black(image), prompt)]
-            if not balancedit:
+            if adapter.method.asks_other_questions:
                 asked = dict.fromkeys(edit.prompt for edit in self.edits if edit.prompt not in ("", prompt))
                 contrasts += [(image, other) for other in list(asked)[:_OTHER_QUESTIONS]]
         return positives, contrasts
@@ -190,7 +188,7 @@ class Editor:
 
     def remove(self, edit_id: int) -> None:
         """Forget one edit. Raises KeyError for an unknown number; names the stored ones."""
-        active_group(self.model)[2].remove(edit_id)
+        active_adapter(self.model).group.remove(edit_id)
 
     def undo(self) -> Edit:
         """Take back this editor's newest edit; an edit that it had replaced comes back under its number.
@@ -204,12 +202,13 @@ class Editor:
         runtime = runtime_of(unwrap(self.model))
         groups = [] if runtime is None else list(runtime.groups.values())
         while self._undo:
-            group, config, edit_id, lost = self._undo.pop()
-            if not any(group is known for known in groups) or edit_id not in group.ids():
+            adapter, edit_id, replaced = self._undo.pop()
+            group = adapter.group
+            if not any(group is known for known in groups) or edit_id not in group.first:
                 continue  # removed by hand, or with its adapter
-            edit = edit_of(group, edit_id, config)
+            edit = edit_of(adapter, edit_id)
             group.remove(edit_id)
-            for old_id, rows, record in lost:
+            for old_id, rows, record in replaced:
                 group.add(rows, record, old_id)
             return edit
         raise ValueError("Nothing to undo: this editor has made no edit that is still stored.")
@@ -227,10 +226,10 @@ class Editor:
 
     def explain_many(self, questions: Sequence[Sample]) -> list[Explanation]:
         """`explain` for a batch of questions, in one forward."""
-        _, config, group = active_group(self.model)
+        adapter = active_adapter(self.model)
         inputs = self.prompter.inputs(open_questions(questions))
         found = lookup_many(self.model, inputs)
-        edits = {i: edit_of(group, i, config) for i in {f.edit_id for f in found} - {None}}
+        edits = {i: edit_of(adapter, i) for i in {f.edit_id for f in found} - {None}}
         return [Explanation(f.fired, edits.get(f.edit_id), f.distance, f.radius) for f in found]
 
     def answer(self, image: Picture | None, prompt: str, max_new_tokens: int = 20) -> str:

@@ -17,11 +17,10 @@ from peft.config import PeftConfig
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from .memory import MemoryGroup
 from .runtime.context import runtime_of
+from .tuners.adapter import adapter_of
 from .tuners.adapters import put_beside, remove_adapter, remove_editors
 from .tuners.config import EditConfig, check_adapter_file
-from .tuners.model import group_of
 
 _CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
@@ -209,6 +208,6 @@ def _check_complete(model: PeftModel, path: Path, adapter_name: str) -> None:
             f"folder={str(path)!r}: {_WEIGHTS} lacks {len(missing)} tensors, the first of them "
             f"{missing[0]!r}. Restore the file from a copy or save the edits again."
         )
-    group: MemoryGroup = group_of(model.get_base_model(), adapter_name)
+    group = adapter_of(model.get_base_model(), adapter_name).group
     if len({tuple(memory.ids) for memory in group.memories.values()}) > 1:
         raise ValueError(f"folder={str(path)!r}: its layers hold different edits; the file is damaged.")

@@ -25,8 +25,8 @@ from dualedit.runtime.context import (
 )
 from dualedit.runtime.context import Sequence as Decided
 from dualedit.training.dualedit import Batch, make_batch
+from dualedit.tuners.dualedit import DualEditLayer
 from dualedit.tuners.dualedit.modules import EditKV
-from dualedit.tuners.layer import DualEditLayer
 from torch import Tensor, nn
 
 # Columns of a kept question: 36 image tokens and the longest wording in front, the longest answer behind.

@@ -20,7 +20,6 @@ from pathlib import Path
 
 import torch
 from dualedit.data import EditSample
-from dualedit.editing import edit_layers
 from dualedit.editor import Editor
 from dualedit.models.architectures import unwrap
 from dualedit.models.prompting import Prompter
@@ -38,7 +37,8 @@ from dualedit.training import (
     sweep_threshold,
 )
 from dualedit.training.calibration import with_alpha, with_threshold
-from dualedit.tuners.model import active_group, inject_balancedit, inject_dualedit
+from dualedit.tuners import inject_balancedit, inject_dualedit
+from dualedit.tuners.adapter import active_adapter
 from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
@@ -175,8 +175,8 @@ def train_on(
     model, base = editor.model, unwrap(editor.model)
     # On a CPU the fused attention kernel's backward costs several times the plain one's.
     base.set_attn_implementation("eager")
-    name, _, group = active_group(model)
-    wrapped = edit_layers(model, group)
+    adapter = active_adapter(model)
+    name, wrapped = adapter.name, adapter.layers
     parameters = [p for layer in wrapped.values() for p in layer.dualedit_adapter[name].parameters()]
     prompter = Prompter(editor.processor)
     batches = _fresh_batches(world, lambda *drawn: Pool(model, prompter, wrapped, *drawn), settings)
@@ -274,7 +274,7 @@ def make_dualedit(
         training = json.loads(told.read_text()) if told.is_file() else {}
     keys = key_samples(world, KEY_FACTS * calibration // CALIBRATION_FACTS, settings.seed)
     fitted = fit_pooled_key(editor.model, Prompter(editor.processor), keys)
-    config = active_group(editor.model)[1]
+    config = active_adapter(editor.model).config
     for name, value in REFINE.items():
         setattr(config, name, value)
     facts = threshold_samples(world, THRESHOLD_FACTS * calibration // CALIBRATION_FACTS, settings.seed)

@@ -315,7 +315,9 @@ def test_visedit_answers_text_as_before_and_says_whose_adapter_it_has(adapters, 
     with pytest.raises(ValueError, match="image"):
         method.edit(fact(None))
 
-    both = inject_dualedit(LLAVA.build(), 1, 2, mid_dim=16, num_heads=2, init_weights=False)
+    both = inject_dualedit(
+        LLAVA.build(), text_layer=1, vis_layer=2, mid_dim=16, num_heads=2, init_weights=False
+    )
     save_edits(both, tmp_path / "both")
     half = open_baseline("visedit", sharp(LLAVA), tiny_processor(), VisEditSettings(tmp_path / "both"))
     assert half.name == "visedit (image half of dualedit)"

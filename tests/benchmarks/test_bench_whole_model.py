@@ -77,7 +77,7 @@ def test_tokens_are_measured_until_they_are_enough():
 
 def open_all(model, count):
     fill(model, count)
-    for memory in bench.active_group(model)[2].memories.values():
+    for memory in bench.active_adapter(model).group.memories.values():
         if "radius" in memory.edit_tables:
             memory._put("radius", torch.full_like(memory.radius, 1e6))
             memory._snapshot = None

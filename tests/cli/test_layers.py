@@ -57,9 +57,9 @@ def test_what_is_printed_can_be_injected(family, folder, capsys):
     assert found["decoder layers"] == f"{family.layers}.0 to {family.layers}.3"
     assert found["hidden size"] == "32"
     linear = found["0-3"].split(", ")
-    assert inject_dualedit(model, 0, 3, mid_dim=16).unload() is model
+    assert inject_dualedit(model, text_layer=0, vis_layer=3, mid_dim=16).unload() is model
     for name in linear:
-        assert inject_balancedit(model, f"layers.3.{name}").unload() is model
+        assert inject_balancedit(model, layer=f"layers.3.{name}").unload() is model
 
 
 def test_a_text_only_model(folder, capsys):

@@ -103,7 +103,9 @@ def test_unedited_is_the_base_model_and_reset_brings_it_back(samples):
 
 def test_a_forced_batch_by_hand():
     processor = load_embedded()[1]
-    editor = Editor(inject_dualedit(load_embedded()[0], 1, 1, mid_dim=8, num_heads=1), processor)
+    editor = Editor(
+        inject_dualedit(load_embedded()[0], text_layer=1, vis_layer=1, mid_dim=8, num_heads=1), processor
+    )
     sample = edit_samples(World(0), "test", 1, seed=1)[0]
     questions = [(sample.request.image, sample.request.prompt), (None, "say red")]
     batch = forced_batch(editor.prompter, questions, ["red blue", "green"])
@@ -162,7 +164,10 @@ def test_what_runs_along_the_tokens_continues_with_them():
 
 def test_the_published_threshold_lies_between_related_and_unrelated(monkeypatch, samples):
     """Keys point east; related questions 0.9 and more that way, the others 0.7 and less: 0.8 is between."""
-    editor = Editor(inject_dualedit(load_embedded()[0], 1, 1, mid_dim=8, num_heads=1), load_embedded()[1])
+    editor = Editor(
+        inject_dualedit(load_embedded()[0], text_layer=1, vis_layer=1, mid_dim=8, num_heads=1),
+        load_embedded()[1],
+    )
     sample = samples[0]
     related = sum(len(probes) for probes in sample.generality.values())
     others = sum(len(probes) for probes in sample.locality.values())

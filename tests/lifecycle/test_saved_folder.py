@@ -196,9 +196,9 @@ def test_mixed_models_are_refused(method, generator):
 def test_injecting_into_a_mixed_model_is_refused():
     mixed = get_peft_model(LLAVA.build(), LoraConfig(target_modules=["q_proj"]), mixed=True)
     with pytest.raises(ValueError, match="PeftMixedModel: edits cannot be mixed into it"):
-        inject_dualedit(mixed, 1, 2, mid_dim=16, num_heads=2)
+        inject_dualedit(mixed, text_layer=1, vis_layer=2, mid_dim=16, num_heads=2)
     with pytest.raises(ValueError, match="PeftMixedModel: edits cannot be mixed into it"):
-        inject_balancedit(mixed, LLAVA.linear)
+        inject_balancedit(mixed, layer=LLAVA.linear)
 
 
 def test_hotswap_is_refused(edited, tmp_path):
@@ -233,7 +233,9 @@ def test_a_text_only_model(generator, tmp_path, monkeypatch):
     """Its class is an AutoModelForCausalLM's, and the card says so."""
     tiny_llama().save_pretrained(tmp_path / "base")
     base = type(tiny_llama()).from_pretrained(tmp_path / "base")
-    inject_dualedit(base, 1, None, mid_dim=16, num_heads=2).save_pretrained(tmp_path / "edits")
+    inject_dualedit(base, text_layer=1, vis_layer=None, mid_dim=16, num_heads=2).save_pretrained(
+        tmp_path / "edits"
+    )
     loaded = run_in(tmp_path / "edits", snippet(tmp_path / "edits"), monkeypatch)
     ids = torch.tensor([[1, 5, 6]])
     assert torch.equal(logits_of(loaded, {"input_ids": ids}), logits_of(tiny_llama(), {"input_ids": ids}))

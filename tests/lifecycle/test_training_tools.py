@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from dualedit import DualEditConfig, inject_dualedit, list_edits, load_edits, lookup, save_edits
-from dualedit.editing import append_target
+from dualedit.models.targets import append_target
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_models import LLAVA, METHODS, edit_layers, editor_of, row_of, store, strengthen
 from transformers import Trainer, TrainingArguments

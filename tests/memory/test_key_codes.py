@@ -9,7 +9,7 @@ import pytest
 import torch
 from dualedit.memory import EditMemory, key_codes
 from dualedit.memory.key_codes import TableCodes
-from dualedit.memory.routing import mean_state, pool_key, route_codebook
+from dualedit.memory.routing import nearest_edit
 
 from dualedit_kernels import backend, nearest_key
 from dualedit_kernels.nearest_key import op as operator
@@ -126,13 +126,12 @@ def test_a_codebook_in_half_precision_is_read_as_it_is_stored(generator):
     memory = memory_of(0, generator)
     add(memory, generator, 1, 90, torch.bfloat16)
     edits = memory.snapshot()
-    hidden = torch.randn(2, 5, D, generator=generator).bfloat16()
-    prompt = torch.ones(2, 5, dtype=torch.bool)
-    query = pool_key(hidden, "mean", prompt, torch.full((2,), 4))
-    route, distance = route_codebook(query, prompt, "l2", edits)
+    query = torch.randn(2, D, generator=generator)
+    radius = edits.tables["radius"].float()
+    route, distance = nearest_edit(query, edits, "l2", radius)
     assert ("l2" in edits.key_codes._known) == coded()  # of a converted table there are none
     wide = edits.tables["key"].float()
-    want = nearest_key(mean_state(hidden, prompt), wide, edits.tables["radius"].float(), "l2")
+    want = nearest_key(query, wide, radius, "l2")
     assert torch.equal(route, want[0]) and torch.equal(distance, want[1])
 
 

@@ -1,27 +1,26 @@
-"""The learned routing key: what it reads, that it travels with the adapter, that training moves it alone."""
+"""The pooled routing key: what it reads, that it travels with the adapter, that fitting moves it alone."""
 
 import pytest
 import torch
 from dualedit import lookup
 from dualedit.data import Probe
 from dualedit.editing import lookup_many
-from dualedit.memory.routing_keys import PooledKey, RoutingKey
+from dualedit.memory.routing_keys import PooledKey
 from dualedit.models.prompting import Prompter
 from dualedit.runtime.context import runtime_of
 from dualedit.toy.model import load_embedded
 from dualedit.toy.samples import edit_samples
 from dualedit.toy.world import World
-from dualedit.training import TrainSettings, fit_pooled_key, train_routing_key
-from dualedit.training.routing_key import join, read_questions, routing_loss, routing_probes
-from dualedit.tuners.config import BalancEditConfig, DualEditConfig
-from dualedit.tuners.model import inject_balancedit, inject_dualedit
+from dualedit.training import fit_pooled_key
+from dualedit.training.routing_key import join, read_questions, routing_probes
+from dualedit.tuners import BalancEditConfig, DualEditConfig, inject_balancedit, inject_dualedit
 from peft import PeftModel
 from tiny_models import FAMILIES, LLAVA, PAD, WORDS, edit_layers, editor_of, row_of, store
 
 D, P = 24, 16
 
 
-def trained_like(key: RoutingKey | PooledKey, generator: torch.Generator) -> RoutingKey | PooledKey:
+def trained_like(key: PooledKey, generator: torch.Generator) -> PooledKey:
     """A head whose every weight matters."""
     with torch.no_grad():
         for name, parameter in key.named_parameters():
@@ -31,72 +30,12 @@ def trained_like(key: RoutingKey | PooledKey, generator: torch.Generator) -> Rou
     return key
 
 
-def prompts(generator: torch.Generator, rows: int = 3, length: int = 9) -> tuple:
-    hidden = torch.randn(rows, length, D, generator=generator)
-    image = torch.zeros(rows, length, dtype=torch.bool)
-    image[:, 1:5] = True
-    return hidden, ~image, image, torch.full((rows,), length - 1)
-
-
-def test_one_head_is_the_formula_in_float64(generator):
-    head = trained_like(RoutingKey(D, P, num_heads=1), generator).double()
-    hidden, text, image, last = prompts(generator)
-    x = head.norm(hidden.double())
-    end = x[:, -1]
-    look, read = head.query(end)[:, :P], head.query(end)[:, P:]
-    pools = []
-    for query, mask in ((look, image), (read, text)):
-        score = torch.einsum("bp,blp->bl", query, head.key(x)) / P**0.5
-        weight = score.masked_fill(~mask, -torch.inf).softmax(1)
-        pools.append(torch.einsum("bl,blp->bp", weight, head.value(x)))
-    mixed = head.out(torch.nn.functional.gelu(head.mix(torch.cat([end, *pools], 1))))
-    wanted = torch.nn.functional.normalize(head.skip(end) + mixed, dim=1)
-    torch.testing.assert_close(head(hidden, text, image, last).double(), wanted, atol=1e-6, rtol=1e-6)
-
-
-def test_padding_does_not_matter_whatever_it_holds(generator):
-    head = trained_like(RoutingKey(D, P), generator)
-    hidden, text, image, last = prompts(generator)
-    pad = (2, 3)
-
-    def padded(mask):
-        return torch.nn.functional.pad(mask, pad)
-
-    wide = torch.full((len(hidden), hidden.shape[1] + sum(pad), D), torch.nan)
-    wide[:, pad[0] : -pad[1]] = hidden
-    found = head(wide, padded(text), padded(image), last + pad[0])
-    torch.testing.assert_close(found, head(hidden, text, image, last))
-
-
-def test_image_and_question_tokens_both_count_and_may_be_missing(generator):
-    head = trained_like(RoutingKey(D, P), generator)
-    hidden, text, image, last = prompts(generator)
-    before = head(hidden, text, image, last)
-    for mask in (image, text & (torch.arange(9) < 8)):
-        moved = hidden + mask[:, :, None] * torch.randn(hidden.shape, generator=generator)
-        assert (head(moved, text, image, last) - before).abs().max() > 1e-2
-    for nothing in (None, torch.zeros_like(image)):
-        alone = head(hidden, text, nothing, last)
-        assert torch.isfinite(alone).all()
-    torch.testing.assert_close(alone.norm(dim=1), torch.ones(3))
-
-
-def test_untrained_it_is_nearly_the_plain_key(generator):
-    hidden, text, image, last = prompts(generator, rows=40)
-    torch.manual_seed(int(torch.randint(1000, (1,), generator=generator)))
-    head = RoutingKey(D, 512)
-    plain = torch.nn.functional.normalize(head.norm(hidden[:, -1]), dim=1)
-    key = head(hidden, text, image, last)
-    # Johnson-Lindenstrauss: an error of about 1 / sqrt(512) = 0.044; five of those.
-    assert (key @ key.T - plain @ plain.T).abs().max() < 0.22
-
-
 @pytest.mark.parametrize("width", [None, 3 * D])
 def test_a_pooled_key_is_the_formula_in_float64(width, generator):
     """Of states as wide as image tokens, and of BalancEdit's, which a layer's input may make wider."""
     head = trained_like(PooledKey(D, P, state_size=width), generator)
     last = torch.randn(3, width or D, generator=generator)
-    pictured = torch.randn(3, D, generator=generator)
+    mean_image = torch.randn(3, D, generator=generator)
 
     def unit(x):
         return x / x.norm(dim=1, keepdim=True)
@@ -104,15 +43,15 @@ def test_a_pooled_key_is_the_formula_in_float64(width, generator):
     def half(fitted, x):
         return unit((unit(x.double()) - fitted.centre.double()) @ fitted.map.double().T)
 
-    asked, shown = half(head.question, last), half(head.picture, pictured)
+    asked, shown = half(head.question, last), half(head.picture, mean_image)
     weight = float(head.image_weight.detach())
     wanted = torch.cat([asked, weight**0.5 * shown], 1) / (1 + weight) ** 0.5
-    found = head(last, pictured)
+    found = head(last, mean_image)
     torch.testing.assert_close(found.double(), wanted, atol=1e-6, rtol=1e-5)
     cosine = (asked @ asked.T + weight * shown @ shown.T) / (1 + weight)
     torch.testing.assert_close((found @ found.T).double(), cosine, atol=1e-5, rtol=1e-5)
     # Without an image its half is zero, not minus the mean: no text-only question is near one with an image.
-    for nothing in (None, torch.zeros_like(pictured)):
+    for nothing in (None, torch.zeros_like(mean_image)):
         alone = torch.cat([asked, torch.zeros_like(shown)], 1)
         torch.testing.assert_close(head(last, nothing).double(), alone, atol=1e-6, rtol=1e-5)
 
@@ -167,16 +106,14 @@ def test_a_pooled_key_of_a_later_turn_knows_the_picture_of_an_earlier_one(method
     assert torch.equal(asked[0], asked[1])
 
 
-@pytest.mark.parametrize(
-    ("method", "kind"), [("dualedit", "learned"), ("dualedit", "pooled"), ("balancedit", "pooled")]
-)
+@pytest.mark.parametrize("method", ["dualedit", "balancedit"])
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
-def test_fires_travels_and_leaves_others_bit_for_bit(family, method, kind, generator, tmp_path):
+def test_fires_travels_and_leaves_others_bit_for_bit(family, method, generator, tmp_path):
     base = family.build()
     other = family.question(generator, words=8)
     with torch.no_grad():
         before = base(**other).logits
-    model = editor_of(family, method, base, key=kind, key_dim=P)
+    model = editor_of(family, method, base, key="pooled", key_dim=P)
     gate = edit_layers(model)[0]
     trained_like(gate.router("default"), generator)
     asked = family.question(generator)
@@ -216,37 +153,15 @@ def test_a_pooled_key_says_when_it_cannot_know_where_the_picture_is(method, gene
             base.model.language_model(inputs_embeds=embeddings)
 
 
-def test_loss_by_hand():
-    """Two edits and two questions; cosines 1, 0 and 0.6 with scale 16 and centre 0.5."""
-    keys = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.6, 0.8]])
-    fact, anchor = torch.tensor([7, 8, 7, -1]), torch.tensor([True, True, False, False])
-    softplus = torch.nn.functional.softplus
-    attract = softplus(torch.tensor(-8.0))  # the question of fact 7 at cosine 1
-    repel = softplus(16 * torch.tensor([0.8 - 0.5]))[0]  # the hardest of six other pairs: 0.8
-    torch.testing.assert_close(routing_loss(keys, fact, anchor), attract + repel)
-
-
-def test_training_moves_the_head_alone_and_tells_facts_better_apart(seed):
-    base, processor = load_embedded()
-    torch.manual_seed(seed)
-    model = inject_dualedit(base, 1, 1, mid_dim=32, num_heads=4, key="learned", key_dim=32)
-    samples = edit_samples(World(0), "train", 40, seed=seed % 1000)
-    prompter = Prompter(processor)
-    before = {name: value.detach().clone() for name, value in model.named_parameters()}
-    settings = TrainSettings(steps=40, batch_size=12, learning_rate=2e-3, warmup=5, seed=seed)
-    history = train_routing_key(model, prompter, samples, settings, progress=False)
-    moved = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
-    assert moved and all(".dualedit_router." in name for name in moved)
-    assert sum(history[-10:]) < sum(history[:10])
-
-
 @pytest.mark.parametrize("method", ["dualedit", "balancedit"])
 def test_fitting_whitens_what_varies_within_a_fact_and_moves_the_head_alone(method, seed):
     base, processor = load_embedded()
     if method == "dualedit":
-        model = inject_dualedit(base, 1, 1, mid_dim=32, num_heads=4, key="pooled", key_dim=256)
+        model = inject_dualedit(
+            base, text_layer=1, vis_layer=1, mid_dim=32, num_heads=4, key="pooled", key_dim=256
+        )
     else:
-        model = inject_balancedit(base, "layers.2.mlp.up_proj", key="pooled", key_dim=256)
+        model = inject_balancedit(base, layer="layers.2.mlp.up_proj", key="pooled", key_dim=256)
     samples = edit_samples(World(0), "train", 60, seed=seed % 1000)
     prompter = Prompter(processor)
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
@@ -278,7 +193,9 @@ def test_fitting_whitens_what_varies_within_a_fact_and_moves_the_head_alone(meth
 def test_a_pooled_key_tells_look_alikes_better_apart(seed):
     """Of a world that the model has never seen; fitted on another such world."""
     base, processor = load_embedded()
-    model = inject_dualedit(base, 1, 1, mid_dim=32, num_heads=4, key="pooled", key_dim=128)
+    model = inject_dualedit(
+        base, text_layer=1, vis_layer=1, mid_dim=32, num_heads=4, key="pooled", key_dim=128
+    )
     prompter = Prompter(processor)
     fit_pooled_key(model, prompter, edit_samples(World(100), "train", 150, seed=3), progress=False)
     router = edit_layers(model)[0].router("default")
@@ -304,7 +221,9 @@ def test_a_pooled_key_tells_look_alikes_better_apart(seed):
 def test_questions_are_told_apart_by_their_facts(generator):
     samples = edit_samples(World(0), "train", 3, seed=4)
     base, processor = load_embedded()
-    model = inject_dualedit(base, 1, 1, mid_dim=32, num_heads=4, key="learned", key_dim=32)
+    model = inject_dualedit(
+        base, text_layer=1, vis_layer=1, mid_dim=32, num_heads=4, key="pooled", key_dim=32
+    )
     read = read_questions(model, Prompter(processor), samples, progress=False)
     batch = join(read)
     assert int(batch.anchor.sum()) == 3 and batch.states.shape[:2] == batch.text.shape
@@ -318,13 +237,11 @@ def test_questions_are_told_apart_by_their_facts(generator):
 
 
 def test_refusals():
-    with pytest.raises(ValueError, match="key='first'.*'last', 'pooled', 'learned'"):
+    with pytest.raises(ValueError, match="key='first'.*'last', 'pooled'"):
         DualEditConfig(key="first")
-    with pytest.raises(ValueError, match="key_dim=6"):
-        DualEditConfig(key="learned", key_dim=6)
+    with pytest.raises(ValueError, match="key_dim=7"):
+        DualEditConfig(key="pooled", key_dim=7)
     model = editor_of(LLAVA, "dualedit")
-    with pytest.raises(ValueError, match="no learned routing key.*key='learned'"):
-        train_routing_key(model, None, [], None)
     with pytest.raises(ValueError, match="no pooled routing key.*key='pooled'"):
         fit_pooled_key(model, None, [])
     with pytest.raises(ValueError, match="no pooled routing key.*inject_balancedit"):
@@ -332,8 +249,6 @@ def test_refusals():
     with pytest.raises(ValueError, match="key_dim=7.*even"):
         BalancEditConfig(layer="up_proj", key="pooled", key_dim=7)
     pooled = editor_of(LLAVA, "dualedit", key="pooled", key_dim=P)
-    with pytest.raises(ValueError, match="no learned routing key"):
-        train_routing_key(pooled, None, [], None)
     with pytest.raises(ValueError, match="shrinkage=0.*above 0"):
         fit_pooled_key(pooled, None, [], shrinkage=0)
     with pytest.raises(ValueError, match="image_weight=-1.*from 0 on"):
@@ -342,9 +257,3 @@ def test_refusals():
         editor_of(LLAVA, "dualedit", key="pooled", key_dim=4000)
     with pytest.raises(ValueError, match="none of 0 has a rephrase"):
         fit_pooled_key(pooled, None, [], progress=False)
-    learned = editor_of(LLAVA, "dualedit", key="learned", key_dim=P)
-    with pytest.raises(ValueError, match="samples is empty"):
-        train_routing_key(learned, None, [], None)
-    store(learned, LLAVA.question(torch.Generator()), torch.Generator())
-    with pytest.raises(ValueError, match="holds 1 edits"):
-        train_routing_key(learned, None, [], None)

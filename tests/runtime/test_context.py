@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from dualedit import explicit_masks, remove_edit
-from dualedit.editing import append_target
+from dualedit.models.targets import append_target
 from dualedit.runtime.context import ForwardPass, Sequence, describe_prompt
 from dualedit.runtime.frames import FRAMES
 from generating import NEVER, NEW, decode, generate, generate_scored

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 import transformers as hf
 from dualedit import Edit, add_edit, inject_balancedit, inject_dualedit
-from dualedit.tuners.layer import DualEditLayer, EditLayer
+from dualedit.tuners import EditLayer
+from dualedit.tuners.dualedit import DualEditLayer
 from peft import PeftModel
 from PIL import Image
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors

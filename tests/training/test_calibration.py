@@ -18,7 +18,7 @@ from dualedit.training import (
     with_threshold,
 )
 from dualedit.training.calibration import Point
-from dualedit.tuners.model import active_group
+from dualedit.tuners.adapter import active_adapter
 from PIL import Image
 
 
@@ -111,9 +111,9 @@ def test_the_plot_is_a_picture_with_lines_in_it(tmp_path):
 def calibrated(tmp_path):
     """A folder of adapters whose calibrated threshold is 0.25, which somebody then set to 0.5."""
     base, processor = load_embedded()
-    model = inject_dualedit(base, 1, 2, mid_dim=16, num_heads=2)
+    model = inject_dualedit(base, text_layer=1, vis_layer=2, mid_dim=16, num_heads=2)
     with_threshold(Editor(model, processor), 0.25)
-    active_group(model)[1].threshold = 0.5
+    active_adapter(model).config.threshold = 0.5
     save_edits(model, tmp_path / "adapter")
     return tmp_path / "adapter"
 
@@ -124,7 +124,8 @@ def test_calibrated_is_what_calibration_found(calibrated):
     model = inject_dualedit(load_embedded()[0], **given, threshold="calibrated")
     by_hand = inject_dualedit(load_embedded()[0], **given, threshold=0.75)
     assert [m.peft_config["shop"].threshold for m in (as_saved, model, by_hand)] == [0.5, 0.25, 0.75]
-    name, config, group = active_group(model)
+    adapter = active_adapter(model)
+    name, config = adapter.name, adapter.config
     assert (name, config.text_layer, config.vis_layer, config.mid_dim) == ("shop", 1, 2, 16)
     layers = [m for m in model.modules() if getattr(m, "configs", None) and "shop" in m.configs]
     assert {layer.configs["shop"].threshold for layer in layers} == {0.25}  # what the gate reads
@@ -134,9 +135,9 @@ def test_new_adapters_carry_no_calibrated_threshold():
     base = load_embedded()[0]
     names = [name for name, _ in base.named_modules()]
     with pytest.raises(ValueError, match="carry no calibrated threshold.*adapter="):
-        inject_dualedit(base, 1, 1, threshold="calibrated")
+        inject_dualedit(base, text_layer=1, vis_layer=1, threshold="calibrated")
     assert [name for name, _ in base.named_modules()] == names
-    assert inject_dualedit(base, 1, 1, mid_dim=8).peft_config["default"].threshold == 0.8
+    assert inject_dualedit(base, text_layer=1, vis_layer=1, mid_dim=8).peft_config["default"].threshold == 0.8
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from dualedit.data import Probe
-from dualedit.editing import edit_layers
 from dualedit.editor import Editor
 from dualedit.evaluation import ask_before, evaluate_batch, evaluate_single
 from dualedit.models.architectures import unwrap
@@ -16,7 +15,8 @@ from dualedit.toy.world import World
 from dualedit.training import TrainSettings, measure_curve, train_adapters
 from dualedit.training.calibration import with_threshold
 from dualedit.training.dualedit import losses, make_batch, teacher_forced, train_step, training_probes
-from dualedit.tuners.model import active_group, inject_balancedit, inject_dualedit
+from dualedit.tuners import inject_balancedit, inject_dualedit
+from dualedit.tuners.adapter import active_adapter
 
 from recipes.toy.adapter_pool import Pool
 from recipes.toy.train_editors import (
@@ -86,9 +86,10 @@ def test_answers_follow_the_prompts_in_one_column(samples, injected):
 
 def test_identity_adapters_lose_what_the_base_loses(samples, injected):
     model, processor = injected
-    name, _, group = active_group(model)
+    adapter = active_adapter(model)
+    name = adapter.name
     edits, batch = make_batch(Prompter(processor), samples, _eos(model), torch.Generator().manual_seed(1))
-    change, keep = train_step(model, edit_layers(model, group), name, edits, batch)
+    change, keep = train_step(model, active_adapter(model).layers, name, edits, batch)
     assert float(keep.detach()) == pytest.approx(0, abs=1e-5)
     call = {k: v for k, v in batch.inputs.items() if k != "labels"}
     base = unwrap(model)
@@ -100,8 +101,8 @@ def test_identity_adapters_lose_what_the_base_loses(samples, injected):
 
 def test_questions_kept_above_the_frozen_layers_lose_the_same(samples, injected):
     model, processor = injected
-    name, _, group = active_group(model)
-    layers = edit_layers(model, group)
+    adapter = active_adapter(model)
+    name, layers = adapter.name, adapter.layers
     for layer in layers.values():
         for adapter in layer.dualedit_adapter[name].values():
             torch.nn.init.normal_(adapter.o_proj.weight, std=0.3)
@@ -155,7 +156,7 @@ def test_trained_adapters_are_taken_whatever_key_they_were_saved_with(tmp_path):
     folder = tmp_path / "last"
     base, _ = load_embedded()
     torch.manual_seed(3)
-    saved = inject_dualedit(base, 1, 1, mid_dim=32, num_heads=8)
+    saved = inject_dualedit(base, text_layer=1, vis_layer=1, mid_dim=32, num_heads=8)
     saved.save_pretrained(folder)
     taken = trained_adapters(folder, None, (1, 1), 32)
     config = taken.model.peft_config["default"]

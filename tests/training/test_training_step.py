@@ -5,9 +5,9 @@ import os
 import pytest
 import torch
 from dualedit import EditRequest, EditSample, Probe, inject_dualedit
-from dualedit.editing import append_target, edit_layers
 from dualedit.models.architectures import unwrap
 from dualedit.models.prompting import Prompter
+from dualedit.models.targets import append_target
 from dualedit.runtime.context import bound, framed, recording, runtime_of
 from dualedit.runtime.sequence import describe_prompt
 from dualedit.training import frozen as laying
@@ -17,8 +17,8 @@ from dualedit.training.frozen import quick_products, room_for_copies, spare_memo
 from dualedit.training.recipe import TERMS, Recipe
 from dualedit.training.setting import adamw
 from dualedit.training.step import TrainingStep, term_sums
+from dualedit.tuners.adapter import active_adapter
 from dualedit.tuners.dualedit.modules import EditCrossAttention, EditKV
-from dualedit.tuners.model import active_group
 from tiny_models import BLIP2, EOS, IMAGE, LLAVA, QWEN, WORDS, random_image, strengthen, tiny_processor
 from torch import nn
 
@@ -55,7 +55,9 @@ def facts(count, generator):
 @pytest.fixture
 def step(seed):
     torch.manual_seed(seed)
-    model = inject_dualedit(LLAVA.build(), 1, 2, mid_dim=16, num_heads=2, init_weights=False)
+    model = inject_dualedit(
+        LLAVA.build(), text_layer=1, vis_layer=2, mid_dim=16, num_heads=2, init_weights=False
+    )
     return TrainingStep(strengthen(model).eval())
 
 
@@ -75,8 +77,7 @@ def outcome(step, batch):
 def one_by_one(step, samples, seed=0):
     """The sums by term, every question alone: no padding, no batch, no shortcut, plain PyTorch losses."""
     base, prompter = step.base, Prompter(tiny_processor())
-    _, _, group = active_group(step.model)
-    layers = edit_layers(step.model, group)
+    layers = active_adapter(step.model).layers
     sums = torch.zeros(len(TERMS))
     for number, sample in enumerate(samples):
         generator = torch.Generator().manual_seed(seed + number)

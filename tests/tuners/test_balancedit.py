@@ -5,9 +5,10 @@ import warnings
 import pytest
 import torch
 from dualedit import add_edit, inject_balancedit, lookup
-from dualedit.editing import append_target, fit_value
+from dualedit.models.targets import append_target
 from dualedit.runtime.context import bound
 from dualedit.runtime.replay import Replay
+from dualedit.tuners.balancedit.method import fit_value
 from tiny_models import (
     BLIP2,
     FITTING,
@@ -265,7 +266,7 @@ def test_linear_layers_that_see_flattened_tokens(generator):
 
 def test_a_layer_that_sees_some_tokens_only(generator):
     """A mixture of experts hands each expert its own tokens: refused, for there are no rows to decide on."""
-    model = inject_balancedit(tiny_llama(), "layers.1.mlp.up_proj", max_steps=1)
+    model = inject_balancedit(tiny_llama(), layer="layers.1.mlp.up_proj", max_steps=1)
     mlp = model.get_base_model().model.layers[1].mlp
     whole = mlp.forward
     mlp.forward = lambda x: torch.cat(

@@ -3,8 +3,9 @@
 import pytest
 import torch
 from dualedit import inject_dualedit
-from dualedit.editing import append_target, record_states
+from dualedit.models.targets import append_target
 from dualedit.runtime.context import bound
+from dualedit.runtime.recording import record_states
 from dualedit.tuners.dualedit.modules import EditKV
 from tiny_models import BLIP2, FAMILIES, LLAVA, QWEN, WORDS, edit_layers, editor_of, row_of, store, tiny_opt
 from torch import nn
@@ -167,7 +168,9 @@ def test_checkpointing_with_stored_edits_in_a_linear_layer(family, reentrant, ar
     store(model, row_of(hit, 1), generator)
     if around:
         number = int(family.linear.split(".")[1])
-        model = inject_dualedit(model, number, None, mid_dim=16, num_heads=2, adapter_name="around")
+        model = inject_dualedit(
+            model, text_layer=number, vis_layer=None, mid_dim=16, num_heads=2, adapter_name="around"
+        )
     base = model.get_base_model()
     soft = {name: torch.nn.Parameter(0.1 * torch.randn(32, generator=generator)) for name in ("hit", "other")}
 

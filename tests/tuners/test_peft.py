@@ -1,5 +1,7 @@
 """The editors as PEFT methods: injection, naming of layers, saving and loading, several adapters."""
 
+import inspect
+
 import pytest
 import torch
 from dualedit import BalancEditConfig, DualEditConfig, inject_balancedit, inject_dualedit, lookup, remove_edit
@@ -53,7 +55,7 @@ def test_get_peft_model_is_inject_dualedit(generator, seed):
 
 
 def test_get_peft_model_is_inject_balancedit():
-    ours = inject_balancedit(LLAVA.build(), LLAVA.linear, alpha=0.3, rank=2)
+    ours = inject_balancedit(LLAVA.build(), layer=LLAVA.linear, alpha=0.3, rank=2)
     peft = get_peft_model(LLAVA.build(), BalancEditConfig(layer=LLAVA.linear, alpha=0.3, rank=2))
     assert list(ours.state_dict()) == list(peft.state_dict())
     assert vars(ours.peft_config["default"]) == vars(peft.peft_config["default"])
@@ -77,17 +79,17 @@ def strengthen_alike(model):
     ids=["number", "negative", "full", "suffix", "v4", "regex"],
 )
 def test_ways_to_name_a_layer(layers):
-    model = inject_dualedit(LLAVA.build(), *layers, **SIZES)
+    model = inject_dualedit(LLAVA.build(), text_layer=layers[0], vis_layer=layers[1], **SIZES)
     names = [layer.layer_name for layer in edit_layers(model)]
     assert names == ["model.language_model.layers.1", "model.language_model.layers.2"]
     assert [type(model.get_base_model().get_submodule(n)).__name__ for n in names] == ["DualEditLayer"] * 2
 
 
 def test_a_name_stays_the_same_once_wrapped():
-    model = inject_dualedit(LLAVA.build(), 1, 2, **SIZES).get_base_model()
+    model = inject_dualedit(LLAVA.build(), text_layer=1, vis_layer=2, **SIZES).get_base_model()
     for value in (1, -3, "layers.1", "model.language_model.layers.1"):
         assert resolve_layer(model, value) == "model.language_model.layers.1"
-    model = inject_balancedit(LLAVA.build(), LLAVA.linear).get_base_model()
+    model = inject_balancedit(LLAVA.build(), layer=LLAVA.linear).get_base_model()
     assert resolve_linear(model, "layers.2.mlp.up_proj") == "model.language_model.layers.2.mlp.up_proj"
 
 
@@ -124,7 +126,7 @@ def test_placement(family, layers, roles, generator):
 def test_an_identity_adapter_changes_nothing(generator):
     """init_weights=True: an untrained adapter with edits stored is still the base model."""
     base = LLAVA.build()
-    model = inject_dualedit(LLAVA.build(), 1, 2, **SIZES)
+    model = inject_dualedit(LLAVA.build(), text_layer=1, vis_layer=2, **SIZES)
     inputs = LLAVA.question(generator)
     store(model, inputs, generator)
     assert lookup(model, inputs).fired
@@ -133,7 +135,7 @@ def test_an_identity_adapter_changes_nothing(generator):
 
 def test_mode_follows_the_base():
     for train in (True, False):
-        model = inject_dualedit(LLAVA.build().train(train), 1, 2, **SIZES)
+        model = inject_dualedit(LLAVA.build().train(train), text_layer=1, vis_layer=2, **SIZES)
         assert all(module.training == train for layer in edit_layers(model) for module in layer.modules())
     model.train()
     assert all(layer.training and layer.base_layer.training for layer in edit_layers(model))
@@ -154,7 +156,7 @@ def test_editing_leaves_modes_and_gradients_alone(method, generator):
 
 
 def test_only_adapters_are_trainable():
-    model = inject_dualedit(LLAVA.build().requires_grad_(True), 1, 2, **SIZES)
+    model = inject_dualedit(LLAVA.build().requires_grad_(True), text_layer=1, vis_layer=2, **SIZES)
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trainable and all(".dualedit_adapter.default." in name for name in trainable)
     assert len(trainable) == sum(
@@ -171,8 +173,25 @@ def test_merging_is_refused(method):
 
 
 def test_it_is_refused_on_a_peft_model():
+    model = inject_dualedit(LLAVA.build(), text_layer=1, vis_layer=2, **SIZES)
     with pytest.raises(ValueError, match="pass the base model, or another adapter_name"):
-        inject_dualedit(inject_dualedit(LLAVA.build(), 1, 2, **SIZES), 1, 2, **SIZES)
+        inject_dualedit(model, text_layer=1, vis_layer=2, **SIZES)
+
+
+def test_a_config_or_its_fields():
+    """Both give the same adapter; both at once, a name with a typo and a layer by place are refused."""
+    config = DualEditConfig(text_layer=1, vis_layer=2, **SIZES)
+    model = inject_dualedit(LLAVA.build(), config)
+    assert model.peft_config["default"] is config
+    assert "text_layer" in inspect.signature(inject_dualedit).parameters
+    with pytest.raises(ValueError, match="config and .'text_layer'. are both given"):
+        inject_dualedit(LLAVA.build(), config, text_layer=1)
+    with pytest.raises(TypeError, match="no setting 'text_layr'.*text_layer"):
+        inject_dualedit(LLAVA.build(), text_layr=1)
+    with pytest.raises(TypeError, match=r"inject_dualedit\(model, text_layer=...\)"):
+        inject_dualedit(LLAVA.build(), 1, vis_layer=2)
+    with pytest.raises(TypeError, match=r"inject_balancedit\(model, layer=...\)"):
+        inject_balancedit(LLAVA.build(), LLAVA.linear)
 
 
 # ---------------------------------------------------------------------- saving and loading
@@ -338,10 +357,10 @@ def test_two_adapters_are_saved_apart(generator, tmp_path):
 def test_attributes_of_the_base_layer_show_through():
     model = tiny_llama()
     model.model.layers[1].attention_type = "full_attention"
-    layer = edit_layers(inject_dualedit(model, 1, None, **SIZES))[0]
+    layer = edit_layers(inject_dualedit(model, text_layer=1, vis_layer=None, **SIZES))[0]
     assert layer.attention_type == "full_attention"
     assert isinstance(layer.self_attn, nn.Module)
     with pytest.raises(AttributeError, match="no_such_attribute"):
         _ = layer.no_such_attribute
-    linear = edit_layers(inject_balancedit(tiny_llama(), "layers.1.mlp.up_proj"))[0]
+    linear = edit_layers(inject_balancedit(tiny_llama(), layer="layers.1.mlp.up_proj"))[0]
     assert (linear.in_features, linear.out_features) == (32, 48)

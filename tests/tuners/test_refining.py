@@ -5,11 +5,11 @@ import warnings
 import pytest
 import torch
 from dualedit import DualEditConfig, add_edit, inject_dualedit
-from dualedit.editing import append_target
+from dualedit.models.targets import append_target
 from dualedit.toy.editors import load_editor
 from dualedit.toy.samples import edit_samples
 from dualedit.toy.world import World
-from dualedit.tuners.model import active_group
+from dualedit.tuners.adapter import active_adapter
 from peft import PeftModel
 from tiny_models import LLAVA, PAD, WORDS, edit_layers, editor_of, sharp
 
@@ -50,7 +50,7 @@ def test_a_mended_edit_gives_its_answer(family, generator):
     assert edit.probability >= 0.6
     assert least(model, inputs, target) == pytest.approx(edit.probability, abs=2e-3)
     assert torch.equal(answer(model, inputs, 1), target)
-    record = active_group(model)[2].first.record(edit.id)
+    record = active_adapter(model).group.first.record(edit.id)
     assert 0 < record["steps"] <= 400
     for name, value in model.named_parameters():
         assert torch.equal(value, adapters[name]) and value.grad is None, name
@@ -67,7 +67,7 @@ def test_what_weak_adapters_do_not_write_is_mended_word_by_word(seed):
     samples = edit_samples(World(0), "train", 12, seed=seed % 1000)
     right = {}
     for steps in (0, 200):
-        active_group(editor.model)[1].refine_steps = steps
+        active_adapter(editor.model).config.refine_steps = steps
         found = []
         for sample in samples:
             request = sample.request
@@ -76,7 +76,7 @@ def test_what_weak_adapters_do_not_write_is_mended_word_by_word(seed):
             editor.undo()
         right[steps] = sum(found)
     assert right[0] < right[200] == len(samples)
-    assert edit.probability >= active_group(editor.model)[1].refine_probability
+    assert edit.probability >= active_adapter(editor.model).config.refine_probability
 
 
 def test_only_keys_and_values_change(family, generator):
@@ -107,7 +107,7 @@ def test_an_edit_that_is_written_is_left_as_it_is(generator):
     add_edit(plain, inputs, target)
     edit = add_edit(probe, inputs, target)
     assert edit.probability == pytest.approx(least(plain, inputs, target), rel=1e-3, abs=1e-7)
-    assert active_group(probe)[2].first.record(edit.id)["steps"] == 0
+    assert active_adapter(probe).group.first.record(edit.id)["steps"] == 0
     for place, value in tables(plain).items():
         assert torch.equal(value, tables(probe)[place])
 
@@ -117,7 +117,7 @@ def test_an_edit_that_stays_unwritten_says_so_and_is_stored(generator):
     target = torch.randint(3, WORDS, (3,), generator=generator)
     with pytest.warns(UserWarning, match=r"did not take.*refine_steps \(1\) or refine_rate \(1e-06\)"):
         edit = add_edit(model, LLAVA.question(generator), target)
-    assert edit.probability < 0.5 and len(active_group(model)[2]) == 1
+    assert edit.probability < 0.5 and len(active_adapter(model).group) == 1
 
 
 def test_in_half_precision_what_is_checked_is_what_is_stored(generator):

@@ -11,13 +11,13 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from ..data import EditSample
-from ..editing import append_target
 from ..editor import Explanation, generate_answers
 from ..evaluation.forcing import forced_batch, forced_predictions
 from ..models.images import Picture, open_image
+from ..models.placement import to_device
 from ..models.prompting import Prompter
-from ..tuners.fitting import to_device
-from ..tuners.layer import EditLayer
+from ..models.targets import append_target
+from ..tuners import EditLayer
 
 Question = tuple[Picture | None, str]
 

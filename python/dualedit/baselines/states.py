@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ..models.placement import to_device
 from ..models.prompting import Prompter, open_questions
-from ..tuners.fitting import to_device
 
 
 class _Seen(Exception):

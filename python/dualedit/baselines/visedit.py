@@ -22,11 +22,11 @@ from safetensors import safe_open
 from torch import nn
 
 from ..data import EditSample
-from ..editing import edit_layers
 from ..editor import Editor
 from ..models.architectures import check_fingerprint
-from ..tuners.config import DualEditConfig
-from ..tuners.model import active_group, inject_dualedit
+from ..tuners import DualEditConfig, inject_dualedit
+from ..tuners.adapter import active_adapter
+from ..tuners.model import saved_config
 from .baseline import Baseline
 from .settings import VisEditSettings
 
@@ -43,8 +43,8 @@ def inject_image_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> tu
         raise ValueError(
             f"adapters={os.fspath(folder)!r} holds no adapter, and VisEdit's has to be trained. {remedy}."
         )
-    config = DualEditConfig.from_pretrained(os.fspath(folder))
-    if not isinstance(config, DualEditConfig) or config.vis_layer is None:
+    config = saved_config(folder, DualEditConfig)
+    if config.vis_layer is None:
         raise ValueError(f"adapters={os.fspath(folder)!r} edits no image positions. {remedy}.")
     check_fingerprint(model, config.base_fingerprint)
     peft_model = inject_dualedit(
@@ -52,8 +52,9 @@ def inject_image_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> tu
         num_heads=config.num_heads, threshold=-1.0, norm_eps=config.norm_eps,
         image_token_ids=config.image_token_ids,
     )  # fmt: skip
-    name, _, group = active_group(peft_model)
-    (layer_name, layer), *_ = edit_layers(peft_model, group).items()
+    adapter = active_adapter(peft_model)
+    name = adapter.name
+    (layer_name, layer), *_ = adapter.layers.items()
     marker = f"{layer_name}.dualedit_adapter.vision."
     with safe_open(str(file), framework="pt") as tensors:
         # Cloned: tensors mapped from a file can be unaligned, and then the last bit of a product differs.
@@ -102,7 +103,7 @@ class VisEdit(Baseline):
 
     def memory_bytes(self) -> int:
         """Keys, values and lookup keys of the stored edits."""
-        _, _, group = active_group(self.model)
+        group = active_adapter(self.model).group
         return sum(
             table.nbytes for memory in group.memories.values() for table in memory.snapshot().tables.values()
         )

@@ -71,13 +71,13 @@ def run(options: Options) -> None:
         with_alpha,
         with_threshold,
     )
-    from ..tuners.model import active_group
+    from ..tuners.adapter import active_adapter
 
     use_few_threads()
     samples = _samples(options)
     editor = start_editor(options.model, options.start)
     curve = measure_curve(editor, samples, options.together, shows_progress())
-    _, config, _ = active_group(editor.model)
+    config = active_adapter(editor.model).config
     if NAMES[config.peft_type.value] == "BalancEdit":
         sweep = sweep_alpha(curve)
         with_alpha(editor, sweep.chosen)

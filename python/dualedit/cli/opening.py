@@ -107,7 +107,7 @@ def start_editor(model: Path | None, start: Start) -> Editor:
     """A new editor without edits. Raises ValueError for options that do not fit together."""
     from ..editor import Editor
     from ..storage import load_edits
-    from ..tuners.model import inject_balancedit
+    from ..tuners import inject_balancedit
 
     if model is None:
         if start.adapter or start.layer:
@@ -120,7 +120,7 @@ def start_editor(model: Path | None, start: Start) -> Editor:
         if start.adapter or not start.layer:
             raise ValueError("--method balancedit takes --layer (as layers.20.mlp.up_proj) and no --adapter.")
         base, processor = load_base(model)
-        return Editor(inject_balancedit(base, start.layer), processor)
+        return Editor(inject_balancedit(base, layer=start.layer), processor)
     if start.layer or not start.adapter:
         raise ValueError(
             "DualEdit's adapters have to be trained for a model first: pass them with --adapter DIR, or use "

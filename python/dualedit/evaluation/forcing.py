@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from ..models.architectures import unwrap
 from ..models.images import Picture
+from ..models.placement import to_device
 from ..models.prompting import Prompter, open_questions
-from ..tuners.fitting import to_device
 
 IGNORED = -100
 # Tensors over patches or over a Q-Former's own tokens, which may happen to be as long as the prompt.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..data import EditSample
 from ..editor import Editor, Explanation, Sample
-from ..tuners.model import active_group
+from ..tuners.adapter import active_adapter
 from .forcing import forced_predictions
 from .published import PublishedGate, editor_batch
 
@@ -105,5 +105,5 @@ class EditorMethod:
             return forced_predictions(model, batch)
 
     def memory_bytes(self) -> int:
-        group = active_group(self.editor.model)[2]
+        group = active_adapter(self.editor.model).group
         return round(sum(memory.bytes_per_edit() * len(memory) for memory in group.memories.values()))

@@ -17,17 +17,12 @@ from torch import Tensor
 from dualedit_kernels import nearest_key
 
 from ..data import EditSample
-from ..editing import edit_layers, record_states
 from ..editor import Editor
-from ..memory import Snapshot
-from ..memory.routing import last_state, pool_key
 from ..models.architectures import target_token_type, unwrap
 from ..models.images import open_image
 from ..runtime.context import bound
-from ..tuners.config import BalancEditConfig
-from ..tuners.dualedit.modules import EditKV
-from ..tuners.layer import values_of
-from ..tuners.model import active_group
+from ..runtime.recording import record_states
+from ..tuners.adapter import active_adapter
 from .forcing import forced_batch
 
 
@@ -62,61 +57,51 @@ class PublishedGate:
     @contextmanager
     def routing(self, batch: Mapping[str, Tensor]) -> Iterator[None]:
         """Forwards inside give each row of a `forced_batch` the edit that this gate finds, or none."""
-        _, _, group = active_group(self.editor.model)
-        if not len(group):
+        adapter = active_adapter(self.editor.model)
+        if not len(adapter.group):
             yield
             return
-        snapshots = group.snapshot()
+        snapshots = adapter.group.snapshot()
         route = self.route(batch, next(iter(snapshots.values())).ids)
-        layers = edit_layers(self.editor.model, group)
-        edits = {name: _bindable(snapshots[name]) for name in layers}
+        edits = {name: layer.stored_edits(snapshots[name]) for name, layer in adapter.layers.items()}
         with bound(unwrap(self.editor.model), route, edits):
             yield
 
     def route(self, batch: Mapping[str, Tensor], ids: Sequence[int]) -> Tensor:
         """Place [B] int64 in `ids` of the edit nearest to each row, or -1 where it is too far."""
-        _, config, _ = active_group(self.editor.model)
         for edit_id in ids:
             if edit_id not in self._keys:
                 self._keys[edit_id] = self._key(self._samples[edit_id])
         query = self._states(batch)
         keys = torch.cat([self._keys[edit_id][0] for edit_id in ids])
         radius = torch.tensor([self._keys[edit_id][1] for edit_id in ids], device=query.device)
-        metric = config.metric if isinstance(config, BalancEditConfig) else "cosine"
-        return nearest_key(query, keys.to(query), radius, metric)[0]
+        return nearest_key(query, keys.to(query), radius, active_adapter(self.editor.model).metric)[0]
 
     def _states(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Keys [B, D] of a `forced_batch`; without its labels all of it is taken for the prompt."""
-        model = self.editor.model
-        _, config, group = active_group(model)
-        gate = next(name for name, memory in group.memories.items() if memory is group.first)
-        states, whole = record_states(
-            model, {name: value for name, value in batch.items() if name != "labels"}
-        )
-        if isinstance(config, BalancEditConfig):
-            key = "last" if config.key == "pooled" else config.key  # as published: no picture of its own
-            return pool_key(states[gate], key, whole.prompt(), whole.last)
-        return last_state(states[gate], whole.last)
+        adapter = active_adapter(self.editor.model)
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        states, whole = record_states(self.editor.model, inputs)
+        return adapter.method.published_key(adapter.config, states[adapter.group.gate_name], whole)
 
     def _key(self, sample: EditSample) -> tuple[Tensor, float]:
         """An edit's key [1, D] and radius. BalancEdit's radius comes from the samples that the edit itself
         had, with the target behind them."""
         request = sample.request
-        config = active_group(self.editor.model)[1]
+        adapter = active_adapter(self.editor.model)
         image = open_image(request.image)
         key = self._with_target([(image, request.prompt)], request.target)
-        if not isinstance(config, BalancEditConfig):
+        if adapter.method.one_threshold:
             return key, 1.0 - self.threshold
-        groups = self.editor.samples_around(image, request.prompt, sample.rephrases[:1] or None, None, config)
+        groups = self.editor.samples_around(image, request.prompt, sample.rephrases[:1] or None, None)
+        everywhere = torch.full((1,), float("inf"), device=key.device)
         distances = [
             nearest_key(
-                self._with_target(samples, request.target).float(), key.float(),
-                torch.full((1,), float("inf"), device=key.device), config.metric,
-            )[1]
+                self._with_target(samples, request.target).float(), key.float(), everywhere, adapter.metric
+            )[1].tolist()
             for samples in groups
-        ]  # fmt: skip
-        far, near = float(distances[0].max()), float(distances[1].min())
-        return key, min(config.alpha * far + (1 - config.alpha) * near, near * (1 - 1e-4))
+        ]
+        return key, adapter.method.radius(adapter.config, *distances)
 
     def _with_target(self, questions: Sequence[tuple], target: str) -> Tensor:
         return self._states(editor_batch(self.editor, questions, [target] * len(questions)))
@@ -162,14 +147,3 @@ def fit_published_threshold(editor: Editor, samples: Sequence[EditSample]) -> fl
     best = [i for i, value in enumerate(worth) if value == max(worth)]
     low, high = cuts[best[0]], cuts[min(best[-1] + 1, len(cuts) - 1)]
     return 1.0 - (low + high) / 2
-
-
-def _bindable(stored: Snapshot):
-    """A layer's stored edits as `bound` takes them."""
-    if not any(name.startswith("k_") for name in stored.tables):
-        return values_of(stored)
-    parts = [name[2:] for name in stored.tables if name.startswith("k_")]
-    return {
-        part: EditKV(stored.tables[f"k_{part}"], stored.tables[f"v_{part}"], stored.start, stored.length)
-        for part in parts
-    }

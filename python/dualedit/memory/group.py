@@ -30,9 +30,14 @@ class MemoryGroup:
         self._lock = threading.RLock()
 
     @property
+    def gate_name(self) -> str:
+        """Name of the layer that looks edits up."""
+        return next(name for name, memory in self.memories.items() if "key" in memory.edit_tables)
+
+    @property
     def first(self) -> EditMemory:
         """The memory that keeps the keys and the records."""
-        return next(m for m in self.memories.values() if "key" in m.edit_tables)
+        return self.memories[self.gate_name]
 
     def __len__(self) -> int:
         return len(self.first) if self.memories else 0
@@ -78,17 +83,15 @@ class MemoryGroup:
                 )
             for name, memory in self.memories.items():
                 memory.check(rows[name])
-            if edit_id in self.ids():
+            if edit_id is not None and edit_id in self.first:
                 raise ValueError(f"edit_id={edit_id} is stored already; remove it first.")
             edit_id = self.next_id() if edit_id is None else edit_id
             try:
                 for name, memory in self.memories.items():
                     memory.add(edit_id, rows[name], record if memory is self.first else None)
-            except (
-                BaseException
-            ):  # a record that is no JSON, no memory left, Ctrl-C: in all of them or in none
+            except BaseException:  # a record that is no JSON, no memory left, Ctrl-C
                 for memory in self.memories.values():
-                    if edit_id in memory.ids:
+                    if edit_id in memory:
                         memory.remove(edit_id)
                 raise
             return edit_id

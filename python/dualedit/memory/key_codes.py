@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -39,13 +38,12 @@ class TableCodes:
                 known = self._known[metric] = encode_keys(keys, metric, known)
             return known
 
-    def keep(self, rows: Sequence[int]) -> TableCodes:
-        """Codes of the table that has only these rows of this one, in ascending order."""
+    def keep(self, rows: Tensor) -> TableCodes:
+        """Codes of the table that has only rows [n] (int64, ascending) of this one."""
         result = TableCodes()
         with self._lock:
             there = dict(self._known)
         for metric, known in there.items():
             with torch.inference_mode(False):
-                kept = [row for row in rows if row < known.count]
-                result._known[metric] = known.select(torch.tensor(kept, dtype=torch.int64))
+                result._known[metric] = known.select(rows[rows < known.count])
         return result

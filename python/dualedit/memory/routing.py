@@ -9,8 +9,7 @@ from torch import Tensor
 
 from dualedit_kernels import nearest_key
 
-from ..runtime.sequence import mean_state
-from . import Snapshot
+from .snapshot import Snapshot
 
 
 @dataclass(frozen=True)
@@ -42,29 +41,22 @@ def last_state(hidden: Tensor, position: Tensor) -> Tensor:
     return hidden[torch.arange(hidden.shape[0], device=hidden.device), position.to(hidden.device)]
 
 
-def pool_key(hidden: Tensor, key: str, prompt: Tensor, last: Tensor) -> Tensor:
-    """The codebook key [B, D] in float32 of a layer input [B, L, D].
+def nearest_edit(
+    query: Tensor, stored: Snapshot, metric: str, radius: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The stored edit nearest to each query, and only inside its radius.
 
     Args:
-        key: "mean" over the prompt tokens [B, L] bool, or the "last" prompt token at positions [B].
-    """
-    return mean_state(hidden, prompt) if key == "mean" else last_state(hidden, last).float()
-
-
-def route_codebook(query: Tensor, prompt: Tensor, metric: str, edits: Snapshot) -> tuple[Tensor, Tensor]:
-    """BalancEdit's lookup: the nearest key, and only inside its radius.
-
-    Args:
-        query: [B, D], keys of the rows.
-        prompt: [B, L] bool, prompt tokens.
+        query: [B, P], routing keys of the rows, any floating dtype.
+        metric: "l2" or "cosine".
+        radius: [N] float32; None: however far it is.
 
     Returns:
-        route [B] int64 (-1 outside), distance to the nearest key [B] float32.
+        row of the edit [B] int64 (-1: none within its radius), distance to the nearest key [B] float32.
     """
     # Keys as they are stored: widening ten thousand at every prompt takes longer than to look among them, and
     # the codes are of the stored ones.
-    keys, radius = edits.tables["key"], edits.tables["radius"].float()
-    index, distance = nearest_key(query, keys, radius, metric, edits.codes(keys, metric))
-    return torch.where(
-        prompt.any(dim=1).to(index.device), index, -1
-    ), distance  # no prompt, no question, no edit
+    keys = stored.tables["key"]
+    if radius is None:
+        radius = torch.full((keys.shape[0],), float("inf"), device=keys.device)
+    return nearest_key(query, keys, radius, metric, stored.codes(keys, metric))

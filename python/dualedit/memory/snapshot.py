@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from dualedit_kernels import KeyCodes
@@ -19,19 +20,35 @@ class Snapshot:
     Attributes:
         tables: name to tensor; N rows for an edit table, T rows (all edits' tokens, one after the other) for
             a token table.
-        ids: the edits' numbers [N], in the order of the rows.
+        edit_ids: the edits' numbers [N] int64, in the order of the rows, which is ascending.
         start, length: first row and number of rows [N] (int64) of each edit in the token tables.
         key_codes: what is known of the table "key".
     """
 
     tables: dict[str, Tensor]
-    ids: tuple[int, ...]
+    edit_ids: Tensor
     start: Tensor
     length: Tensor
     key_codes: TableCodes = field(default_factory=TableCodes, repr=False, compare=False)
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self.edit_ids)
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """The edits' numbers, in the order of the rows."""
+        return tuple(self.edit_ids.tolist())
+
+    def id_of(self, row: int) -> int:
+        """Number of the edit in a row."""
+        return int(self.edit_ids[row])
+
+    def row_of(self, edit_id: int) -> int:
+        """Row of an edit. Raises KeyError where it was not stored then."""
+        row = int(torch.searchsorted(self.edit_ids, edit_id))
+        if row == len(self) or self.id_of(row) != edit_id:
+            raise KeyError(f"edit_id={edit_id!r}: no such edit in this snapshot.")
+        return row
 
     def codes(self, keys: Tensor, metric: str) -> KeyCodes | None:
         """Codes with which `nearest_key` looks among ``keys``; None where it is as well off without.
@@ -43,7 +60,7 @@ class Snapshot:
 
     def rows(self, edit_id: int, token_tables: Mapping[str, object]) -> dict[str, Tensor]:
         """Copies of one edit's rows, as `EditMemory.add` takes them."""
-        row = self.ids.index(edit_id)
+        row = self.row_of(edit_id)
         first = int(self.start[row])
         tokens = slice(first, first + int(self.length[row]))
         return {

@@ -2,13 +2,13 @@
 
 A table has one row an edit ("edit" tables: keys, radii, values) or one row a token of an edit ("token"
 tables: cached keys and values of variable length). Appending never moves a row that a snapshot can see, and
-removing makes new tensors, so a generation that holds a snapshot is untouched by edits made meanwhile.
+removing or bringing back makes new tensors, so a generation that holds a snapshot is untouched by edits made
+meanwhile. Rows are in the order of the edits' numbers, which is the order of their making.
 """
 
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Mapping
 
 import torch
@@ -57,21 +57,7 @@ class EditMemory(nn.Module):
         self._records: dict[int, dict] = {}
         self._snapshot: Snapshot | None = None
         self._key_codes = TableCodes()
-        self._placed: set[str] = set()
-        self._awaited = 0  # edits that room was made for and that have not come
-
-    def __setattr__(self, name: str, value: object) -> None:
-        super().__setattr__(name, value)
-        # transformers' load_adapter knows nothing of memories: it assigns the tables of a file one by one.
-        # Once all of them are there, they are the edits. Changes from inside go through `_put`.
-        if isinstance(value, Tensor) and name in self._buffers:
-            self._placed.add(name)
-            if self._placed == set(self._buffers):
-                self._adopt(dict(self._buffers))
-
-    def _put(self, name: str, table: Tensor) -> None:
-        self._buffers[name] = table
-        self._placed.clear()
+        self._expected = 0  # edits that the saved folder holds and that have not been loaded
 
     def __len__(self) -> int:
         return self._num_edits
@@ -83,8 +69,11 @@ class EditMemory(nn.Module):
 
     @property
     def ids(self) -> list[int]:
-        """Numbers of the stored edits, in the order they are kept."""
+        """Numbers of the stored edits, oldest first."""
         return self.edit_ids[: self._num_edits].tolist()
+
+    def __contains__(self, edit_id: int) -> bool:
+        return edit_id in self._records
 
     def record(self, edit_id: int) -> dict:
         """What was noted about an edit when it was stored (empty if nothing was)."""
@@ -148,31 +137,44 @@ class EditMemory(nn.Module):
             self._add_rows(edit_id, rows)
         self._records[edit_id] = json.loads(text)
         self._highest_id = max(self._highest_id, edit_id)
-        self._snapshot, self._awaited = None, 0
+        self._snapshot, self._expected = None, 0
 
     def _add_rows(self, edit_id: int, rows: Mapping[str, Tensor]) -> None:
         tokens = next((int(rows[name].shape[0]) for name in self.token_tables), 0)
-        for name in self.edit_tables:
-            self._append(name, self._num_edits, rows[name].unsqueeze(0))
+        row, first = self._num_edits, self._num_tokens
+        if row and edit_id < int(self.edit_ids[row - 1]):  # an edit that is brought back goes where it was
+            row = int(torch.searchsorted(self.edit_ids[:row], edit_id))
+            first = int(self.edit_lengths[:row].sum())
+        edit_rows = {name: rows[name].unsqueeze(0) for name in self.edit_tables}
+        edit_rows |= {"edit_ids": torch.tensor([edit_id]), "edit_lengths": torch.tensor([tokens])}
+        place = self._append if row == self._num_edits else self._insert
+        for name, new in edit_rows.items():
+            place(name, row, self._num_edits, new)
         for name in self.token_tables:
-            self._append(name, self._num_tokens, rows[name])
-        self._append("edit_ids", self._num_edits, torch.tensor([edit_id]))
-        self._append("edit_lengths", self._num_edits, torch.tensor([tokens]))
+            place(name, first, self._num_tokens, rows[name])
+        if row < self._num_edits:
+            self._key_codes = TableCodes()
         self._num_edits += 1
         self._num_tokens += tokens
 
-    def _append(self, name: str, used: int, rows: Tensor) -> None:
+    def _append(self, name: str, row: int, used: int, new: Tensor) -> None:
+        """Rows behind those that are used; no row that a snapshot can see moves."""
         table = getattr(self, name)
-        if used == 0:  # what is there may be a placeholder without memory of its own
+        if used == 0:
             table = table.new_empty((0, *table.shape[1:]))
-            table = table.to(rows.dtype) if rows.is_floating_point() else table
-        need = used + rows.shape[0]
+            table = table.to(new.dtype) if new.is_floating_point() else table
+        need = used + new.shape[0]
         if need > table.shape[0]:
             grown = table.new_zeros((max(need, 2 * table.shape[0], _FIRST_CAPACITY), *table.shape[1:]))
             grown[:used] = table[:used]
             table = grown
-        table[used:need] = rows.to(table)
-        self._put(name, table)
+        table[used:need] = new.to(table)
+        setattr(self, name, table)
+
+    def _insert(self, name: str, row: int, used: int, new: Tensor) -> None:
+        """Rows in front of row `row`, in a new table."""
+        table = getattr(self, name)[:used]
+        setattr(self, name, torch.cat([table[:row], new.to(table), table[row:]]))
 
     def row_of(self, edit_id: int) -> int:
         """Row of an edit in the edit tables.
@@ -180,11 +182,11 @@ class EditMemory(nn.Module):
         Raises:
             KeyError: no such edit; names the stored ones.
         """
-        ids = self.ids
-        if edit_id not in ids:
+        if edit_id not in self._records:
+            ids = self.ids
             stored = ", ".join(map(str, ids[:8])) + (", ..." if len(ids) > 8 else "")
             raise KeyError(f"edit_id={edit_id!r}: no such edit. Stored: {stored or 'none'}.")
-        return ids.index(edit_id)
+        return int(torch.searchsorted(self.edit_ids[: self._num_edits], edit_id))
 
     def remove(self, edit_id: int) -> None:
         """Forget one edit; the others keep their order.
@@ -194,33 +196,28 @@ class EditMemory(nn.Module):
         """
         row = self.row_of(edit_id)
         before = self.snapshot()
-        keep = [i for i in range(self._num_edits) if i != row]
-        first = int(before.start[row])
-        after = first + int(before.length[row])
-        tokens = [*range(first), *range(after, self._num_tokens)]
+        first, tokens = int(before.start[row]), int(before.length[row])
         with torch.inference_mode(False):
             for name in (*self.edit_tables, "edit_ids", "edit_lengths"):
-                self._put(name, getattr(self, name)[keep].clone())
+                setattr(self, name, _without(getattr(self, name)[: self._num_edits], row, 1))
             for name in self.token_tables:
-                self._put(name, getattr(self, name)[tokens].clone())
+                setattr(self, name, _without(getattr(self, name)[: self._num_tokens], first, tokens))
         del self._records[edit_id]
-        self._key_codes = self._key_codes.keep(keep)
+        self._key_codes = self._key_codes.keep(_without(torch.arange(self._num_edits), row, 1))
         self._num_edits -= 1
-        self._num_tokens = len(tokens)
+        self._num_tokens -= tokens
         self._snapshot = None
 
     # ------------------------------------------------------------------ reading
 
     def snapshot(self) -> Snapshot:
         """The edits as they are now; later changes of the memory do not show in it."""
-        if self._awaited:
-            warnings.warn(
-                f"The saved folder holds {self._awaited} edits, and none of them was loaded: only its config "
-                f"was read, or transformers' load_adapter came to an editor inside a wrapped layer after the "
-                f"one around it. dualedit.load_edits loads editors in any order.",
-                stacklevel=2,
+        if self._expected:
+            raise ValueError(
+                f"The saved folder holds {self._expected} edits, and none of them was loaded: transformers' "
+                f"load_adapter and a config by itself do not load edits. Use dualedit.load_edits(model, "
+                f"folder) or PeftModel.from_pretrained."
             )
-            self._awaited = 0
         if self._snapshot is None:
             n, t = self._num_edits, self._num_tokens
             length = self.edit_lengths[:n]
@@ -231,7 +228,7 @@ class EditMemory(nn.Module):
             self._snapshot = Snapshot(
                 tables={name: getattr(self, name)[:n] for name in self.edit_tables}
                 | {name: getattr(self, name)[:t] for name in self.token_tables},
-                ids=tuple(self.ids),
+                edit_ids=self.edit_ids[:n],
                 start=start,
                 length=length,
                 key_codes=self._key_codes,
@@ -246,20 +243,16 @@ class EditMemory(nn.Module):
     # ------------------------------------------------------------------ saving and loading
 
     def sizes(self) -> dict[str, int]:
-        """What `reserve` needs to make room for these edits: rows of the tables and bytes of the records."""
+        """Rows of the tables and bytes of the records, as a saved folder's config names them."""
         return {"edits": self._num_edits, "tokens": self._num_tokens, "records": len(self._record_bytes())}
 
-    def reserve(self, edits: int, tokens: int, records: int) -> None:
-        """Give an empty memory's tables the shapes that a file will fill, for loaders that compare shapes.
+    def expect(self, edits: int) -> None:
+        """Let it be known that the folder which the settings came from holds edits.
 
-        The tables take no memory until they are filled, and until then no edit is stored.
+        Loading their tensors fulfils it. A loader that places the settings alone would lose the edits without
+        a word; the first question refuses then, and names `load_edits`.
         """
-        rows = dict.fromkeys((*self.edit_tables, "edit_ids", "edit_lengths"), edits)
-        rows |= dict.fromkeys(self.token_tables, tokens) | {"record_bytes": records}
-        for name, size in rows.items():
-            table = self._buffers[name]
-            self._put(name, table.new_zeros(()).expand(size, *table.shape[1:]))
-        self._awaited = edits
+        self._expected = edits
 
     def _record_bytes(self) -> bytes:
         if not self._num_edits:
@@ -309,11 +302,30 @@ class EditMemory(nn.Module):
         device = self.edit_ids.device
         # A model being filled from a file may still be on the meta device; the file's tensors are real.
         place = found["edit_ids"].device if device.type == "meta" else device
-        for name in found:
+        order = _ascending(found["edit_ids"], found["edit_lengths"])
+        for name, table in found.items():
+            table = table.detach()
+            if order is not None and name != "record_bytes":
+                table = table[order[name in self.token_tables].to(table.device)]
             # Cloned: tensors mapped from a file can be unaligned, which changes the last bit of a product.
-            self._put(name, found[name].detach().to(place).clone())
-        self._records = dict(zip(ids, records, strict=True))
+            self._buffers[name] = table.to(place).clone()
+        self._records = dict(sorted(zip(ids, records, strict=True)))
         self._num_edits, self._num_tokens, self._snapshot = len(ids), sum(lengths), None
         self._key_codes = TableCodes()
-        self._awaited = 0
+        self._expected = 0
         self._highest_id = max([self._highest_id, *ids])
+
+
+def _without(table: Tensor, first: int, count: int) -> Tensor:
+    """A table without the rows from `first` on, in memory of its own."""
+    return torch.cat([table[:first], table[first + count :]])
+
+
+def _ascending(ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Orders of the edits' rows and of their tokens by number; None where they are in order already."""
+    if bool((ids.diff() > 0).all()):
+        return None
+    edits = ids.argsort()
+    start = lengths.cumsum(0) - lengths
+    pieces = [torch.arange(int(start[i]), int(start[i] + lengths[i])) for i in edits.tolist()]
+    return edits, torch.cat([torch.empty(0, dtype=torch.int64), *pieces])

@@ -214,7 +214,7 @@ class EditRuntime:
         batch, length = hidden.shape[:2]
         sequence = self._sequence(inputs, known, start, (batch, length), hidden.device)
         if known is not None and sequence is not known and start > 0:
-            sequence.pictured = known.pictured  # a new turn is about the pictures of those before
+            sequence.mean_image = known.mean_image  # a new turn is about the pictures of those before
         entering = hidden if hidden.is_floating_point() and hidden.ndim == 3 else None
         return ForwardPass(sequence, start, batch, length, entering)
 

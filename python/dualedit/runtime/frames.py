@@ -17,11 +17,11 @@ class States(dict[str, Tensor]):
     """What the wrapped layers see of an input: layer name to tensor [B, L, D].
 
     Attributes:
-        pictured: [B, D] float32, the mean image token as it enters the decoder, where an adapter's routing
+        mean_image: [B, D] float32, the mean image token as it enters the decoder, where an adapter's routing
             key reads it.
     """
 
-    pictured: Tensor | None = None
+    mean_image: Tensor | None = None
 
 
 @dataclass

@@ -68,8 +68,8 @@ def describe_prompt(
             prompt.
         image_ids: ids of image content.
         shape: (B, P).
-        image_mask: [B, P], not 0 at image content, where the model's own inputs say so (`architectures.IMAGE_MASK`); it
-            goes before the ids.
+        image_mask: [B, P], not 0 at image content, where the model's own inputs say so
+            (`architectures.IMAGE_MASK`); it goes before the ids.
     """
     attended = torch.ones(shape, dtype=torch.bool, device=device)
     if attention_mask is not None and attention_mask.ndim == 2:
@@ -91,12 +91,12 @@ def describe_prompt(
 class Sequence:
     """A batch of sequences from prefill to its last token: the prompt and what was decided about it.
 
-    `pictured` [B, D] float32: the mean image token as it entered the decoder, once somebody asked for it.
+    `mean_image` [B, D] float32: the mean image token as it entered the decoder, once somebody asked for it.
     """
 
     prompt: Prompt
     decisions: dict[Any, Any] = field(default_factory=dict)
-    pictured: Tensor | None = None
+    mean_image: Tensor | None = None
 
     def new_ticket(self) -> Tensor:
         """An empty tensor that carries the sequence: what a cache keeps, and a compiled graph can hand on."""
@@ -106,7 +106,7 @@ class Sequence:
 
     def __deepcopy__(self, memo):
         # A copied cache continues the same text with the same decisions; the tensors are never written to.
-        return Sequence(self.prompt, dict(self.decisions), self.pictured)
+        return Sequence(self.prompt, dict(self.decisions), self.mean_image)
 
 
 def _expand(rows: Tensor, batch: int, what: str) -> Tensor:
@@ -148,14 +148,14 @@ class ForwardPass:
         """Where columns [B0] of the sequence lie in this pass, as [B]; negative: in the cache."""
         return _expand(column, self.batch, "The prompt") - self.start
 
-    def pictured(self) -> Tensor | None:
+    def mean_image(self) -> Tensor | None:
         """Mean image token [B, D] float32 as it enters the decoder: of this pass, or of an earlier turn where
         this one shows no image; zero where none does. None where there are no images.
 
         Raises:
             ValueError: there are images, and the decoder is given token ids.
         """
-        image, earlier = self.sequence.prompt.image, self.sequence.pictured
+        image, earlier = self.sequence.prompt.image, self.sequence.mean_image
         if image is None:
             return earlier
         if self.entering is None:
@@ -169,8 +169,15 @@ class ForwardPass:
         found = mean_state(self.entering.detach(), mask)
         if earlier is not None:
             found = torch.where(mask.any(1, keepdim=True), found, _expand(earlier, self.batch, "The picture"))
-        self.sequence.pictured = found
+        self.sequence.mean_image = found
         return found
+
+    def prompt(self) -> Prompt:
+        """The prompt of the columns of this pass, masks [B, length]; a last token in the cache shows as 0."""
+        whole = self.sequence.prompt
+        image = None if whole.image is None else self.columns(whole.image)
+        last, last_input = (self.position(c).clamp(min=0) for c in (whole.last, whole.last_input))
+        return Prompt(self.columns(whole.text), image, last, last_input)
 
     def decision_rows(self, rows: Tensor) -> Tensor:
         """A decision [B0] for the rows of this pass [B]."""

@@ -22,7 +22,7 @@ from ..editor import Editor
 from ..evaluation.method import EditorMethod
 from ..evaluation.metrics import PROBED, exact_match, figures_of
 from ..evaluation.single import Asked, ask, ask_before, check_fresh
-from ..tuners.model import active_group
+from ..tuners.adapter import active_adapter
 
 CALIBRATION = "calibration.json"
 
@@ -102,7 +102,7 @@ def _open_gate(
     before: Sequence[Sequence[Asked]],
     bar: tqdm,
 ) -> list[Point]:
-    _, _, group = active_group(editor.model)
+    group = active_adapter(editor.model).group
     method = EditorMethod(editor, "calibrating")
     edited = {samples[i].fact: samples[i].request.target for i in stored if samples[i].fact is not None}
     points = []
@@ -219,14 +219,14 @@ def with_threshold(editor: Editor, threshold: float) -> None:
 
     Should `threshold` be changed later, `threshold="calibrated"` brings this one back.
     """
-    _, config, _ = active_group(editor.model)
+    config = active_adapter(editor.model).config
     checked = dataclasses.replace(config, threshold=threshold)  # checked like any other
     config.threshold = config.calibrated_threshold = checked.threshold
 
 
 def with_alpha(editor: Editor, alpha: float) -> None:
     """Set alpha of the active BalancEdit adapter; edits stored from now on get their radius by it."""
-    _, config, _ = active_group(editor.model)
+    config = active_adapter(editor.model).config
     config.alpha = dataclasses.replace(config, alpha=alpha).alpha  # checked like any other
 
 

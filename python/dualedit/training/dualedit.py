@@ -16,13 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from ..data import EditSample, Probe
-from ..editing import edit_layers
 from ..models.architectures import unwrap
 from ..models.prompting import Prompter
 from ..runtime.context import bound, describe_prompt, recording, runtime_of
+from ..tuners.adapter import active_adapter
+from ..tuners.dualedit import DualEditLayer
 from ..tuners.dualedit.modules import EditKV
-from ..tuners.layer import DualEditLayer
-from ..tuners.model import active_group
 
 
 @dataclass(frozen=True)
@@ -244,11 +243,12 @@ def trainable_layers(model: nn.Module) -> tuple[str, dict[str, DualEditLayer]]:
         ValueError: the model holds edits (their keys and values would go stale), or its active adapter is not
             DualEdit's.
     """
-    name, config, group = active_group(model)
+    adapter = active_adapter(model)
+    name, config, group = adapter.name, adapter.config, adapter.group
     if len(group):
         raise ValueError(f"model holds {len(group)} edits: train on an adapter without any.")
-    layers = edit_layers(model, group)
-    if not all(isinstance(layer, DualEditLayer) for layer in layers.values()):
+    layers = adapter.layers
+    if not adapter.method.trains_adapters:
         raise ValueError(
             f"adapter {name!r} is a {type(config).__name__}: only DualEdit's adapters are trained."
         )

@@ -10,14 +10,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..data import EditSample, Probe
-from ..editing import edit_layers
 from ..models.architectures import unwrap
+from ..models.placement import to_device
 from ..models.prompting import Prompter
 from ..runtime.context import describe_prompt, recording, runtime_of
-from ..tuners.config import BalancEditConfig
-from ..tuners.fitting import to_device
-from ..tuners.layer import EditLayer
-from ..tuners.model import active_group
+from ..tuners import EditLayer
+from ..tuners.adapter import active_adapter
 from .dualedit import TrainSettings, optimise
 
 SCALE, CENTRE = 16.0, 0.5  # a cosine above CENTRE is called the same fact
@@ -80,7 +78,7 @@ def _states(base: nn.Module, layer: EditLayer, inputs: dict[str, Tensor]) -> tup
             pass
         finally:
             handle.remove()
-    return states[layer.layer_name], states.pictured
+    return states[layer.layer_name], states.mean_image
 
 
 class _Numbers:
@@ -101,7 +99,6 @@ def read_questions(
     model: nn.Module, prompter: Prompter, samples: Sequence[EditSample], progress: bool = True
 ) -> list[Questions]:
     """The questions of each sample, run through the frozen layers below the gate once."""
-    _, _, group = active_group(model)
     layer = _gated_layer(model)
     base, numbers, read = unwrap(model), _Numbers(), []
     for place, sample in enumerate(
@@ -129,11 +126,12 @@ def read_questions(
 
 
 def _gated_layer(model: nn.Module, kind: str | None = None) -> EditLayer:
-    name, config, group = active_group(model)
-    for layer in edit_layers(model, group).values():
+    adapter = active_adapter(model)
+    name, config = adapter.name, adapter.config
+    for layer in adapter.layers.values():
         if layer.router(name) is not None and kind in (None, config.key):
             return layer
-    inject = "inject_balancedit" if isinstance(config, BalancEditConfig) else "inject_dualedit"
+    inject = f"inject_{config.method.name}"
     raise ValueError(
         f"adapter {name!r} ({type(config).__name__}) has no {kind or 'learned'} routing key: inject it with "
         f"{inject}(model, ..., key={kind or 'learned'!r})."
@@ -205,7 +203,8 @@ def train_routing_key(
         ValueError: no samples, a model that holds edits, or an adapter without a learned key.
     """
     settings = settings or TrainSettings(steps=1500, batch_size=48, learning_rate=1e-3)
-    name, _, group = active_group(model)
+    adapter = active_adapter(model)
+    name, group = adapter.name, adapter.group
     layer = _gated_layer(model, "learned")
     if len(group):
         raise ValueError(f"model holds {len(group)} edits: train on an adapter without any.")
@@ -259,7 +258,8 @@ def fit_pooled_key(
         ValueError: no samples or none with another question about its fact, a model that holds edits, an
             adapter without a pooled key, a shrinkage that is not above 0, an image weight below 0.
     """
-    name, _, group = active_group(model)
+    adapter = active_adapter(model)
+    name, group = adapter.name, adapter.group
     layer = _gated_layer(model, "pooled")
     if len(group):
         raise ValueError(f"model holds {len(group)} edits: fit the key of an adapter without any.")

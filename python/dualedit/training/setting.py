@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from ..data import EditSample
 from ..models.prompting import Prompter
-from ..tuners.model import inject_dualedit
+from ..tuners import inject_dualedit
 from .batches import Batch, Feed, make_batch, untrained_terms
 from .recipe import TERMS, Recipe, learning_rate_at
 from .step import TrainingStep
@@ -100,7 +100,12 @@ def make_ready(
         # On a CPU the fused attention kernel's backward costs several times the plain one's.
         base.set_attn_implementation("eager")
     model = inject_dualedit(
-        base, recipe.text_layer, recipe.vis_layer, recipe.mid_dim, recipe.num_heads, recipe.threshold
+        base,
+        text_layer=recipe.text_layer,
+        vis_layer=recipe.vis_layer,
+        mid_dim=recipe.mid_dim,
+        num_heads=recipe.num_heads,
+        threshold=recipe.threshold,
     )
     model.eval()
     step = TrainingStep(model, recipe.recompute, torch.bfloat16 if bf16 else None)

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from ..models.architectures import unwrap
+from ..models.placement import to_device
 from ..runtime.context import bound, framed, recording, runtime_of
 from ..runtime.sequence import Prompt
 from ..tuners.dualedit.modules import EditKV
-from ..tuners.fitting import to_device
 from .batches import CHANGE, IGNORED, Batch, Part
 from .dualedit import trainable_layers
 from .reach import seen

@@ -23,7 +23,8 @@ from torch.utils.checkpoint import checkpoint
 from ..models.architectures import find_decoder_layers
 from ..runtime.context import Bound, framed, recording, runtime_of
 from ..runtime.sequence import ForwardPass, Prompt, Sequence
-from ..tuners.layer import DualEditLayer, EditLayer
+from ..tuners import EditLayer
+from ..tuners.dualedit import DualEditLayer
 from .asked import asked_at, left_by
 from .narrow import can_narrow, run_narrow
 from .reach import Listening, Reach, reached, run_reached, worth_it

@@ -9,10 +9,6 @@ from pathlib import Path
 
 _BEGIN, _END = "<!-- dualedit: begin -->", "<!-- dualedit: end -->"
 _METADATA = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
-_METHODS = {
-    "DUALEDIT": ("DualEdit", "https://arxiv.org/abs/2506.13638"),
-    "BALANCEDIT": ("BalancEdit", "https://arxiv.org/abs/2505.01343"),
-}
 
 
 def _base_lines(base: str | None, base_class: str | None, fingerprint: Mapping[str, object]) -> list[str]:
@@ -24,7 +20,8 @@ def _base_lines(base: str | None, base_class: str | None, fingerprint: Mapping[s
 
 
 def how_to_load(
-    method: str,
+    title: str,
+    paper: str,
     base: str | None,
     base_class: str | None = None,
     fingerprint: Mapping[str, object] | None = None,
@@ -33,13 +30,12 @@ def how_to_load(
     """The section of a model card that describes a saved adapter and loads it.
 
     Args:
-        method: "DUALEDIT" or "BALANCEDIT".
+        title, paper: name of the method, address of its paper.
         base: name or folder of the base model; None or empty when it has none.
         base_class: its class in transformers; None takes the auto class.
         fingerprint: what is known of a base model without a name.
         edits: how many edits are stored.
     """
-    name, paper = _METHODS[method]
     imports = f"from transformers import {base_class or 'AutoModelForImageTextToText'}"
     code = [
         "import dualedit  # registers its adapters with PEFT",
@@ -53,9 +49,9 @@ def how_to_load(
     return "\n".join(
         [
             _BEGIN,
-            f"# {name} adapter with {edits} stored edit{'' if edits == 1 else 's'}",
+            f"# {title} adapter with {edits} stored edit{'' if edits == 1 else 's'}",
             "",
-            f"Corrections of a vision-language model by [{name}]({paper}), stored beside its weights. "
+            f"Corrections of a vision-language model by [{title}]({paper}), stored beside its weights. "
             "Questions that no edit concerns are answered by the base model, bit for bit.",
             "",
             "```sh",

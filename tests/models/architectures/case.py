@@ -8,7 +8,7 @@ import torch
 from dualedit import add_edit, inject_dualedit
 from dualedit.editing import Edit
 from dualedit.models.architectures import IMAGE_MASK, find_decoder_layers
-from dualedit.tuners.layer import DualEditLayer
+from dualedit.tuners.dualedit import DualEditLayer
 from peft import PeftModel
 from torch import Tensor, nn
 

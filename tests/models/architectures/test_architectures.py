@@ -8,7 +8,7 @@ import transformers
 from dualedit import add_edit, inject_balancedit
 from dualedit.editing import lookup
 from dualedit.models.architectures import find_decoder_layers, image_token_ids, resolve_layer, resolve_linear
-from dualedit.tuners.layer import DualEditLayer
+from dualedit.tuners.dualedit import DualEditLayer
 from peft import PeftModel
 
 from .builders import LISTED_FOR
@@ -179,7 +179,7 @@ def test_balancedit(case, support):
         support("BalancEdit", "no")
         pytest.skip("no linear layer sees every token")
     model = inject_balancedit(
-        case.architecture.build(case.seed), case.architecture.linear, alpha=0.9, max_steps=2, rank=2,
+        case.architecture.build(case.seed), layer=case.architecture.linear, alpha=0.9, max_steps=2, rank=2,
         learning_rate=0.3,
     )  # fmt: skip
     with warnings.catch_warnings():

@@ -46,7 +46,7 @@ def test_names_of_one_linear_layer(llava, name):
 
 
 def test_names_in_an_edited_model():
-    model = inject_dualedit(ARCHITECTURES["llava"].build(0), 1, 2, mid_dim=16)
+    model = inject_dualedit(ARCHITECTURES["llava"].build(0), text_layer=1, vis_layer=2, mid_dim=16)
     assert resolve_layer(model.get_base_model(), "layers.2") == "model.language_model.layers.2"
     full = resolve_linear(model.get_base_model(), "layers.2.mlp.up_proj")
     assert full == "model.language_model.layers.2.base_layer.mlp.up_proj"

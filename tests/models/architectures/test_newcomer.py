@@ -69,7 +69,9 @@ def test_an_unregistered_model(generator, seed):
         ids = torch.tensor([[BOS, IMAGE, IMAGE, *words]])
         rows.append({"input_ids": ids, "attention_mask": torch.ones_like(ids),
                      "pixel_values": torch.randn(1, 2, 12, generator=generator)})  # fmt: skip
-    model = inject_dualedit(edited, 1, 2, mid_dim=16, num_heads=2, threshold=0.999, init_weights=False)
+    model = inject_dualedit(
+        edited, text_layer=1, vis_layer=2, mid_dim=16, num_heads=2, threshold=0.999, init_weights=False
+    )
     add_edit(model, rows[0], torch.tensor([5, 6]))
     both = batch(rows)
     ours, theirs = logits_of(model, both), logits_of(base, both)

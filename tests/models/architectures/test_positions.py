@@ -3,9 +3,9 @@
 import pytest
 import torch
 from dualedit import add_edit, explicit_masks, inject_dualedit
-from dualedit.editing import append_target
+from dualedit.models.targets import append_target
 from dualedit.runtime.sequence import describe_prompt
-from dualedit.tuners.layer import DualEditLayer
+from dualedit.tuners.dualedit import DualEditLayer
 
 from .builders import ARCHITECTURES
 from .case import Case, logits_of

@@ -32,10 +32,10 @@ def test_refused_with_the_reason(name, record_property):
         pytest.skip(f"its default config does not build: {type(error).__name__}: {str(error).strip()[:100]}")
     reason, only_dualedit = REFUSED[name]
     with pytest.raises(ValueError, match=reason) as caught:
-        inject_dualedit(model, 0, None)
+        inject_dualedit(model, text_layer=0, vis_layer=None)
     if not only_dualedit:
         with pytest.raises(ValueError, match=reason):
-            inject_balancedit(model, "layers.0.mlp.up_proj")
+            inject_balancedit(model, layer="layers.0.mlp.up_proj")
     assert not hasattr(model, "peft_config") and "generate" not in vars(model)
     record_property(f"refused:{name}", str(caught.value))
 
