@@ -169,7 +169,7 @@ class EditRuntime:
 
     def current_pass(self) -> ForwardPass | None:
         """The stack's running call, or None outside one."""
-        frame = find(self, "pass", "again")
+        frame = find(self, "pass", "replayed")
         return frame.content if frame else None
 
     def mode(self) -> Record | Bound | None:
@@ -179,14 +179,14 @@ class EditRuntime:
 
     def switched_off(self) -> frozenset[str]:
         """Names of the edit adapters that are off in this block of code."""
-        frame = find(self, "off")
+        frame = find(self, "disabled")
         return frame.content if frame else frozenset()
 
     # ------------------------------------------------------------------ what hooks do
 
     def enter_call(self, given: Mapping[str, Any]) -> None:
         """The model's forward begins: note its arguments."""
-        drop(self, "call", "pass", "again")
+        drop(self, "call", "pass", "replayed")
         push(Frame(self, "call", given))
 
     def enter_pass(self, inputs: Mapping[str, Any], start: int, known: Sequence | None) -> Sequence:

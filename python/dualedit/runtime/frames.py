@@ -48,7 +48,7 @@ class Bound:
 class Frame:
     """One level of what the running call of a runtime knows.
 
-    `kind`: "generate", "call", "pass", "mode", "masks", "off" (names of adapters) or "again" (a
+    `kind`: "generate", "call", "pass", "mode", "masks", "disabled" (names of adapters) or "replayed" (a
     pass that backward repeats).
     """
 

@@ -85,7 +85,7 @@ class Checkpointing:
             return self.previous(function, *args)
 
         def within(*given):
-            with framed(self.runtime, "again", frame.content):
+            with framed(self.runtime, "replayed", frame.content):
                 return function(*given)
 
         return self.previous(within, *args)

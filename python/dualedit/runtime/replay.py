@@ -92,7 +92,7 @@ class Replay:
     def _upper(self) -> Tensor:
         if self._pass is None:
             return self._run()
-        with framed(self._runtime, "again", self._pass):
+        with framed(self._runtime, "replayed", self._pass):
             return self._run()
 
     def _run(self) -> Tensor:

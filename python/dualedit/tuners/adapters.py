@@ -182,7 +182,7 @@ def disabled(model: nn.Module, *adapter_names: str) -> Iterator[None]:
     runtime = runtime_of(base)
     with ExitStack() as stack:
         if runtime is not None:
-            stack.enter_context(framed(runtime, "off", runtime.switched_off() | set(adapter_names)))
+            stack.enter_context(framed(runtime, "disabled", runtime.switched_off() | set(adapter_names)))
         for layer in others:
             stack.callback(setattr, layer, "_active_adapter", layer._active_adapter)
             # Not set_adapter, which would make the parameters of the others trainable.
