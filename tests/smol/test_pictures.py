@@ -120,6 +120,32 @@ def test_a_concept_is_what_enough_sets_draw(folders):
     assert set(icons) == {s.name for s in SETS.values() if s.draws == "emoji"}
 
 
+def test_a_flag_that_a_territory_borrows_is_left_out(folders):
+    flags = {"ke": "kenya", "io": "ocean", "re": "kenya"}  # Reunion's flag is drawn as Kenya's
+    for s in SETS.values():
+        if s.draws == "flags":
+            suffix = "-4x3" if s.name == "flag" else ""
+            icons = {code + suffix: {"body": body} for code, body in flags.items()}
+            (folders[s.name] / "icons.json").write_text(json.dumps({"icons": icons}))
+    territory = {**KENYA, "unMember": False}
+    names = {"RE": "Reunion", "IO": "Ocean"}
+    rows = [{**KENYA, "unMember": True}]
+    rows += [{**territory, "cca2": code, "name": {"common": n, "official": n}} for code, n in names.items()]
+    (folders["world-countries"] / "countries.json").write_text(json.dumps(rows))
+    file = folders["emojibase-data"] / "en" / "data.json"
+    emoji = [
+        {"label": f"flag: {code}", "hexcode": code, "emoji": "", "group": 9, "subgroup": 98}
+        for code in ("1F1F0-1F1EA", "1F1F7-1F1EA", "1F1EE-1F1F4")
+    ]
+    file.write_text(json.dumps(emoji))
+    groups = {"groups": {"9": "flags"}, "subgroups": {"98": "country-flag"}}
+    (folders["emojibase-data"] / "meta" / "groups.json").write_text(json.dumps(groups))
+    concepts = dict((c.name, icons) for c, icons in pictures.list_concepts(folders))
+    # All sets draw Kenya; Reunion is Kenya in all; circle-flags has a language where the Ocean should be.
+    assert set(concepts) == {"Kenya"}
+    assert set(concepts["Kenya"]) == {"flag", "cif", "flagpack", "circle-flags"}
+
+
 def test_a_mirrored_alias_is_mirrored(folders):
     icons = IconSet(folders["twemoji"])
     assert "tac" in icons and "tic" not in icons
