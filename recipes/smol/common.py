@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from dualedit.smol.fetch import PACKAGES, cache_dir, pictures_folder
 from dualedit.smol.model import read_language_model, read_tower
-from dualedit.smol.pictures import SETS, read_concepts
+from dualedit.smol.pictures import DRAWN, SETS, read_concepts
 from PIL import Image
 
 SIDE = 128  # pixels of a side in training, 16 image tokens
@@ -31,7 +31,7 @@ class Pictures:
             for i, concept in enumerate(self.concepts)
             for name, path in concept.pictures.items()
         ]
-        store = WORK / f"pixels-{SIDE}.npy"
+        store = WORK / f"pixels-{SIDE}-{DRAWN}.npy"
         if not store.exists():
             WORK.mkdir(parents=True, exist_ok=True)
             pixels = np.stack(
