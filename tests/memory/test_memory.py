@@ -1,6 +1,7 @@
 """The tables of edits: growing, shrinking, snapshots, saving, and all layers or none."""
 
 import copy
+import json
 import threading
 
 import pytest
@@ -44,6 +45,33 @@ def assert_holds(memory_or_snapshot, stored, token_tables=("k_text", "v_text")):
         assert all(torch.equal(found[name], rows[name]) for name in rows)
     total = sum(len(rows["k_text"]) for rows in stored.values())
     assert snapshot.tables["k_text"].shape[0] == total == int(snapshot.length.sum())
+
+
+def test_an_edit_that_comes_back_stands_where_it_stood(generator):
+    """In the order of the numbers, snapshots of before untouched; a file in another order is put in order."""
+    memory, stored = filled(6, generator)
+    before = memory.snapshot()
+    for edit_id in (1, 4, 6):
+        rows, record = stored[edit_id], memory.record(edit_id)
+        memory.remove(edit_id)
+        memory.add(edit_id, rows, record)
+        assert_holds(memory, stored)
+        assert memory.record(edit_id) == record and memory.row_of(edit_id) == edit_id - 1
+    assert_holds(before, stored)
+    state = {name: value.clone() for name, value in memory.state_dict().items()}
+    turn = torch.arange(5, -1, -1)
+    owner = torch.arange(6).repeat_interleave(state["edit_lengths"])
+    backwards = torch.cat([(owner == row).nonzero()[:, 0] for row in turn.tolist()])
+    for name in state:
+        if name != "record_bytes":
+            state[name] = state[name][backwards if name in ("k_text", "v_text") else turn]
+    records = [memory.record(edit_id) for edit_id in range(6, 0, -1)]
+    text = json.dumps(records, ensure_ascii=False).encode()
+    state["record_bytes"] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    other = gate_memory()
+    other.load_state_dict(state)
+    assert_holds(other, stored)
+    assert [other.record(i) for i in stored] == [memory.record(i) for i in stored]
 
 
 def test_growth_and_removal(generator):
