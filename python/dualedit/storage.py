@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .runtime.context import runtime_of
 from .tuners.adapter import adapter_of
-from .tuners.adapters import put_beside, remove_adapter, remove_editors
+from .tuners.adapters import put_beside, remove_adapter, remove_editors, unwrap_layers
 from .tuners.config import EditConfig, check_adapter_file
 
 _CONFIG = "adapter_config.json"
@@ -143,6 +143,8 @@ def load_edits(
     """
     path = Path(folder)
     _check_folder(path)
+    if not isinstance(base, PeftModel):
+        unwrap_layers(base, only_empty=True)  # what transformers' delete_adapter leaves of an editor
     taken = adapter_name in getattr(base, "peft_config", {})
     if taken or (runtime_of(base) is not None and not isinstance(base, PeftModel)):
         raise ValueError(
