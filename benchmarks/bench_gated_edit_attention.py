@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.common import Benchmark, Rival, arguments, bandwidth, captured, product_rate
+from benchmarks.common import Benchmark, Rival, arguments, bandwidth, captured, place, product_rate
 from dualedit_kernels import Gate, backend, fold_query, gated_edit_attention
 
 HIDDEN, MID, HEADS, IMAGE, TEXT, EDIT, EPS = 4096, 1024, 8, 576, 64, 620, 1e-5
@@ -108,7 +108,7 @@ def main() -> None:
         rate = product_rate(dtype, options.device)
         for rows in flags:
             for open_rows in flags[rows]:
-                problem = Problem.sample(open_rows, dtype, options.device)
+                problem = Problem.sample(open_rows, dtype, place(options.device))
                 shape = {
                     "batch": rows,
                     "open": sum(open_rows),

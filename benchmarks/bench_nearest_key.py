@@ -28,7 +28,7 @@ import time
 import torch
 from torch import Tensor
 
-from benchmarks.common import BEYOND_CACHES, Benchmark, Rival, arguments, bandwidth, captured
+from benchmarks.common import BEYOND_CACHES, Benchmark, Rival, arguments, bandwidth, captured, place
 from dualedit_kernels import KeyCodes, backend, encode_keys, nearest_key
 from dualedit_kernels.nearest_key.cpp import last_coded
 
@@ -58,7 +58,7 @@ def main() -> None:
             shape = {"batch": batch, "keys": count, "dim": dim, "near": near, "massive": options.massive}
             if options.clustered:
                 shape["clustered"] = True
-            query, keys = problem(shape, options.device)
+            query, keys = problem(shape, place(options.device))
             times = benchmark.compare(shape, rivals(query, keys, options, codes), floors(shape, speed))
             if batch == 1 and not near:
                 for line in read_rates(shape, speed, times):
@@ -148,7 +148,7 @@ def rivals(query: Tensor, keys: Tensor, options, codes: dict[torch.dtype, KeyCod
         dtype = str(held.dtype).removeprefix("torch.")
         plain = _ours(query, held, radius)
         result.append(Rival(f"nearest_key ({chosen.name}){suffix}", dtype, plain, wrong))
-        if keys.device.type == "cuda":
+        if options.device == "cuda":
             graph, name = captured(plain, CALLS), f"nearest_key ({chosen.name}){suffix}, CUDA graph"
             result.append(Rival(name, dtype, graph, wrong, calls=CALLS))
         if "nearest_key_coded" in chosen.functions:
@@ -159,7 +159,7 @@ def rivals(query: Tensor, keys: Tensor, options, codes: dict[torch.dtype, KeyCod
             coded = _ours(query, held, radius, codes[held.dtype])
             name = f"nearest_key ({chosen.name}, coded){suffix}"
             result.append(Rival(name, dtype, coded, _not_the_bits_of(plain(), wrong)))
-    if keys.device.type == "cpu":
+    if options.device == "cpu":
         result += _faiss(query, keys, wrong, options)
     else:
         for name, peer in (("faiss-gpu", faiss_gpu), ("cuVS", cuvs)):

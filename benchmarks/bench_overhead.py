@@ -25,7 +25,7 @@ from dualedit.toy.world import ATTRIBUTES, QUESTIONS, World
 from dualedit.tuners.adapter import active_adapter
 from torch import Tensor, nn
 
-from benchmarks.common import Benchmark, Rival, arguments
+from benchmarks.common import Benchmark, Rival, arguments, place
 
 EDITS, TOKENS = 1000, 16
 GOAL = 1.10
@@ -36,9 +36,10 @@ def main() -> None:
     options = arguments(__doc__.splitlines()[0]).parse_args()
     benchmark = Benchmark("overhead", options)
     plain, inputs, models = problem(EDITS)
-    models = {name: model.to(options.device) for name, model in models.items()}
-    inputs = {name: value.to(options.device) for name, value in inputs.items()}
-    plain = plain.to(options.device)
+    device = place(options.device)
+    models = {name: model.to(device) for name, model in models.items()}
+    inputs = {name: value.to(device) for name, value in inputs.items()}
+    plain = plain.to(device)
     everyone = {"base": plain, **models}
     for part, make in (("generate", generation), ("prefill", prefill), ("decode", step)):
         shape = {"part": part, "tokens": TOKENS if part == "generate" else 1, "edits": EDITS, "hit": 0}

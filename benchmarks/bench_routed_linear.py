@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.common import Benchmark, Rival, arguments
+from benchmarks.common import Benchmark, Rival, arguments, place
 from dualedit_kernels import Full, LowRank, backend, routed_linear
 
 IN, OUT, RANK, EDITS = 4096, 11008, 8, 16
@@ -25,8 +25,8 @@ def main() -> None:
     for dtype in (torch.float32,) if options.quick else (torch.float32, torch.bfloat16):
         for kind, rows, tokens, index in cases(options.quick):
             generator = torch.Generator().manual_seed(0)
-            x, weight, values = problem(generator, kind, rows, tokens, dtype, options.device)
-            routes = torch.tensor(index, device=options.device)
+            x, weight, values = problem(generator, kind, rows, tokens, dtype, place(options.device))
+            routes = torch.tensor(index, device=place(options.device))
             base = F.linear(x, weight)
             for part in ("delta", "layer"):
                 shape = {"kind": kind, "part": part, "batch": rows, "tokens": tokens, "in": IN, "out": OUT}

@@ -42,7 +42,7 @@ from dualedit.tuners.adapter import active_adapter
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from benchmarks.common import Benchmark, Rival, Row, arguments, paired_ratio
+from benchmarks.common import Benchmark, Rival, Row, arguments, paired_ratio, place
 
 EDITS, QUESTION, DTYPE, GOAL = 10_000, 32, torch.bfloat16, 1.01
 FEWEST, NARROW = 20, 0.006  # turns of a token before an interval is believed, and how narrow it has to be
@@ -117,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     benchmark = Benchmark("whole_model", options)
     layers = options.layers or layers_that_fit(SIZES, options.device)
     sizes = replace(SIZES, layers=layers)
-    weights = random_weights(sizes, options.device)
+    weights = random_weights(sizes, place(options.device))
     held = sum(tensor.numel() * tensor.element_size() for tensor in weights.values()) / 2**30
     print(f"    {layers} of {SIZES.layers} decoder layers, {held:.1f} GiB of weights", flush=True)
     right = [
@@ -130,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def measure(benchmark: Benchmark, method: str, sizes: Sizes, weights: dict[str, Tensor]) -> bool:
     """Prefill and decode of the plain and the edited model; False if the edited one answered otherwise."""
     options = benchmark.options
-    asked, other = question(sizes, 0, options.device), question(sizes, 1, options.device)
+    asked, other = (question(sizes, seed, place(options.device)) for seed in (0, 1))
     model = edited_model(method, sizes, weights, other, asked)
     fill(model, options.edits)
     seconds = encoding_seconds(model, benchmark.clock)

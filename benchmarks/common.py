@@ -236,6 +236,11 @@ def arguments(description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def place(device: str) -> str:
+    """Where the tensors of a benchmark on ``device`` are; elsewhere only in a rehearsal without a GPU."""
+    return device
+
+
 def machine() -> dict[str, object]:
     """What the figures depend on."""
     result: dict[str, object] = {

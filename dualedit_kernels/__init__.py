@@ -5,7 +5,7 @@ runs on, and promises that a row routed to -1 ("no edit") leaves unchanged bit f
 Which implementation runs, and why: ``python -m dualedit_kernels``.
 """
 
-from .gated_edit_attention.op import Gate, fold_query, gated_edit_attention
+from .gated_edit_attention.op import Gate, decides_gate, fold_query, gated_edit_attention, look_up
 from .nearest_key.codes import KeyCodes, encode_keys
 from .nearest_key.op import codes_pay, nearest_key
 from .routed_linear.op import Full, LowRank, routed_linear
@@ -18,9 +18,11 @@ __all__ = [
     "KeyCodes",
     "LowRank",
     "codes_pay",
+    "decides_gate",
     "encode_keys",
     "fold_query",
     "gated_edit_attention",
+    "look_up",
     "nearest_key",
     "routed_linear",
 ]

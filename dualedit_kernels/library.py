@@ -14,6 +14,7 @@ import torch
 NAMESPACE = "dualedit_kernels"
 
 _MEMORY = "Tensor k, Tensor v, Tensor start, Tensor length"
+_GATE = "Tensor last, Tensor keys, Tensor radius, str metric"
 _WEIGHTS = "Tensor w_q, Tensor b_q, Tensor w_o, Tensor b_o, int num_heads, float eps"
 
 SCHEMAS = {
@@ -23,6 +24,12 @@ SCHEMAS = {
     ),
     "gated_edit_attention": f"(Tensor hidden, Tensor span, Tensor route, {_MEMORY}, {_WEIGHTS}) -> Tensor",
     "gated_edit_attention_": f"(Tensor(a!) hidden, Tensor span, Tensor route, {_MEMORY}, {_WEIGHTS}) -> ()",
+    "gated_edit_attention_gate": (
+        f"(Tensor hidden, Tensor span, {_GATE}, {_MEMORY}, {_WEIGHTS}) -> (Tensor hidden, Tensor route)"
+    ),
+    "gated_edit_attention_gate_": (
+        f"(Tensor(a!) hidden, Tensor span, {_GATE}, {_MEMORY}, {_WEIGHTS}) -> Tensor route"
+    ),
     "gated_edit_attention_backward": (
         f"(Tensor grad, Tensor hidden, Tensor span, Tensor route, {_MEMORY}, {_WEIGHTS}, bool[] needs)"
         " -> (Tensor hidden, Tensor k, Tensor v, Tensor w_q, Tensor b_q, Tensor w_o, Tensor b_o)"

@@ -192,3 +192,30 @@ def sample_shape(generator: torch.Generator) -> dict[str, int]:
         "num_heads": heads,
         "slots": pick(1, 5),
     }
+
+
+def mend_interpreter() -> None:
+    """Give Triton's interpreter, in this process, the product and the rounding of bf16 that a GPU has.
+
+    It keeps bf16 as the integers of its bits. Three of its operations are then silently wrong:
+
+    - ``tl.dot`` multiplies the bits as integers: mended, the operands are widened first;
+    - a cast of fp32 to bf16 cuts off where the GPU rounds to nearest even: mended;
+    - arithmetic on bf16 values works on the bits: not mended, kernels convert with ``.to(tl.float32)`` first.
+    """
+    from triton import language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    dot, cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
+
+    def create_dot(self, a, b, *rest):
+        a, b = (self.cast_impl(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
+        return dot(self, a, b, *rest)
+
+    def cast_impl(self, source, target):
+        if source.dtype.scalar == tl.float32 and target.scalar == tl.bfloat16:
+            rounded = torch.from_numpy(source.data.copy(order="C")).to(torch.bfloat16)
+            return TensorHandle(rounded.view(torch.uint16).numpy(), tl.bfloat16)
+        return cast(self, source, target)
+
+    InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl = create_dot, cast_impl

@@ -73,6 +73,36 @@ def _processors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
+_SOME = 1 << 14
+_by_stream: dict[tuple[torch.device, int], Tensor] = {}
+_for_graphs: dict[torch.device, Tensor] = {}  # what no graph has been given yet
+_given: list[Tensor] = []
+
+
+def counters(like: Tensor, count: int) -> Tensor:
+    """[count] int32 zeros on the device of ``like``, for a kernel that counts in them and leaves them zero.
+
+    Launches in one stream follow each other and share them. Those of a CUDA graph may be replayed beside
+    anything else, so each has its own, which it keeps for good. Nothing is launched to make them but by a
+    device's and a stream's first calls. The device must be the current one (`on_device`).
+    """
+    if like.is_cuda and torch.cuda.is_current_stream_capturing():
+        left = _for_graphs.get(like.device)
+        if left is None or len(left) < count:
+            return torch.zeros(count, dtype=torch.int32, device=like.device)  # captured: one launch more
+        _for_graphs[like.device] = left[count:]
+        _given.append(left[:count])  # a graph holds an address, not the tensor
+        return left[:count]
+    if like.is_cuda and len(_for_graphs.get(like.device, ())) < _SOME // 2:
+        _for_graphs[like.device] = torch.zeros(_SOME, dtype=torch.int32, device=like.device)
+    stream = torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else 0
+    held = _by_stream.get((like.device, stream))
+    if held is None or len(held) < count:
+        held = torch.zeros(power_of_two(max(count, 64)), dtype=torch.int32, device=like.device)
+        _by_stream[like.device, stream] = held
+    return held
+
+
 def power_of_two(value: int) -> int:
     """The smallest power of two that is not below ``value``."""
     return 1 << max(0, value - 1).bit_length()

@@ -4,6 +4,16 @@ from __future__ import annotations
 
 import torch
 
+from benchmarks.common import captured, place
+
+LOOKUPS = ((1, 1, 1), (3, 7, 33), (1, 3000, 1024), (9, 3001, 1000), (33, 500, 4096))  # B, N, D
+LINEARS = ((1, 1024, 768, 8), (7, 33, 65, 3), (130, 1024, 1000, 64))  # L, I, O, R
+ATTENTIONS = (
+    dict(rows=5, tokens=19, dim=24, mid=32, num_heads=2, lengths=[7, 1, 40], route=[2, -1, 0, 1, 2]),
+    dict(rows=3, tokens=600, dim=1024, mid=1024, num_heads=8, lengths=[620, 3], route=[0, -1, 1]),
+)
+GRAPH = dict(rows=4, tokens=64, dim=256, mid=256, num_heads=2, lengths=[70, 3], route=[0, -1, 1, -1])
+
 
 def check() -> str:
     """Every implementation that runs on this GPU, against float64 on the GPU."""
@@ -17,7 +27,7 @@ def check() -> str:
     ):
         for entry in backend.families()[family]:
             dtypes = (torch.float32, torch.bfloat16, torch.float16)
-            fit = [dtype for dtype in dtypes if entry.refuses("cuda", dtype) is None]
+            fit = [dtype for dtype in dtypes if entry.refuses(place("cuda"), dtype) is None]
             for dtype in fit:
                 with backend.use_backend(**{family: entry.name}):
                     compare(dtype)
@@ -31,12 +41,12 @@ def _check_nearest(dtype: torch.dtype) -> None:
     from dualedit_kernels.testing import assert_nearest
 
     generator = torch.Generator().manual_seed(1)
-    for rows, count, dim in ((1, 1, 1), (3, 7, 33), (1, 3000, 1024), (9, 3001, 1000), (33, 500, 4096)):
+    for rows, count, dim in LOOKUPS:
         keys = torch.randn(count, dim, generator=generator).to(dtype)
         query = torch.randn(rows, dim, generator=generator)
         radius = torch.full((count,), dim**0.5 * 1.35)
         for metric in ("l2", "cosine"):
-            answer = nearest_key(query.cuda(), keys.cuda(), radius.cuda(), metric)
+            answer = nearest_key(*(t.to(place("cuda")) for t in (query, keys, radius)), metric)
             assert_nearest(*(t.cpu() for t in answer), query, keys, radius, metric)
 
 
@@ -48,10 +58,10 @@ def _check_routed(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(2)
 
     def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
-        return (torch.randn(*shape, generator=generator) * scale).to(dtype).cuda()
+        return (torch.randn(*shape, generator=generator) * scale).to(place("cuda"), dtype)
 
-    index = torch.tensor([2, -1, 0, 2]).cuda()
-    for tokens, size, out, rank in ((1, 1024, 768, 8), (7, 33, 65, 3), (130, 1024, 1000, 64)):
+    index = torch.tensor([2, -1, 0, 2], device=place("cuda"))
+    for tokens, size, out, rank in LINEARS:
         base, x, bias = normal(4, tokens, out), normal(4, tokens, size), normal(out)
         down, up, full = normal(3, rank, size, scale=size**-0.5), normal(3, out, rank), normal(3, out, size)
         low = (base, x, down, up, index)
@@ -71,11 +81,7 @@ def _check_attention(dtype: torch.dtype) -> None:
     from dualedit_kernels.gated_edit_attention.reference import gated_edit_attention_reference as reference
     from dualedit_kernels.testing import assert_as_exact
 
-    sizes = (
-        dict(rows=5, tokens=19, dim=24, mid=32, num_heads=2, lengths=[7, 1, 40], route=[2, -1, 0, 1, 2]),
-        dict(rows=3, tokens=600, dim=1024, mid=1024, num_heads=8, lengths=[620, 3], route=[0, -1, 1]),
-    )
-    for size in sizes:
+    for size in ATTENTIONS:
         case = _case(size).to(dtype)
         plain = reference(*case.args())
         exact = reference(*case.to(torch.float64).args())
@@ -95,19 +101,20 @@ def _case(size: dict[str, object]):
 
     case = attention_case(torch.Generator().manual_seed(3), **size)
     tensors = {name: getattr(case, name) for name in case.__dataclass_fields__}
-    return replace(case, **{name: t.cuda() for name, t in tensors.items() if isinstance(t, torch.Tensor)})
+    there = {n: t.to(place("cuda")) for n, t in tensors.items() if isinstance(t, torch.Tensor)}
+    return replace(case, **there)
 
 
 def capture() -> str:
     """Capture the operators in one CUDA graph; replays with other rows and routes give the bits of calls."""
     from dualedit_kernels import Gate, LowRank, gated_edit_attention, routed_linear
 
-    size = dict(rows=4, tokens=64, dim=256, mid=256, num_heads=2, lengths=[70, 3], route=[0, -1, 1, -1])
-    case = _case(size).to(torch.bfloat16)
+    device, dim = place("cuda"), GRAPH["dim"]
+    case = _case(GRAPH).to(torch.bfloat16)
     keys = case.hidden[:2, 5].clone()
-    last = torch.full((4,), 5, device="cuda")
-    gate = Gate(last, keys, torch.full((2,), 0.05, device="cuda"))
-    down, up = (torch.randn(2, *shape, device="cuda").to(torch.bfloat16) for shape in ((8, 256), (256, 8)))
+    last = torch.full((4,), 5, device=device)
+    gate = Gate(last, keys, torch.full((2,), 0.05, device=device))
+    down, up = (torch.randn(2, *shape, device=device).to(torch.bfloat16) for shape in ((8, dim), (dim, 8)))
     fixed = case.public() | {"route": None, "gate": gate}
 
     @torch.no_grad()
@@ -116,17 +123,11 @@ def capture() -> str:
         return routed_linear(out, None, None, LowRank(down, up), route, base=hidden)
 
     static = case.hidden.clone()
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        work(static)  # compiles
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = work(static)
+    replay = captured(lambda: work(static))
     open_rows = 0
     for order in ([0, 1, 2, 3], [2, 3, 0, 1], [3, 3, 2, 2], [1, 0, 1, 0]):
         static.copy_(case.hidden[order])
-        graph.replay()
+        result = replay()
         want = work(case.hidden[order].clone())
         assert torch.equal(result, want), f"a replay with the rows {order} differs from a call"
         open_rows += int((result != static).flatten(1).any(1).sum())

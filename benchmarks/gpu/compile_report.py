@@ -1,14 +1,12 @@
 """Compiles every GPU kernel without a GPU; fails if one spills, is too large or misses the tensor cores.
 
-    python -m benchmarks.gpu.compile_report [--triton oldest installed] [--arch 80 90] [--only attend]
+    python -m benchmarks.gpu.compile_report [--triton oldest installed] [--arch 80 90 100] [--only attend]
                                         [--scenes bf16] [--json report.json]
 
 It is done for the oldest Triton that is supported and for the installed one, which in a fresh install is the
 newest. Another version than the installed one is fetched once (200 MB) and kept: `benchmarks.gpu.tritons`.
 
-The configurations are not a list kept by hand: the shipped launch code runs on meta tensors at the shapes of
-LLaVA-1.5-7B, and every launch is recorded with its tiles and the facts that Triton specialises on (dtypes,
-divisibility by 16, sizes of 1). Each recorded launch is compiled for each architecture, and its registers and
+Every launch that `benchmarks.gpu.scenes` records is compiled for each architecture, and its registers and
 spilled bytes are read from the machine code. The CUDA sources are compiled with nvcc where it is installed.
 
 The exit status is 0 only if no kernel spills, all fit the shared memory of the chip, and every product of
@@ -25,43 +23,19 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
-
 from benchmarks.gpu import tritons
+from benchmarks.gpu.scenes import Launch, launches
 
 HEADER = "{:<7} {:<22} {:<6} {:>4} {:>5} {:>7} {:<6} tiles | first used by".format(
     "triton", "kernel", "arch", "regs", "spill", "shared", "units"
 )
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes a block may use, CUDA programming guide
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-TRITON_TYPES = {
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.float32: "fp32",
-    torch.int64: "i64",
-    torch.int32: "i32",
-    torch.uint8: "u8",
-}
-
-
-@dataclass(frozen=True)
-class Launch:
-    """One launch as Triton would specialise it."""
-
-    kernel: object
-    name: str
-    signature: tuple[tuple[str, str], ...]
-    constexprs: tuple[tuple[str, object], ...]
-    divisible: tuple[int, ...]
-    options: tuple[tuple[str, int], ...]
-    scene: str = field(compare=False)
-
-
+# Bytes that a block may use, CUDA programming guide.
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+# What products on tensor cores are called in PTX: of Blackwell, of Hopper, of all.
+TENSOR_CORES = {"tcgen05": "tcgen05.mma", "wgmma": "wgmma.mma_async", "mma": "mma.sync"}
 @dataclass(frozen=True)
 class Result:
     """What one kernel became on one architecture; ``faults`` is empty if it is fit to ship.
@@ -81,44 +55,8 @@ class Result:
     faults: list[str]
 
 
-def scenes() -> Iterator[tuple[str, Callable[[], object]]]:
-    """Calls of the shipped launch code on meta tensors, which together use every tile configuration."""
-    for name, dtype in DTYPES.items():
-        for rows in (1, 2, 8):
-            for metric in ("l2", "cosine"):
-                yield (
-                    f"nearest_key {name} B={rows} {metric}",
-                    lambda d=dtype, b=rows, m=metric: _nearest(d, b, m),
-                )
-        for tokens in (1, 40, 640):
-            for rank in (8, 64):
-                yield (
-                    f"low_rank {name} L={tokens} R={rank}",
-                    lambda d=dtype, t=tokens, r=rank: _low_rank(d, t, r),
-                )
-            yield f"full {name} L={tokens}", lambda d=dtype, t=tokens: _full(d, t)
-        for rows, tokens in ((1, 40), (8, 640)):
-            for head in (128,) if tokens == 40 else (16, 64, 80, 128, 256):
-                if head <= (128 if dtype == torch.float32 else 256):  # wider heads are not Triton's
-                    yield (
-                        f"attention {name} B={rows} L={tokens} head={head}",
-                        lambda d=dtype, b=rows, t=tokens, h=head: _attention(d, b, t, h),
-                    )
-
-
-def launches(arch: int, only: str = "", wanted: Callable[[str], bool] = lambda scene: True) -> list[Launch]:
-    """The distinct launches of all scenes on an architecture; ``only``: part of a kernel's name."""
-    found: dict[Launch, None] = {}
-    for scene, run in scenes():
-        if wanted(scene):
-            with _recording(scene, arch) as recorded:
-                run()
-            found.update((launch, None) for launch in recorded if only in launch.name)
-    return list(found)
-
-
-def compile_launch(launch: Launch, arch: int) -> Result:
-    """Compile one launch for one architecture and judge it."""
+def compiled(launch: Launch, arch: int) -> object:
+    """What Triton makes of one launch for one architecture."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -129,17 +67,18 @@ def compile_launch(launch: Launch, arch: int) -> Result:
         dict(launch.constexprs),
         {(i,): [["tt.divisibility", 16]] for i in launch.divisible},
     )
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(launch.options))
-    registers, spilled = resources(compiled.asm["cubin"])
-    shared = compiled.metadata.shared
-    narrow_dots = re.findall(r"tt\.dot .*: tensor<\d+x\d+x(?:bf16|f16)", compiled.asm["ttir"])
-    units = (
-        "wgmma"
-        if "wgmma.mma_async" in compiled.asm["ptx"]
-        else "mma"
-        if "mma.sync" in compiled.asm["ptx"]
-        else "-"
-    )
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(launch.options))
+
+
+def compile_launch(launch: Launch, arch: int) -> Result:
+    """Compile one launch for one architecture and judge it."""
+    import triton
+
+    kernel = compiled(launch, arch)
+    registers, spilled = resources(kernel.asm["cubin"])
+    shared = kernel.metadata.shared
+    narrow_dots = re.findall(r"tt\.dot .*: tensor<\d+x\d+x(?:bf16|f16)", kernel.asm["ttir"])
+    units = next((name for name, text in TENSOR_CORES.items() if text in kernel.asm["ptx"]), "-")
     faults = []
     if spilled:
         faults.append(f"spills {spilled} bytes")
@@ -238,7 +177,7 @@ def arguments() -> argparse.ArgumentParser:
         help="versions, e.g. 3.6.0, or oldest (of the supported) and installed, which is the default",
     )
     parser.add_argument("--cache", type=Path, help="where fetched versions of Triton are kept")
-    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90], choices=sorted(SHARED_LIMIT))
+    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100], choices=sorted(SHARED_LIMIT))
     parser.add_argument("--only", default="", help="kernels whose name contains this")
     parser.add_argument("--scenes", nargs="+", default=[], help="scenes whose name contains one of these")
     parser.add_argument("--no-cuda", action="store_true", help="leave csrc/cuda out")
@@ -289,112 +228,6 @@ def show(result: Result) -> None:
 
 def _chosen(scene: str, parts: list[str]) -> bool:
     return not parts or any(part in scene for part in parts)
-
-
-@contextmanager
-def _recording(scene: str, arch: int) -> Iterator[list[Launch]]:
-    """Record the launches of Triton kernels, as if on an architecture, in place of launching them."""
-    from triton.runtime.jit import JITFunction
-
-    from dualedit_kernels import triton_support
-    from dualedit_kernels.gated_edit_attention import triton_kernel as attention
-    from dualedit_kernels.nearest_key import triton_kernel as nearest
-    from dualedit_kernels.routed_linear import triton_kernel as routed
-
-    recorded: list[Launch] = []
-
-    def run(kernel, *args, grid, warmup, **options):
-        recorded.append(_specialise(kernel, args, options, scene))
-
-    assert not triton_support.interpreting(), "the interpreter does not compile: unset TRITON_INTERPRET"
-    patches = (
-        (JITFunction, "run", run),
-        (attention, "generation", lambda tensor: arch // 10),
-        (nearest, "processors", lambda tensor: 132),
-        (routed, "processors", lambda tensor: 132),
-    )
-    before = [getattr(owner, name) for owner, name, _ in patches]
-    try:
-        for owner, name, value in patches:
-            setattr(owner, name, value)
-        yield recorded
-    finally:
-        for (owner, name, _), value in zip(patches, before, strict=True):
-            setattr(owner, name, value)
-
-
-def _specialise(kernel, args: tuple, options: dict[str, object], scene: str) -> Launch:
-    names = [p.name for p in kernel.params]
-    values = dict(zip(names, args, strict=False))
-    launch_options = {name: value for name, value in options.items() if name not in names}
-    values.update((name, value) for name, value in options.items() if name in names)
-    signature, constexprs, divisible = [], [], []
-    for i, parameter in enumerate(kernel.params):
-        value, name = values[parameter.name], parameter.name
-        fixed = parameter.do_not_specialize
-        if parameter.is_constexpr or (isinstance(value, int) and value == 1 and not fixed):
-            signature.append((name, "constexpr"))
-            constexprs.append((name, value))
-        elif isinstance(value, torch.Tensor):
-            signature.append((name, "*" + TRITON_TYPES[value.dtype]))
-            divisible.append(i)
-        elif isinstance(value, float):
-            signature.append((name, "fp32"))
-        else:
-            signature.append((name, "i32" if abs(value) < 2**31 else "i64"))
-            if value % 16 == 0 and not fixed:
-                divisible.append(i)
-    return Launch(
-        kernel, kernel.fn.__name__, tuple(signature), tuple(constexprs), tuple(divisible),
-        tuple(sorted(launch_options.items())), scene,
-    )  # fmt: skip
-
-
-def _meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.empty(*shape, dtype=dtype, device="meta")
-
-
-def _nearest(dtype: torch.dtype, rows: int, metric: str) -> None:
-    from dualedit_kernels.nearest_key import triton_kernel
-
-    query, keys = _meta(rows, 4096, dtype=dtype), _meta(1000, 4096, dtype=dtype)
-    triton_kernel.nearest_key(query, keys, _meta(1000, dtype=torch.float32), metric)
-
-
-def _low_rank(dtype: torch.dtype, tokens: int, rank: int) -> None:
-    from dualedit_kernels.routed_linear import triton_kernel
-
-    base, x = _meta(4, tokens, 11008, dtype=dtype), _meta(4, tokens, 4096, dtype=dtype)
-    down, up = _meta(100, rank, 4096, dtype=dtype), _meta(100, 11008, rank, dtype=dtype)
-    index = _meta(4, dtype=torch.int64)
-    triton_kernel.low_rank(base, x, down, up, index)
-    triton_kernel.low_rank_backward(base, x, down, up, index, [True] * 3)
-
-
-def _full(dtype: torch.dtype, tokens: int) -> None:
-    from dualedit_kernels.routed_linear import triton_kernel
-
-    base, x = _meta(4, tokens, 11008, dtype=dtype), _meta(4, tokens, 4096, dtype=dtype)
-    weight, bias, index = (
-        _meta(100, 11008, 4096, dtype=dtype), _meta(11008, dtype=dtype), _meta(4, dtype=torch.int64),
-    )  # fmt: skip
-    triton_kernel.full(base, x, weight, bias, index)
-    triton_kernel.full_backward(base, x, weight, index, [True] * 4)
-
-
-def _attention(dtype: torch.dtype, rows: int, tokens: int, head: int) -> None:
-    from dualedit_kernels.gated_edit_attention import triton_backward, triton_kernel
-
-    dim, heads, slots = 4096, 8, 100
-    size = heads * head
-    hidden, span = _meta(rows, tokens, dim, dtype=dtype), _meta(rows, tokens, dtype=torch.bool)
-    route, start, length = (_meta(n, dtype=torch.int64) for n in (rows, slots, slots))
-    k, v = _meta(62000, size, dtype=dtype), _meta(62000, size, dtype=dtype)
-    weights = [_meta(*shape, dtype=dtype) for shape in ((size, dim), (size,), (dim, size), (dim,))]
-    args = (span, route, k, v, start, length, *weights, heads, 1e-5)
-    triton_kernel.forward(hidden, *args)
-    triton_kernel.forward_(hidden, *args)
-    triton_backward.backward(hidden, hidden, *args, [True] * 7)
 
 
 def _ptxas_figures(log: str) -> list[tuple[str, int, int, int]]:

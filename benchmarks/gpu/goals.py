@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 DEVICE, DTYPE = "cuda", "bfloat16"
+TOKENS, FEW_KEYS = 576, 1000  # of the image, and of the small table
 SHARES = {1: 0.30, 8: 0.55, 32: 0.65}  # of the roofline by rows, all of them open
 FASTER_PEER, FASTER_PUBLISHED, FASTER_QUARTER = 1.1, 2.7, 3.0
 CLOSED_US, LOOKUP_US, MODEL_RATIO = 8.0, 6.0, 1.01
@@ -99,7 +100,7 @@ def attention(results: Results) -> Iterator[Finding]:
     op = "gated_edit_attention"
 
     def of(name: str, rows: int, open_rows: int, limit: float, unit: str, over, under) -> Finding:
-        shapes = results.shapes(op, batch=rows, open=open_rows, tokens=576)
+        shapes = results.shapes(op, batch=rows, open=open_rows, tokens=TOKENS)
         values = [_quotient(over(shape), under(shape)) for shape in shapes]
         return _finding(f"attention, B={rows}, {name}", limit, unit != "us", unit, values)
 
@@ -138,7 +139,7 @@ def lookup(results: Results) -> Iterator[Finding]:
             name = f"lookup, B={batch}, large table, {keys} keys: share of copy bandwidth"
             yield _finding(name, share, True, "%", values)
     for keys, suffix in KEYS.items():
-        shapes = results.shapes(op, batch=1, keys=1000)
+        shapes = results.shapes(op, batch=1, keys=FEW_KEYS)
         values = [_quotient(results.ms(op, shape, "ours", suffix + GRAPH), 1e-3) for shape in shapes]
         yield _finding(f"lookup, B=1, 1,000 {keys} keys, in a graph", LOOKUP_US, False, "us", values)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -10,24 +9,12 @@ from torch import Tensor
 
 from .. import backend, checks
 from ..library import LIBRARY, NAMESPACE
+from ..nearest_key.codes import METRICS
 from ..nearest_key.op import nearest_key
 from ..products import COMPILED, ONEDNN, compiled_refuses, onednn_refuses
 from . import eager, triton_backend
+from .arguments import Gate
 from .reference import gated_edit_attention_reference
-
-
-@dataclass(frozen=True, eq=False)
-class Gate:
-    """The last-token gate: row b is routed by its hidden state at position last[b].
-
-    last: [B] int64, position of the token that asks (the last token of the prompt).
-    keys, radius, metric: as in `nearest_key`; slot i of the memory belongs to keys[i].
-    """
-
-    last: Tensor
-    keys: Tensor
-    radius: Tensor
-    metric: str = "cosine"
 
 
 def fold_query(
@@ -109,7 +96,8 @@ def gated_edit_attention(
         num_heads: number of heads; divides M. The scale is 1/sqrt(M/num_heads).
         eps: of the LayerNorm.
         route: [B] int64, the edit of each row or -1; exactly one of ``route`` and ``gate`` is given.
-        gate: routes row b by ``nearest_key(hidden[b, gate.last[b]], ...)``.
+        gate: routes row b by ``nearest_key(hidden[b, gate.last[b]], ...)``, to the bit. On a GPU the first
+            kernel decides it among up to 8 keys; among more, a lookup of one launch does.
         inplace: change ``hidden`` itself and return it; refused where a gradient is recorded.
 
     Returns:
@@ -132,19 +120,28 @@ def gated_edit_attention(
         raise ValueError(
             "exactly one of route and gate must be given: pass route=[B] int64, or gate=Gate(...)."
         )
-    if gate is not None:
-        route = _route(hidden, gate, start)
-    checks.tensor("route", route, (hidden.shape[0],), (torch.int64,), hidden)
     recording = torch.is_grad_enabled() and any(t.requires_grad for t in (hidden, k, v, w_q, b_q, w_o, b_o))
-    if not recording and checks.nothing_routed(route):
-        return hidden, route
-    k, v, w_q, b_q, w_o, b_o = (t.to(hidden.dtype) for t in (k, v, w_q, b_q, w_o, b_o))
-    args = (span, route, k, v, start, length, w_q, b_q, w_o, b_o, num_heads, float(eps))
-    if not inplace:
-        return torch.ops.dualedit_kernels.gated_edit_attention(hidden, *args), route
-    if recording:
+    if recording and inplace:
         raise ValueError("inplace=True cannot record a gradient: use torch.no_grad() or inplace=False.")
-    torch.ops.dualedit_kernels.gated_edit_attention_(hidden, *args)
+    fused = gate is not None and _check_gate(hidden, gate, start)
+    if gate is not None and not fused:
+        route = look_up(hidden, gate)
+    if not fused:
+        checks.tensor("route", route, (hidden.shape[0],), (torch.int64,), hidden)
+        if not recording and checks.nothing_routed(route):
+            return hidden, route
+    k, v, w_q, b_q, w_o, b_o = (t.to(hidden.dtype) for t in (k, v, w_q, b_q, w_o, b_o))
+    args = (k, v, start, length, w_q, b_q, w_o, b_o, num_heads, float(eps))
+    ops = torch.ops.dualedit_kernels
+    if fused:
+        decide = (gate.last, gate.keys.detach(), gate.radius.detach(), gate.metric)
+        if inplace:
+            return hidden, ops.gated_edit_attention_gate_(hidden, span, *decide, *args)
+        out, route = ops.gated_edit_attention_gate(hidden, span, *decide, *args)
+        return (out if recording or not checks.nothing_routed(route) else hidden), route
+    if not inplace:
+        return ops.gated_edit_attention(hidden, span, route, *args), route
+    ops.gated_edit_attention_(hidden, span, route, *args)
     return hidden, route
 
 
@@ -177,14 +174,40 @@ def _check(
         raise ValueError(f"num_heads={num_heads} does not divide M={size}: choose a divisor of w_q.shape[0].")
 
 
-def _route(hidden: Tensor, gate: Gate, start: Tensor) -> Tensor:
+def _check_gate(hidden: Tensor, gate: Gate, start: Tensor) -> bool:
+    """Raise unless the gate is right; whether attention decides it too, in place of a lookup before it."""
     checks.tensor("gate.last", gate.last, (hidden.shape[0],), (torch.int64,), hidden)
+    checks.tensor("gate.keys", gate.keys, ("N", hidden.shape[2]), checks.FLOATS, hidden)
+    checks.tensor("gate.radius", gate.radius, (gate.keys.shape[0],), (torch.float32,), hidden)
+    checks.choice("gate.metric", gate.metric, METRICS)
     if gate.keys.shape[0] != start.shape[0]:
         raise ValueError(
             f"gate.keys has {gate.keys.shape[0]} keys, start has {start.shape[0]} slots: pass one per slot."
         )
-    query = hidden.detach()[torch.arange(hidden.shape[0], device=hidden.device), gate.last]
-    return nearest_key(query, gate.keys, gate.radius, gate.metric)[0]
+    if torch.compiler.is_compiling():
+        return gate.codes is None  # the operator itself looks which implementation there is
+    return decides_gate(hidden, gate)
+
+
+def look_up(hidden: Tensor, gate: Gate) -> Tensor:
+    """The route [B] int64 of a gate, by `nearest_key` alone; hidden: [B, L, D]."""
+    rows = torch.arange(hidden.shape[0], device=hidden.device)
+    query = hidden.detach()[rows, gate.last]
+    return nearest_key(query, gate.keys, gate.radius, gate.metric, gate.codes)[0]
+
+
+def decides_gate(hidden: Tensor, gate: Gate) -> bool:
+    """Whether `gated_edit_attention` decides a gate itself, as the `nearest_key` that runs would.
+
+    On a GPU it does. Elsewhere it calls `look_up` first, which one may as well do oneself.
+    """
+    keys, device = gate.keys, hidden.device.type
+    wide = torch.float64 in (hidden.dtype, keys.dtype)
+    attention = backend.explain("gated_edit_attention", device, hidden.dtype).implementation
+    if "gate" not in attention.functions:
+        return False
+    dtype = torch.float64 if wide else keys.dtype
+    return backend.explain("nearest_key", device, dtype).implementation.name == attention.name
 
 
 def _forward(hidden: Tensor, *args: object) -> Tensor:
@@ -193,6 +216,27 @@ def _forward(hidden: Tensor, *args: object) -> Tensor:
 
 def _forward_(hidden: Tensor, *args: object) -> None:
     backend.run("gated_edit_attention", "forward_", hidden, hidden, *args)
+
+
+def _gate(
+    hidden: Tensor, span: Tensor, last: Tensor, keys: Tensor, radius: Tensor, metric: str, *args: object
+) -> tuple[Tensor, Tensor]:
+    gate = Gate(last, keys, radius, metric)
+    if decides_gate(hidden, gate):
+        return backend.run("gated_edit_attention", "gate", hidden, hidden, span, gate, *args)
+    route = look_up(hidden, gate)
+    return _forward(hidden, span, route, *args), route
+
+
+def _gate_(
+    hidden: Tensor, span: Tensor, last: Tensor, keys: Tensor, radius: Tensor, metric: str, *args: object
+) -> Tensor:
+    gate = Gate(last, keys, radius, metric)
+    if decides_gate(hidden, gate):
+        return backend.run("gated_edit_attention", "gate_", hidden, hidden, span, gate, *args)
+    route = look_up(hidden, gate)
+    _forward_(hidden, span, route, *args)
+    return route
 
 
 def _backward(grad: Tensor, hidden: Tensor, *args: object) -> tuple[Tensor, ...]:
@@ -205,6 +249,14 @@ def _fake_forward(hidden: Tensor, *args: object) -> Tensor:
 
 def _fake_forward_(hidden: Tensor, *args: object) -> None:
     return None
+
+
+def _fake_gate(hidden: Tensor, *args: object) -> tuple[Tensor, Tensor]:
+    return _fake_forward(hidden), _fake_gate_(hidden)
+
+
+def _fake_gate_(hidden: Tensor, *args: object) -> Tensor:
+    return hidden.new_empty((hidden.shape[0],), dtype=torch.int64)
 
 
 def _fake_backward(
@@ -223,13 +275,29 @@ def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, outp
     ctx.num_heads, ctx.eps = inputs[11:]
 
 
+def _setup_gate_context(
+    ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor]
+) -> None:
+    _setup_context(ctx, (*inputs[:2], output[1], *inputs[6:]), output[0])
+    ctx.mark_non_differentiable(output[1])
+
+
 def _autograd(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-    wanted = (0, 3, 4, 7, 8, 9, 10)  # hidden, k, v, w_q, b_q, w_o, b_o
+    return _gradients(ctx, grad, 3)
+
+
+def _gate_autograd(ctx: torch.autograd.function.FunctionCtx, grad: Tensor, _: Tensor) -> tuple:
+    return _gradients(ctx, grad, 6)
+
+
+def _gradients(ctx: torch.autograd.function.FunctionCtx, grad: Tensor, memory: int) -> tuple:
+    """Gradients of an operator's arguments, of which the one at ``memory`` is k."""
+    wanted = (0, memory, *(memory + i for i in (1, 4, 5, 6, 7)))  # hidden, k, v, w_q, b_q, w_o, b_o
     needs = [ctx.needs_input_grad[i] for i in wanted]
     grads = torch.ops.dualedit_kernels.gated_edit_attention_backward(
         grad, *ctx.saved_tensors, ctx.num_heads, ctx.eps, needs
     )
-    result: list[Tensor | None] = [None] * 13
+    result: list[Tensor | None] = [None] * (memory + 10)
     for i, need, value in zip(wanted, needs, grads, strict=True):
         result[i] = value if need else None
     return tuple(result)
@@ -242,12 +310,20 @@ def _reference_(hidden: Tensor, *args: object) -> None:
 for _name, _run, _fake in (
     ("gated_edit_attention", _forward, _fake_forward),
     ("gated_edit_attention_", _forward_, _fake_forward_),
+    ("gated_edit_attention_gate", _gate, _fake_gate),
+    ("gated_edit_attention_gate_", _gate_, _fake_gate_),
     ("gated_edit_attention_backward", _backward, _fake_backward),
 ):
     LIBRARY.impl(_name, _run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=LIBRARY)
 torch.library.register_autograd(
     f"{NAMESPACE}::gated_edit_attention", _autograd, setup_context=_setup_context, lib=LIBRARY
+)
+torch.library.register_autograd(
+    f"{NAMESPACE}::gated_edit_attention_gate",
+    _gate_autograd,
+    setup_context=_setup_gate_context,
+    lib=LIBRARY,
 )
 backend.register(
     "gated_edit_attention",

@@ -8,6 +8,7 @@ from torch import Tensor
 from .. import triton_support
 from ..backend import Implementation
 from . import eager
+from .arguments import AttentionWeights, Gate, grouped
 
 # Wider heads do not fit the registers of a tile: 16-bit, and fp32, whose exact products take twice the room.
 LARGEST_HEAD, LARGEST_HEAD_FP32 = 256, 128
@@ -18,39 +19,73 @@ def implementations() -> list[Implementation]:
     return [
         Implementation(
             "triton",
-            {"forward": _forward, "forward_": _forward_, "backward": _backward},
+            {
+                "forward": _forward,
+                "forward_": _forward_,
+                "gate": _gate,
+                "gate_": _gate_,
+                "backward": _backward,
+            },
             triton_support.refuses,
-            "Triton skips closed rows on the device, without a host synchronisation"
+            "Triton decides the gate and skips closed rows on the device, without a host synchronisation"
             f" (heads wider than {LARGEST_HEAD}, in fp32 {LARGEST_HEAD_FP32}, go to eager)",
         )
     ]
 
 
-def _forward(hidden: Tensor, *args: object) -> Tensor:
-    if _too_wide(hidden, args):
-        return eager.forward(hidden, *args)
+def _forward(hidden: Tensor, span: Tensor, route: Tensor, *args: object) -> Tensor:
+    slots, weights = grouped(args)
+    if _too_wide(hidden, weights):
+        return eager.forward(hidden, span, route, *args)
     from . import triton_kernel
 
-    return triton_kernel.forward(hidden, *args)
+    return triton_kernel.forward(hidden, span, route, None, slots, weights)[0]
 
 
-def _forward_(hidden: Tensor, *args: object) -> None:
-    if _too_wide(hidden, args):
-        return eager.forward_(hidden, *args)
+def _forward_(hidden: Tensor, span: Tensor, route: Tensor, *args: object) -> None:
+    slots, weights = grouped(args)
+    if _too_wide(hidden, weights):
+        return eager.forward_(hidden, span, route, *args)
     from . import triton_kernel
 
-    return triton_kernel.forward_(hidden, *args)
+    triton_kernel.forward_(hidden, span, route, None, slots, weights)
 
 
-def _backward(grad: Tensor, hidden: Tensor, *args: object) -> tuple[Tensor, ...]:
-    if _too_wide(hidden, args[:-1]):
-        return eager.backward(grad, hidden, *args)
+def _gate(hidden: Tensor, span: Tensor, gate: Gate, *args: object) -> tuple[Tensor, Tensor]:
+    slots, weights = grouped(args)
+    if _too_wide(hidden, weights):
+        route = _looked_up(hidden, gate)
+        return eager.forward(hidden, span, route, *args), route
+    from . import triton_kernel
+
+    return triton_kernel.forward(hidden, span, None, gate, slots, weights)
+
+
+def _gate_(hidden: Tensor, span: Tensor, gate: Gate, *args: object) -> Tensor:
+    slots, weights = grouped(args)
+    if _too_wide(hidden, weights):
+        route = _looked_up(hidden, gate)
+        eager.forward_(hidden, span, route, *args)
+        return route
+    from . import triton_kernel
+
+    return triton_kernel.forward_(hidden, span, None, gate, slots, weights)
+
+
+def _backward(grad: Tensor, hidden: Tensor, span: Tensor, route: Tensor, *args: object) -> tuple[Tensor, ...]:
+    slots, weights = grouped(args[:-1])
+    if _too_wide(hidden, weights):
+        return eager.backward(grad, hidden, span, route, *args)
     from . import triton_backward
 
-    return triton_backward.backward(grad, hidden, *args)
+    return triton_backward.backward(grad, hidden, span, route, slots, weights, args[-1])
 
 
-def _too_wide(hidden: Tensor, args: tuple) -> bool:
-    """args of the operator after hidden: span, route, k, v, start, length, w_q, ..., num_heads, eps."""
-    limit = LARGEST_HEAD_FP32 if hidden.dtype == torch.float32 else LARGEST_HEAD
-    return args[6].shape[0] // args[-2] > limit
+def _looked_up(hidden: Tensor, gate: Gate) -> Tensor:
+    from ..nearest_key.triton_kernel import nearest_key_at
+
+    return nearest_key_at(hidden, gate.last, gate.keys, gate.radius, gate.metric)[0]
+
+
+def _too_wide(hidden: Tensor, weights: AttentionWeights) -> bool:
+    return weights.head > (LARGEST_HEAD_FP32 if hidden.dtype == torch.float32 else LARGEST_HEAD)

@@ -18,7 +18,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..triton_support import on_device, power_of_two
-from .triton_kernel import attend, rows_of, slot_of, span_of
+from .arguments import AttentionWeights, Slots
+from .triton_gate import rows_of, slot_of, span_of
+from .triton_kernel import attend
 
 # Tokens over all rows and heads that `memory_kernel` can count: its registers are full, and offsets of 64
 # bits spill some of them. The states of so many take 256 GB and more.
@@ -30,30 +32,22 @@ def backward(
     hidden: Tensor,
     span: Tensor,
     route: Tensor,
-    k: Tensor,
-    v: Tensor,
-    start: Tensor,
-    length: Tensor,
-    w_q: Tensor,
-    b_q: Tensor,
-    w_o: Tensor,
-    b_o: Tensor,
-    num_heads: int,
-    eps: float,
+    slots: Slots,
+    w: AttentionWeights,
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
     """Gradients of (hidden, k, v, w_q, b_q, w_o, b_o); one that is not needed comes back empty."""
-    changed = changed_tokens(span, route, length)[:, :, None]  # [B, L, 1]
+    changed = changed_tokens(span, route, slots.length)[:, :, None]  # [B, L, 1]
     x = torch.where(changed, hidden, 0).to(torch.float32)
     variance, mean = torch.var_mean(x, dim=-1, keepdim=True, correction=0)
-    deviation = (variance + eps).sqrt()
+    deviation = (variance + w.eps).sqrt()
     normal = ((x - mean) / deviation).to(hidden.dtype)  # zero where nothing changes
     g = torch.where(changed, grad, 0)
-    q, d_o = F.linear(normal, w_q, b_q), g @ w_o
-    o, d_q, d_k, d_v = attend_backward(q, d_o, span, route, k, v, start, length, num_heads, needs)
+    q, d_o = F.linear(normal, w.w_q, w.b_q), g @ w.w_o
+    o, d_q, d_k, d_v = attend_backward(q, d_o, span, route, slots, w.num_heads, needs)
     d_hidden = hidden.new_empty(0)
     if needs[0]:
-        d_normal, n = (d_q @ w_q).to(torch.float32), normal.to(torch.float32)
+        d_normal, n = (d_q @ w.w_q).to(torch.float32), normal.to(torch.float32)
         d_x = d_normal - d_normal.mean(-1, keepdim=True) - n * (d_normal * n).mean(-1, keepdim=True)
         d_hidden = torch.where(changed, g + (d_x / deviation).to(g.dtype), grad).contiguous()
     flat = (0, 1)
@@ -61,10 +55,10 @@ def backward(
         d_hidden,
         d_k,
         d_v,
-        d_q.flatten(*flat).t() @ normal.flatten(*flat) if needs[3] else w_q.new_empty(0),
-        d_q.sum(flat) if needs[4] else b_q.new_empty(0),
-        g.flatten(*flat).t() @ o.flatten(*flat) if needs[5] else w_o.new_empty(0),
-        g.sum(flat) if needs[6] else b_o.new_empty(0),
+        d_q.flatten(*flat).t() @ normal.flatten(*flat) if needs[3] else w.w_q.new_empty(0),
+        d_q.sum(flat) if needs[4] else w.b_q.new_empty(0),
+        g.flatten(*flat).t() @ o.flatten(*flat) if needs[5] else w.w_o.new_empty(0),
+        g.sum(flat) if needs[6] else w.b_o.new_empty(0),
     )
 
 
@@ -82,10 +76,7 @@ def attend_backward(
     d_o: Tensor,
     span: Tensor,
     route: Tensor,
-    k: Tensor,
-    v: Tensor,
-    start: Tensor,
-    length: Tensor,
+    slots: Slots,
     num_heads: int,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -98,24 +89,25 @@ def attend_backward(
             f"{MOST_TOKENS} in one call: split the batch."
         )
     o, d_q = torch.zeros_like(q), torch.zeros_like(q)
-    d_k, d_v = (t.new_zeros(t.shape) if needs[i] else t.new_empty(0) for i, t in ((1, k), (2, v)))
+    k, v, count = slots.k.contiguous(), slots.v.contiguous(), len(slots.start)
+    d_k, d_v = (torch.zeros_like(t) if needs[i] else t.new_empty(0) for i, t in ((1, k), (2, v)))
     if not q.numel() or not k.numel():
         return o, d_q, d_k, d_v
-    row = rows_of(span, route, start, length)
-    k, v, d_o = k.contiguous(), v.contiguous(), d_o.contiguous()
+    row = rows_of(span, route, slots)
+    d_o = d_o.contiguous()
     lse = torch.empty(rows, num_heads, tokens, dtype=torch.float32, device=q.device)
     delta = torch.empty_like(lse)
-    attend(q, row, k, v, o, num_heads, (d_o, lse, delta))
+    attend(q, row, slots, o, num_heads, (d_o, lse, delta))
     shared = (q, *row, k, v, d_o, lse, delta)
     sizes, memory_sizes = tiles(q.dtype, head), memory_tiles(q.dtype, head)
     with on_device(q):
         query_kernel[(triton.cdiv(tokens, sizes["BT"]) * num_heads, rows)](
-            *shared, d_q, tokens, num_heads, head, len(start), head**-0.5, **sizes
+            *shared, d_q, tokens, num_heads, head, count, head**-0.5, **sizes
         )
         if needs[1] or needs[2]:
             memory_kernel[(triton.cdiv(len(k), memory_sizes["BN"]), num_heads)](
                 *shared, d_k if needs[1] else d_v, d_v if needs[2] else d_k, rows, tokens, num_heads, head,
-                len(start), len(k), head**-0.5, NEEDS_K=needs[1], NEEDS_V=needs[2], **memory_sizes,
+                count, len(k), head**-0.5, NEEDS_K=needs[1], NEEDS_V=needs[2], **memory_sizes,
             )  # fmt: skip
     return o, d_q, d_k, d_v
 

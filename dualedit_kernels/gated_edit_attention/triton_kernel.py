@@ -1,6 +1,6 @@
 """Gated edit attention in Triton, forward: four kernels that a row without an edit leaves at once.
 
-    statistics   mean and 1/std of the tokens of open rows, in fp32
+    statistics   the gate, if there is one; mean and 1/std of the tokens of open rows, in fp32 (`triton_gate`)
     project      q = ((x - mean) / std) @ w_q.T + b_q, normalised as it is loaded
     attend       o = softmax(q k.T / sqrt(M/H)) v over the slot of the row, read in place (streaming softmax)
     output       out = x + o @ w_o.T + b_o for the tokens of the span, the same bits for all others
@@ -20,95 +20,64 @@ import triton.language as tl
 from torch import Tensor
 
 from ..triton_support import generation, on_device, power_of_two
+from .arguments import AttentionWeights, Gate, Slots
+from .triton_gate import open_rows, slot_of, span_of
 
 
 def forward(
-    hidden: Tensor,
-    span: Tensor,
-    route: Tensor,
-    k: Tensor,
-    v: Tensor,
-    start: Tensor,
-    length: Tensor,
-    w_q: Tensor,
-    b_q: Tensor,
-    w_o: Tensor,
-    b_o: Tensor,
-    num_heads: int,
-    eps: float,
-) -> Tensor:
-    """See `dualedit_kernels.gated_edit_attention`."""
+    hidden: Tensor, span: Tensor, route: Tensor | None, gate: Gate | None, slots: Slots, w: AttentionWeights
+) -> tuple[Tensor, Tensor]:
+    """(out, route), see `dualedit_kernels.gated_edit_attention`; one of route and gate is None."""
     hidden = hidden.contiguous()
     out = torch.empty_like(hidden)
-    _forward(hidden, out, span, route, k, v, start, length, w_q, b_q, w_o, b_o, num_heads, eps)
-    return out
+    return out, _forward(hidden, out, span, route, gate, slots, w)
 
 
-def forward_(hidden: Tensor, *args: object) -> None:
-    """The same, changing ``hidden`` itself."""
+def forward_(
+    hidden: Tensor, span: Tensor, route: Tensor | None, gate: Gate | None, slots: Slots, w: AttentionWeights
+) -> Tensor:
+    """The route; changes ``hidden`` itself."""
     if hidden.is_contiguous():
-        _forward(hidden, hidden, *args)
-    else:
-        hidden.copy_(forward(hidden, *args))
+        return _forward(hidden, hidden, span, route, gate, slots, w)
+    out, route = forward(hidden, span, route, gate, slots, w)
+    hidden.copy_(out)
+    return route
 
 
 def _forward(
     hidden: Tensor,
     out: Tensor,
     span: Tensor,
-    route: Tensor,
-    k: Tensor,
-    v: Tensor,
-    start: Tensor,
-    length: Tensor,
-    w_q: Tensor,
-    b_q: Tensor,
-    w_o: Tensor,
-    b_o: Tensor,
-    num_heads: int,
-    eps: float,
-) -> None:
-    if not hidden.numel():
-        return
+    route: Tensor | None,
+    gate: Gate | None,
+    slots: Slots,
+    w: AttentionWeights,
+) -> Tensor:
     rows, tokens, dim = hidden.shape
-    size = w_q.shape[0]
-    row = rows_of(span, route, start, length)
-    mean = torch.empty(rows, tokens, dtype=torch.float32, device=hidden.device)
-    rstd = torch.empty_like(mean)
+    if not hidden.numel():
+        return hidden.new_full((rows,), -1, dtype=torch.int64) if route is None else route
+    size, count = w.w_q.shape[0], len(slots.start)
+    row, mean, rstd = open_rows(hidden, span, route, gate, slots, w.eps)
     q = hidden.new_empty(rows, tokens, size)
     with on_device(hidden):
-        # The statistics take few tokens at a time, so that a short span still fills the GPU.
-        statistics_kernel[(triton.cdiv(tokens, 4), rows)](
-            hidden, *row, mean, rstd, tokens, dim, len(start), eps, BT=4, BK=1024, num_warps=4
-        )
         sizes = product_tiles(hidden.dtype, rows * tokens, size)
         project_kernel[(triton.cdiv(tokens, sizes["BT"]) * triton.cdiv(size, sizes["BO"]), rows)](
-            hidden,
-            *row,
-            mean,
-            rstd,
-            w_q.contiguous(),
-            b_q.contiguous(),
-            q,
-            tokens,
-            dim,
-            size,
-            len(start),
+            hidden, *row, mean, rstd, w.w_q.contiguous(), w.b_q.contiguous(), q, tokens, dim, size, count,
             **sizes,
-        )
-        attend(q, row, k, v, q, num_heads)
+        )  # fmt: skip
+        attend(q, row, slots, q, w.num_heads)
         sizes = product_tiles(hidden.dtype, rows * tokens, dim)
         output_kernel[(triton.cdiv(tokens, sizes["BT"]) * triton.cdiv(dim, sizes["BO"]), rows)](
-            hidden, *row, q, w_o.contiguous(), b_o.contiguous(), out, tokens, size, dim, len(start),
+            hidden, *row, q, w.w_o.contiguous(), w.b_o.contiguous(), out, tokens, size, dim, count,
             INPLACE=out is hidden, **sizes,
         )  # fmt: skip
+    return row[1]
 
 
 def attend(
     q: Tensor,
     row: tuple[Tensor, ...],
-    k: Tensor,
-    v: Tensor,
+    slots: Slots,
     o: Tensor,
     num_heads: int,
     for_backward: tuple[Tensor, Tensor, Tensor] | None = None,
@@ -119,18 +88,13 @@ def attend(
     exponentials) and delta [B, H, L] (rowsum(d_o * o)), both fp32.
     """
     rows, tokens, size = q.shape
-    sizes = attention_tiles(q.dtype, size // num_heads, tokens, generation(q))
+    head = size // num_heads
+    sizes = attention_tiles(q.dtype, head, tokens, generation(q))
     with on_device(q):
         attend_kernel[(triton.cdiv(tokens, sizes["BT"]) * num_heads, rows)](
-            q, *row, k.contiguous(), v.contiguous(), o, *(for_backward or (q, q, q)), tokens, num_heads, size
-            // num_heads, len(row[2]), (size // num_heads) ** -0.5, BACKWARD=for_backward is not None,
-            **sizes,
+            q, *row, slots.k.contiguous(), slots.v.contiguous(), o, *(for_backward or (q, q, q)), tokens,
+            num_heads, head, len(slots.start), head**-0.5, BACKWARD=for_backward is not None, **sizes,
         )  # fmt: skip
-
-
-def rows_of(span: Tensor, route: Tensor, start: Tensor, length: Tensor) -> tuple[Tensor, ...]:
-    """What every kernel reads to know its row: span as bytes, route, start, length, all contiguous."""
-    return span.contiguous().view(torch.uint8), route.contiguous(), start.contiguous(), length.contiguous()
 
 
 def product_tiles(dtype: torch.dtype, tokens: int, outputs: int) -> dict[str, int]:
@@ -157,71 +121,6 @@ def attention_tiles(dtype: torch.dtype, head: int, tokens: int, generation: int)
     if tokens <= 64:
         return {"BT": 64, "BN": keys, "BH": size, "num_warps": 4, "num_stages": 2}
     return {"BT": 128, "BN": keys, "BH": size, "num_warps": 8, "num_stages": 3}
-
-
-@triton.jit
-def slot_of(i_b, route, start, length, slots):
-    """(first row of k and v, number of rows) of row i_b; the number is 0 where the row is closed."""
-    # []
-    slot = tl.load(route + i_b)
-    known = (slot >= 0) & (slot < slots)
-    # []
-    first = tl.load(start + slot, mask=known, other=0)
-    # []
-    count = tl.load(length + slot, mask=known, other=0)
-    return first, count.to(tl.int32)
-
-
-@triton.jit
-def span_of(span, i_b, o_t, tokens):
-    """[BT] bool: the tokens o_t of row i_b that are in the span."""
-    # [BT]
-    return tl.load(span + i_b * tokens + o_t, mask=o_t < tokens, other=0).to(tl.int32) != 0
-
-
-@triton.jit(do_not_specialize=["tokens", "slots"])
-def statistics_kernel(
-    hidden,  # [B, L, D]
-    span,  # [B, L] bytes
-    route,  # [B] int64
-    start,  # [N] int64
-    length,  # [N] int64
-    mean,  # [B, L] fp32 out
-    rstd,  # [B, L] fp32 out
-    tokens,
-    dim,
-    slots,
-    eps,
-    BT: tl.constexpr,
-    BK: tl.constexpr,
-):
-    """LayerNorm statistics of the span tokens of routed rows: one program a row and block of tokens."""
-    i_b = tl.program_id(1).to(tl.int64)
-    _, count = slot_of(i_b, route, start, length, slots)
-    if count <= 0:
-        return
-    o_t = tl.program_id(0) * BT + tl.arange(0, BT)
-    m_t = span_of(span, i_b, o_t, tokens)
-    if tl.max(m_t.to(tl.int32), 0) == 0:
-        return
-    o_k = tl.arange(0, BK)
-    p_x = hidden + (i_b * tokens + o_t)[:, None] * dim + o_k[None, :]
-    b_sum = tl.zeros([BT, BK], tl.float32)
-    for i_k in range(0, dim, BK):
-        # [BT, BK]
-        b_sum += tl.load(p_x + i_k, mask=m_t[:, None] & (i_k + o_k < dim)[None, :], other=0.0).to(tl.float32)
-    b_mean = tl.sum(b_sum, 1) / dim
-    # A second pass: the difference of squares would drown in a massive activation.
-    b_squares = tl.zeros([BT, BK], tl.float32)
-    for i_k in range(0, dim, BK):
-        m_x = m_t[:, None] & (i_k + o_k < dim)[None, :]
-        # [BT, BK]
-        b_x = tl.load(p_x + i_k, mask=m_x, other=0.0).to(tl.float32)
-        b_x = tl.where(m_x, b_x - b_mean[:, None], 0.0)
-        b_squares += b_x * b_x
-    b_rstd = 1.0 / tl.sqrt_rn(tl.sum(b_squares, 1) / dim + eps)
-    tl.store(mean + i_b * tokens + o_t, b_mean, mask=m_t)
-    tl.store(rstd + i_b * tokens + o_t, b_rstd, mask=m_t)
 
 
 @triton.jit(do_not_specialize=["tokens", "slots"])

@@ -1,11 +1,13 @@
-"""`nearest_key` in Triton: exact differences, the keys split over the GPU, two stages, no atomics.
+"""`nearest_key` in Triton: exact differences, the keys split over the GPU, one launch.
 
-Stage 1, for each tile of queries and each share of the keys:
+Each block, for a tile of queries and a share of the keys:
     distance^2 = sum_d (q_d - k_d)^2, in fp32; the smallest of the share and its lowest index.
     For the cosine metric q and k are scaled to length 1 first: |q/|q| - k/|k||^2 / 2 = 1 - cos(q, k).
-Stage 2, for each query: the smallest over all shares, then the radius of that key.
+The block of a tile that is done last takes the smallest over all shares, and asks for the radius of that key.
 
-The same result whatever the split: minima do not depend on the order, and ties go to the lowest index.
+The same result whatever the split and the order: minima do not depend on it, and ties go to the lowest index.
+Up to `FEW_KEYS` keys have one share and one query to a block. `gated_edit_attention` then decides its gate by
+the same functions and tiles, so both give the same bits.
 """
 
 from __future__ import annotations
@@ -15,100 +17,199 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_support import on_device, power_of_two, processors
+from ..triton_support import counters, on_device, power_of_two, processors
+
+FEW_KEYS = 8
+_MOST_PARTS = 1024
 
 
 def nearest_key(query: Tensor, keys: Tensor, radius: Tensor, metric: str) -> tuple[Tensor, Tensor]:
     """See `dualedit_kernels.nearest_key`: query [B, D], keys [N, D], radius [N] fp32."""
-    rows, dim = query.shape
+    return _launch(query if query.stride(1) == 1 else query.contiguous(), None, keys, radius, metric)
+
+
+def nearest_key_at(
+    hidden: Tensor, last: Tensor, keys: Tensor, radius: Tensor, metric: str
+) -> tuple[Tensor, Tensor]:
+    """The same for the queries hidden[b, last[b]] of hidden [B, L, D], read where they are.
+
+    last: [B] int64, negative from the end; one that is no token of its row finds nothing.
+    """
+    return _launch(hidden if hidden.stride(2) == 1 else hidden.contiguous(), last, keys, radius, metric)
+
+
+def _launch(
+    query: Tensor, last: Tensor | None, keys: Tensor, radius: Tensor, metric: str
+) -> tuple[Tensor, Tensor]:
+    rows, dim = query.shape[0], query.shape[-1]
     count = keys.shape[0]
     index = torch.empty(rows, dtype=torch.int64, device=query.device)
     distance = torch.empty(rows, dtype=torch.float32, device=query.device)
     if rows == 0 or count == 0 or dim == 0:
         return index.fill_(-1), distance.fill_(torch.inf)
-    query, keys = (t if t.stride(1) == 1 else t.contiguous() for t in (query, keys))
-    tiles = configuration(rows, dim)
+    keys = rows_together(keys)
+    tiles = configuration(rows, count, dim)
     blocks = triton.cdiv(rows, tiles["BB"])
-    share, parts = split(count, tiles["BN"], max(1, 4 * processors(query) // blocks))
-    best = torch.empty(parts, rows, dtype=torch.float32, device=query.device)
-    nearest = torch.empty(parts, rows, dtype=torch.int32, device=query.device)
+    share, parts = count, 1
+    if count > FEW_KEYS:
+        share, parts = split(count, tiles["BN"], max(1, 4 * processors(query) // blocks))
+    alone = parts == 1
+    best, nearest, counter = distance, index, index  # nobody looks at them where a block is alone
+    if not alone:
+        best = torch.empty(parts, rows, dtype=torch.float32, device=query.device)
+        nearest = torch.empty(parts, rows, dtype=torch.int32, device=query.device)
     with on_device(query):
+        if not alone:
+            counter = counters(query, blocks)
         scan_kernel[(blocks, parts)](
             query,
+            index if last is None else last.contiguous(),
             keys,
+            radius.contiguous(),
             best,
             nearest,
+            counter,
+            index,
+            distance,
             rows,
+            1 if last is None else query.shape[1],
             count,
             dim,
             share,
             query.stride(0),
+            0 if last is None else query.stride(1),
             keys.stride(0),
+            LAST=last is not None,
             COSINE=metric == "cosine",
+            ALONE=alone,
+            BP=min(power_of_two(parts), _MOST_PARTS, 2048 // tiles["BB"]),
             **tiles,
-        )
-        finish_kernel[(rows,)](
-            best,
-            nearest,
-            radius.contiguous(),
-            index,
-            distance,
-            rows,
-            parts,
-            COSINE=metric == "cosine",
-            PARTS=power_of_two(parts),
-            num_warps=1,
         )
     return index, distance
 
 
-def configuration(rows: int, dim: int) -> dict[str, int]:
-    """Tile sizes: BB queries by BN keys, BK elements at a time (BB * BN * BK fp32 accumulators)."""
+def rows_together(keys: Tensor) -> Tensor:
+    """Keys [N, D] whose rows are each in one piece."""
+    return keys if keys.stride(1) == 1 else keys.contiguous()
+
+
+def configuration(rows: int, count: int, dim: int) -> dict[str, int]:
+    """Tile sizes: BB queries by BN keys, BK elements at a time (BB * BN * BK fp32 accumulators).
+
+    maxnreg: where the assembler, left alone, spills eight bytes to fit one block more to a multiprocessor.
+    """
+    fixed = {"num_warps": 4, "num_stages": 3}
+    if count <= FEW_KEYS:  # does not depend on ``rows``: see the top of this file
+        return fixed | {"BB": 1, "BN": power_of_two(count), "BK": 128 if dim <= 128 else 256, "maxnreg": 96}
     size = min(power_of_two(rows), 8)
     wide = 128 if dim <= 128 or size >= 4 else 256
-    return {"BB": size, "BN": 16 if size <= 2 else 8, "BK": wide, "num_warps": 4, "num_stages": 3}
+    tiles = fixed | {"BB": size, "BN": 16 if size <= 2 else 8, "BK": wide}
+    return tiles | {"maxnreg": 168} if size == 2 else tiles
 
 
 def split(count: int, block: int, wanted: int) -> tuple[int, int]:
     """(keys of a share, a multiple of ``block``; number of shares, at most ``wanted`` and 1024)."""
-    share = triton.cdiv(triton.cdiv(count, min(wanted, 1024)), block) * block
+    share = triton.cdiv(triton.cdiv(count, min(wanted, _MOST_PARTS)), block) * block
     return share, triton.cdiv(count, share)
 
 
-@triton.jit(do_not_specialize=["rows", "count", "share"])
+@triton.jit(do_not_specialize=["rows", "tokens", "count", "share"])
 def scan_kernel(
-    query,  # [B, D], rows stride_q apart
+    query,  # [B, D], rows stride_b apart; [B, L, D] with tokens stride_t apart if LAST
+    last,  # [B] int64 if LAST
     keys,  # [N, D], rows stride_k apart
-    best,  # [parts, B] fp32 out: smallest squared distance of each share
-    nearest,  # [parts, B] int32 out: its lowest index
+    radius,  # [N] fp32
+    best,  # [parts, B] fp32 out unless ALONE: smallest squared distance of each share
+    nearest,  # [parts, B] int32 out unless ALONE: its lowest index
+    counter,  # [blocks] int32 unless ALONE: zeros before and after, the shares that are done in between
+    index,  # [B] int64 out
+    distance,  # [B] fp32 out
     rows,
+    tokens,
     count,
     dim,
     share,
-    stride_q,
+    stride_b,
+    stride_t,
     stride_k,
+    LAST: tl.constexpr,
     COSINE: tl.constexpr,
+    ALONE: tl.constexpr,
+    BP: tl.constexpr,
     BB: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Nearest key of each query within one share of the keys."""
+    """Nearest key of each query within one share of the keys; the last share's block answers for all."""
     i_b, i_part = tl.program_id(0), tl.program_id(1)
     o_b = i_b * BB + tl.arange(0, BB)
     m_b = o_b < rows
+    # [BB]
+    b_at = tl.zeros([BB], tl.int64)
+    if LAST:
+        b_at, m_known = position_of(tl.load(last + o_b, mask=m_b, other=0), tokens)
+        m_q = m_b & m_known
+    else:
+        m_q = m_b
+    p_q = query + (o_b.to(tl.int64) * stride_b + b_at * stride_t)[:, None] + tl.arange(0, BK)[None, :]
+    first = i_part * share
+    until = tl.minimum(first + share, count)
+    b_best, b_nearest = nearest_of(p_q, m_q, keys, first, until, dim, stride_k, COSINE, BB, BN, BK)
+    if ALONE:
+        _answer(b_best, b_nearest, radius, index, distance, o_b, m_b, COSINE)
+    else:
+        p_out = i_part.to(tl.int64) * rows + o_b
+        tl.store(best + p_out, b_best, mask=m_b)
+        tl.store(nearest + p_out, b_nearest, mask=m_b)
+        # All threads have written before one counts: what it releases, the block that counts last acquires.
+        tl.debug_barrier()
+        parts = tl.num_programs(1)
+        if tl.atomic_add(counter + i_b, 1, sem="acq_rel", scope="gpu") == parts - 1:
+            b_best = tl.full([BB], float("inf"), tl.float32)
+            b_nearest = tl.full([BB], -1, tl.int32)
+            for i_p in range(0, parts, BP):
+                o_p = i_p + tl.arange(0, BP)
+                m_p = m_b[:, None] & (o_p < parts)[None, :]
+                p_in = o_p.to(tl.int64)[None, :] * rows + o_b[:, None]
+                # [BB, BP], past the cache of this processor, which does not see the others' writes
+                b_each = tl.load(best + p_in, mask=m_p, other=float("inf"), cache_modifier=".cg")
+                # [BB, BP]
+                b_which = tl.load(nearest + p_in, mask=m_p, other=2147483647, cache_modifier=".cg")
+                b_smallest = tl.min(b_each, 1)
+                b_index = tl.min(tl.where(b_each == b_smallest[:, None], b_which, 2147483647), 1)
+                closer = b_smallest < b_best  # strict: an earlier share keeps a tie
+                b_best = tl.where(closer, b_smallest, b_best)
+                b_nearest = tl.where(closer, b_index, b_nearest)
+            _answer(b_best, b_nearest, radius, index, distance, o_b, m_b, COSINE)
+            tl.store(counter + i_b, 0)  # for the next launch, be it a replay of a CUDA graph
+
+
+@triton.jit
+def position_of(last, tokens):
+    """(position among ``tokens``, whether there is one) of positions that may count from the end."""
+    last = tl.where(last < 0, last + tokens, last)
+    known = (last >= 0) & (last < tokens)
+    return tl.where(known, last, 0), known
+
+
+@triton.jit
+def nearest_of(
+    p_q, m_q, keys, first, until, dim, stride_k, COSINE: tl.constexpr, BB: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr,
+):  # fmt: skip
+    """(smallest squared distance [BB], its lowest index [BB]) among keys first .. until.
+
+    p_q: [BB, BK], where the first BK elements of each query are. m_q: [BB] bool; the others find nothing.
+    """
     o_k = tl.arange(0, BK)
-    p_q = query + o_b.to(tl.int64)[:, None] * stride_q + o_k[None, :]
     b_scale_q = tl.full([BB], 1.0, tl.float32)
     if COSINE:
-        b_scale_q = 1.0 / _length(p_q, m_b, o_k, dim, BB, BK)
-
+        b_scale_q = 1.0 / _length(p_q, m_q, o_k, dim, BB, BK)
     b_best = tl.full([BB], float("inf"), tl.float32)
     b_nearest = tl.full([BB], -1, tl.int32)
-    first = i_part * share
-    last = tl.minimum(first + share, count)
-    for i_n in range(first, last, BN):
+    for i_n in range(first, until, BN):
         o_n = i_n + tl.arange(0, BN)
-        m_n = o_n < last
+        m_n = o_n < until
         p_k = keys + o_n.to(tl.int64)[:, None] * stride_k + o_k[None, :]
         b_scale_k = tl.full([BN], 1.0, tl.float32)
         if COSINE:
@@ -117,7 +218,7 @@ def scan_kernel(
         for i_k in range(0, dim, BK):
             m_k = (i_k + o_k < dim)[None, :]
             # [BB, BK]
-            b_q = tl.load(p_q + i_k, mask=m_b[:, None] & m_k, other=0.0).to(tl.float32)
+            b_q = tl.load(p_q + i_k, mask=m_q[:, None] & m_k, other=0.0).to(tl.float32)
             # [BN, BK]
             b_k = tl.load(p_k + i_k, mask=m_n[:, None] & m_k, other=0.0).to(tl.float32)
             if COSINE:
@@ -130,15 +231,14 @@ def scan_kernel(
             b_squares = tl.fma(b_difference, b_difference, b_squares)
         b_squared = tl.sum(b_squares, 2)  # [BB, BN]
         # NaN and inf compare false: such a key is never near
-        b_squared = tl.where((b_squared < float("inf")) & m_n[None, :], b_squared, float("inf"))
+        m_near = (b_squared < float("inf")) & m_n[None, :] & m_q[:, None]
+        b_squared = tl.where(m_near, b_squared, float("inf"))
         b_smallest = tl.min(b_squared, 1)
         b_index = tl.min(tl.where(b_squared == b_smallest[:, None], o_n[None, :], 2147483647), 1)
         closer = b_smallest < b_best  # strict: an earlier key keeps a tie
         b_best = tl.where(closer, b_smallest, b_best)
         b_nearest = tl.where(closer, b_index, b_nearest)
-    p_out = i_part.to(tl.int64) * rows + o_b
-    tl.store(best + p_out, b_best, mask=m_b)
-    tl.store(nearest + p_out, b_nearest, mask=m_b)
+    return b_best, b_nearest
 
 
 @triton.jit
@@ -154,32 +254,17 @@ def _length(p_rows, m_rows, o_k, dim, BR: tl.constexpr, BK: tl.constexpr):
     return tl.sqrt_rn(tl.sum(b_squares, 1))
 
 
-@triton.jit(do_not_specialize=["rows", "parts"])
-def finish_kernel(
-    best,  # [parts, B] fp32
-    nearest,  # [parts, B] int32
-    radius,  # [N] fp32
-    index,  # [B] int64 out
-    distance,  # [B] fp32 out
-    rows,
-    parts,
-    COSINE: tl.constexpr,
-    PARTS: tl.constexpr,
-):
-    """Nearest key over all shares, and whether it lies inside its radius: one program a query."""
-    i_b = tl.program_id(0)
-    o_part = tl.arange(0, PARTS)
-    m_part = o_part < parts
-    p_in = o_part.to(tl.int64) * rows + i_b
-    # [PARTS]
-    b_best = tl.load(best + p_in, mask=m_part, other=float("inf"))
-    # [PARTS]
-    b_nearest = tl.load(nearest + p_in, mask=m_part, other=2147483647)
-    smallest = tl.min(b_best, 0)
-    winner = tl.min(tl.where(b_best == smallest, b_nearest, 2147483647), 0)
-    found = smallest < float("inf")
-    reached = smallest * 0.5 if COSINE else tl.sqrt_rn(smallest)
-    # []
-    limit = tl.load(radius + winner, mask=found, other=0.0)
-    tl.store(distance + i_b, reached)
-    tl.store(index + i_b, tl.where(found & (reached <= limit), winner, -1).to(tl.int64))
+@triton.jit
+def within(b_best, b_nearest, radius, COSINE: tl.constexpr):
+    """(distance, index or -1) of the nearest keys, from their squared distances and their radii."""
+    found = b_best < float("inf")
+    b_distance = b_best * 0.5 if COSINE else tl.sqrt_rn(b_best)
+    b_limit = tl.load(radius + b_nearest, mask=found, other=0.0)
+    return b_distance, tl.where(found & (b_distance <= b_limit), b_nearest, -1)
+
+
+@triton.jit
+def _answer(b_best, b_nearest, radius, index, distance, o_b, m_b, COSINE: tl.constexpr):
+    b_distance, b_index = within(b_best, b_nearest, radius, COSINE)
+    tl.store(distance + o_b, b_distance, mask=m_b)
+    tl.store(index + o_b, b_index.to(tl.int64), mask=m_b)

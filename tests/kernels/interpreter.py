@@ -5,26 +5,25 @@ test decorated with `on_triton` is sent to a worker process that was started wit
 the same test module and runs the same function there; a failure comes back with its traceback. Nothing is
 skipped.
 
-The interpreter keeps bf16 as the integers of its bits. Three of its operations are then silently wrong, and
-`mend_bfloat16` replaces two of them in the worker (in tests alone):
-
-- ``tl.dot`` multiplies the bits as integers: mended, the operands are widened first;
-- a cast of fp32 to bf16 cuts off where the GPU rounds to nearest even: mended;
-- arithmetic on bf16 values works on the bits: not mended, kernels convert with ``.to(tl.float32)`` first.
+The interpreter's bf16 is mended in the worker, see `dualedit_kernels.testing.mend_interpreter`.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import math
 import multiprocessing
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 
-import numpy
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from dualedit_kernels.testing import mend_interpreter
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETING else "cpu"
@@ -63,30 +62,10 @@ def poison_uninitialised_memory() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = True
 
 
-def mend_bfloat16() -> None:
-    """Give the interpreter of this process the dot and the rounding of bf16 that the GPU has."""
-    from triton import language as tl
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    dot, cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
-
-    def create_dot(self, a, b, *rest):
-        a, b = (self.cast_impl(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
-        return dot(self, a, b, *rest)
-
-    def cast_impl(self, source, target):
-        if source.dtype.scalar == tl.float32 and target.scalar == tl.bfloat16:
-            rounded = torch.from_numpy(numpy.ascontiguousarray(source.data)).to(torch.bfloat16)
-            return TensorHandle(rounded.view(torch.uint16).numpy(), tl.bfloat16)
-        return cast(self, source, target)
-
-    InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl = create_dot, cast_impl
-
-
 def _start() -> None:
     torch.set_num_threads(1)
     poison_uninitialised_memory()
-    mend_bfloat16()
+    mend_interpreter()
 
 
 def _call(module: str, name: str, arguments: dict[str, object]) -> None:
@@ -109,3 +88,63 @@ def _submit(function: Callable, *arguments: object) -> object:
             else:
                 os.environ[name] = value
     return future.result()
+
+
+class Launches(TorchDispatchMode):
+    """Names of all that a GPU would be asked to run inside the block, in order, however it is called.
+
+    Triton kernels by their name, PyTorch's operators by theirs; those that only make or view a tensor are
+    left out. What an operator of this library calls is not seen: call the implementation itself.
+    """
+
+    FREE = ("empty", "new_empty", "empty_like", "view", "detach", "slice", "alias", "t", "_to_copy", "expand")
+
+    def __init__(self):
+        super().__init__()
+        self.names: list[str] = []
+
+    def __enter__(self):
+        from triton.runtime.interpreter import InterpretedFunction
+        from triton.runtime.jit import JITFunction
+
+        self._kind = InterpretedFunction if INTERPRETING else JITFunction
+        self._run = self._kind.run
+
+        def run(kernel, *args, **options):
+            self.names.append(kernel.fn.__name__)
+            with _disable_current_modes():
+                return self._run(kernel, *args, **options)
+
+        self._kind.run = run
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self._kind.run = self._run
+        return super().__exit__(*error)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket.__name__ not in self.FREE:
+            self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@contextmanager
+def in_any_order(seed: int) -> Iterator[None]:
+    """Interpret the programs of every launch in a random order: on a GPU none is promised."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    place, generator, orders = InterpreterBuilder.set_grid_idx, torch.Generator().manual_seed(seed), {}
+
+    def set_grid_idx(self, *at):
+        if not any(at):  # a launch begins
+            orders[id(self)] = torch.randperm(math.prod(self.grid_dim), generator=generator).tolist()
+        sizes = self.grid_dim
+        number = orders[id(self)][(at[0] * sizes[1] + at[1]) * sizes[2] + at[2]]
+        number, z = divmod(number, sizes[2])
+        place(self, *divmod(number, sizes[1]), z)
+
+    InterpreterBuilder.set_grid_idx = set_grid_idx
+    try:
+        yield
+    finally:
+        InterpreterBuilder.set_grid_idx = place

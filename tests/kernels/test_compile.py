@@ -1,6 +1,7 @@
 """GPU kernels compiled without a GPU: no spills, within the shared memory of the chip, on tensor cores."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks.gpu import compile_report, tritons
+from benchmarks.gpu import compile_report, scenes, tritons
 
 pytest.importorskip("triton", reason="Triton is not installed here")
 
@@ -19,10 +20,10 @@ SCENES = {
     "low_rank bf16 L=1 R=8",
     "full bf16 L=640",
     "attention bf16 B=8 L=640 head=128",
+    "gate bf16 N=8 cosine",
 }
 KERNELS = {
     "scan_kernel",
-    "finish_kernel",
     "shrink_kernel",
     "expand_kernel",
     "outer_kernel",
@@ -36,22 +37,52 @@ KERNELS = {
 
 
 def test_scenes_cover_every_kernel():
-    found = compile_report.launches(90, wanted=SCENES.__contains__)
+    found = scenes.launches(90, wanted=SCENES.__contains__)
     assert {launch.name for launch in found} == KERNELS
-    everything = compile_report.launches(80)
+    everything = scenes.launches(80)
     assert {launch.name for launch in everything} == KERNELS and len(everything) > 3 * len(KERNELS)
 
 
+@pytest.mark.parametrize(("arch", "units"), [(90, "wgmma"), (100, "tcgen05")])
 @pytest.mark.parametrize("kernel", sorted(KERNELS))
-def test_fit_to_ship_on_hopper(kernel):
-    found = compile_report.launches(90, kernel, SCENES.__contains__)
+def test_fit_to_ship_on_hopper_and_blackwell(kernel, arch, units):
+    found = scenes.launches(arch, kernel, SCENES.__contains__)
     assert found
-    for launch in found[:1]:
-        result = compile_report.compile_launch(launch, 90)
+    for launch in found[:1] + ([found[-1]] if kernel == "statistics_kernel" else []):
+        result = compile_report.compile_launch(launch, arch)
         assert not result.faults, result
         assert 0 < result.registers <= 255
-        dots = kernel not in ("scan_kernel", "finish_kernel", "statistics_kernel")
-        assert (result.tensor_cores != "-") == dots
+        if kernel in ("scan_kernel", "statistics_kernel"):
+            assert result.tensor_cores == "-"
+        else:
+            assert result.tensor_cores in ("mma", units)
+        if kernel == "project_kernel":
+            assert result.tensor_cores == units
+
+
+def reductions(scene, kernel, arch):
+    """Each sum and minimum of numbers in a kernel: its axis, its shape and how threads hold its values."""
+    launch = scenes.launches(arch, kernel, lambda name: name == scene)[0]
+    text = compile_report.compiled(launch, arch).asm["ttgir"]
+    layouts = dict(re.findall(r"^(#\w+) = (.*)$", text, re.MULTILINE))
+    found = re.findall(
+        r'"tt.reduce"\(.*?\) <\{axis = (\d) : i32(?:.*\n)*?\s*\}\) : \(tensor<([\dx]+f32), (#\w+)>', text
+    )
+    return [(int(axis), shape, layouts[layout]) for axis, shape, layout in found]
+
+
+@pytest.mark.parametrize("count", [1, 8])
+def test_the_gate_adds_up_as_the_lookup_does(count):
+    """Bits depend on the order of a sum, and that on which thread holds what: the same in both kernels."""
+    lookup = reductions(f"nearest_key bf16 N={count}", "scan_kernel", 90)
+    gate = reductions(f"gate bf16 N={count} cosine", "statistics_kernel", 90)
+    assert [(axis, shape) for axis, shape, _ in lookup] == [
+        (1, "1x256xf32"),  # length of the query
+        (1, f"{count}x256xf32"),  # of the keys
+        (2, f"1x{count}x256xf32"),
+        (1, f"1x{count}xf32"),
+    ]
+    assert gate[:4] == lookup and len(gate) == 6  # then mean and variance
 
 
 @pytest.fixture
@@ -69,7 +100,7 @@ def oldest_triton():
 
 @pytest.mark.slow
 def test_fit_to_ship_by_the_oldest_triton(oldest_triton, tmp_path):
-    """Every kernel in bf16 for both generations; `make compile-report` compiles every configuration."""
+    """Every kernel in bf16 for all generations; `make compile-report` compiles every configuration."""
     command = [sys.executable, "-m", "benchmarks.gpu.compile_report", "--triton", "oldest", "--no-cuda"]
     command += ["--scenes", *sorted(SCENES), "--json", str(tmp_path / "rows.json")]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
@@ -77,7 +108,7 @@ def test_fit_to_ship_by_the_oldest_triton(oldest_triton, tmp_path):
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert {row["triton"] for row in rows} == {oldest_triton}
     assert {(row["kernel"], row["arch"]) for row in rows} == {
-        (kernel, arch) for kernel in KERNELS for arch in ("sm_80", "sm_90")
+        (kernel, arch) for kernel in KERNELS for arch in ("sm_80", "sm_90", "sm_100")
     }
     assert not [row for row in rows if row["faults"]]
 
@@ -122,7 +153,7 @@ def test_another_triton_than_the_asked_one_is_refused(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("arch", [80, 90, 100])
 def test_cuda_sources_compile(arch):
     results = compile_report.compile_cuda(arch)
     if shutil.which("nvcc") is None:
@@ -133,7 +164,7 @@ def test_cuda_sources_compile(arch):
 
 def test_a_spill_is_a_fault(monkeypatch):
     """The report itself can fail."""
-    launch = compile_report.launches(90, "finish_kernel", SCENES.__contains__)[0]
+    launch = scenes.launches(90, "scan_kernel", SCENES.__contains__)[0]
     monkeypatch.setattr(compile_report, "resources", lambda cubin: (255, 8))
     monkeypatch.setitem(compile_report.SHARED_LIMIT, 90, -1)
     faults = compile_report.compile_launch(launch, 90).faults

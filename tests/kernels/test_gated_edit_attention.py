@@ -1,12 +1,13 @@
 """gated_edit_attention against float64, forward and backward, for every implementation that runs here."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from dualedit_kernels import Gate, backend, fold_query, gated_edit_attention, products
+from dualedit_kernels import Gate, backend, encode_keys, fold_query, gated_edit_attention, products
 from dualedit_kernels.gated_edit_attention import eager
 from dualedit_kernels.gated_edit_attention.reference import attend, gated_edit_attention_reference
 from dualedit_kernels.testing import AttentionCase, assert_as_exact, attention_case, sample_shape
@@ -293,6 +294,58 @@ def test_gate_is_nearest_key_of_the_last_token(implementation, generator):
     assert route.tolist() == [2, -1, 0, 1, -1]
     want, _ = gated_edit_attention(**arguments, route=route)
     assert torch.equal(out, want)
+    coded = replace(gate, codes=encode_keys(gate.keys, "cosine"))
+    assert torch.equal(gated_edit_attention(**arguments, gate=coded)[0], want)
+    none = replace(gate, radius=torch.full((3,), -1.0))
+    hidden, route = gated_edit_attention(**arguments, gate=none)
+    assert hidden is case.hidden and route.tolist() == [-1] * 5
+
+
+def test_gate_as_an_operator(implementation, generator):
+    """What a compiled program calls: differentiable, and the same as the lookup and then the route."""
+    case = attention_case(generator, **CASES["mixed"])
+    last = torch.tensor([18, 3, 0, 7, 18])
+    keys = torch.stack([case.hidden[0, 0], case.hidden[2, 0], case.hidden[4, 18]])
+    gate = Gate(last, keys, torch.tensor([1e-3, 1e-3, 1e-3]), "cosine")
+    arguments = {name: value for name, value in case.public().items() if name != "route"}
+    route = gated_edit_attention(**arguments, gate=gate)[1]
+    assert route.tolist() == [-1, -1, 1, -1, 2]
+    decide = (gate.last, gate.keys, gate.radius, gate.metric)
+    plain = (case.hidden, case.span, *decide, *case.args()[3:])
+    torch.library.opcheck(OPS.gated_edit_attention_gate_.default, plain)
+    cotangent = torch.randn(case.hidden.shape, generator=generator, dtype=torch.float64)
+    want = gradients(replace(case, route=route), through_operator, cotangent)
+    case = case.require_grad()
+    torch.library.opcheck(OPS.gated_edit_attention_gate.default, (case.hidden, *plain[1:]))
+    inputs = [getattr(case, n) for n in case.DIFFERENTIABLE]
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def compiled(*tensors):
+        public = arguments | dict(zip(case.DIFFERENTIABLE, tensors, strict=True))
+        return gated_edit_attention(**public, gate=gate)
+
+    out, found = compiled(*inputs)
+    assert torch.equal(found, route)
+    grads = torch.autograd.grad(out, inputs, cotangent)
+    for got, true in zip([out.detach(), *grads], [want[0], *want[1]], strict=True):
+        torch.testing.assert_close(got, true)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"last": torch.zeros(4, dtype=torch.int64)}, ValueError, "gate.last has shape"),
+        ({"keys": torch.ones(3, 23)}, ValueError, "gate.keys has shape"),
+        ({"radius": torch.ones(2)}, ValueError, "gate.radius has shape"),
+        ({"metric": "dot"}, ValueError, "gate.metric='dot' is unknown"),
+        ({"keys": torch.ones(2, 24), "radius": torch.ones(2)}, ValueError, "2 keys, start has 3 slots"),
+    ],
+)
+def test_errors_name_what_is_wrong_with_a_gate(generator, change, error, words):
+    case = attention_case(generator, **CASES["mixed"]).to(torch.float32)
+    gate = Gate(torch.zeros(5, dtype=torch.int64), torch.ones(3, 24), torch.ones(3))
+    with pytest.raises(error, match=words):
+        gated_edit_attention(**case.public() | {"route": None}, gate=replace(gate, **change))
 
 
 def test_other_dtypes_are_converted(implementation, generator):

@@ -13,6 +13,7 @@ goals = pytest.importorskip(
     "benchmarks.gpu.goals", reason="the benchmarks are not part of an installed package"
 )
 gpu = pytest.importorskip("benchmarks.gpu.run")
+rehearsal = pytest.importorskip("benchmarks.gpu.rehearsal")
 
 OURS = "gated_edit_attention (triton)"
 PEER = "cached K/V compiled, CUDA graph"
@@ -267,3 +268,85 @@ def test_what_the_run_names_is_there():
         assert (root / path).exists(), path
     for path in gpu.SWEEPS[:2]:
         assert "_in_triton(" in (root / path).read_text()
+
+
+@pytest.mark.parametrize("missing", [None, "benchmarks.bench_nearest_key"])
+def test_a_dry_run(tmp_path, monkeypatch, capsys, missing):
+    """Every step is a rehearsal, nothing is kept, and a goal without its rows is a failure."""
+    commands = []
+
+    def run(report, command, limit=240, **environment):
+        commands.append((command[1:], environment))
+        if command[2] == "benchmarks.gpu.rehearsal" and "--json" in command and command[3] != missing:
+            target = Path(command[command.index("--json") + 1])
+            before = json.loads(target.read_text()) if target.exists() else together()
+            target.write_text(json.dumps(together(before, everything(command[3]))))
+        return subprocess.CompletedProcess(command, 0, "something", "")
+
+    for name, value in rehearsal.SIZES["benchmarks.gpu.goals"].items():
+        monkeypatch.setattr(goals, name, value)  # put back afterwards
+    results = sorted((gpu.ROOT / "benchmarks/results").iterdir())
+    monkeypatch.setattr(gpu, "run", run)
+    monkeypatch.setattr(sys, "argv", ["gpu", "--dry-run"])
+    assert gpu.main() == (0 if missing is None else 1)
+    assert sorted((gpu.ROOT / "benchmarks/results").iterdir()) == results
+    assert [command for command, _ in commands if command[0] == "setup.py"] == []
+    rehearsed = [command[2] for command, _ in commands if command[1] == "benchmarks.gpu.rehearsal"]
+    others = ["routed_linear", "overhead"]
+    assert set(rehearsed) == {"benchmarks.gpu.run", *(f"benchmarks.{s}" for s in gpu.GOALS),
+                              *(f"benchmarks.bench_{s}" for s in others)}  # fmt: skip
+    for command, _ in commands:
+        if command[1] == "pytest":
+            assert "--collect-only" in command
+    said = capsys.readouterr().out
+    count = len(goals.findings({}))
+    lookups = 2 * len(goals.BANDWIDTH) + 2
+    assert (f"{count} dry run" if missing is None else f"{lookups} not measured") in said
+    assert "reached" not in said and "missed" not in said and "nothing was measured" in said
+
+
+def everything(module):
+    """Made-up rows that answer for every goal of a benchmark."""
+    if module.endswith("gated_edit_attention"):
+        graph = f"{OURS}, CUDA graph"
+        times = {graph: 1.0, OURS: 1.0, PEER: 1.0, "published": 1.0, f"{OURS}, in place, CUDA graph": 1.0}
+        rows = ((1, 1), (8, 8), (32, 32), (32, 8), (1, 0), (8, 0), (32, 0))
+        cases = [attention(batch, some, times) for batch, some in rows]
+        for part in cases:
+            for entry in (*part["rows"], *part["floors"]):
+                entry["shape"]["tokens"] = goals.TOKENS
+        return together(*cases)
+    if module.endswith("nearest_key"):
+        large = [lookup(batch, 100_000, 1.0, floor=0.5) for batch in goals.BANDWIDTH]
+        return together(*large, lookup(1, goals.FEW_KEYS, 1.0))
+    if module.endswith("whole_model"):
+        return together(*(model(m, part, 1.0, 1.0, 1.0) for m in goals.METHODS for part in goals.PARTS))
+    return together()
+
+
+@pytest.mark.parametrize("name", sorted(rehearsal.SIZES))
+def test_what_a_rehearsal_shrinks_is_there(name):
+    module = pytest.importorskip(name)
+    assert [constant for constant in rehearsal.SIZES[name] if not hasattr(module, constant)] == []
+
+
+@pytest.mark.slow
+def test_a_benchmark_is_rehearsed(tmp_path, monkeypatch):
+    """The lookups through their whole benchmark: all of its goals find their rows, and no result is wrong."""
+    rows = tmp_path / "rows.json"
+    command = [sys.executable, "-m", "benchmarks.gpu.rehearsal", "benchmarks.bench_nearest_key"]
+    command += ["--device", "cuda", "--quick", "--json", str(rows)]
+    environment = gpu.os.environ | {"DUALEDIT_BACKEND": "reference"}
+    done = subprocess.run(command, cwd=gpu.ROOT, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    monkeypatch.setattr(goals, "FEW_KEYS", rehearsal.SIZES["benchmarks.gpu.goals"]["FEW_KEYS"])
+    content = json.loads(rows.read_text())
+    found = rehearsal.rehearsed(list(goals.lookup(goals.Results(content))))
+    assert {one.outcome for one in found} == {"dry run"} and len(found) == 12
+    assert [one for one in content["refused"] if one["impl"].startswith("nearest_key")] == []
+
+
+def test_a_size_that_is_gone_is_named(monkeypatch):
+    monkeypatch.setitem(rehearsal.SIZES, "benchmarks.gpu.tritons", {"SIZE": 1})
+    with pytest.raises(AttributeError, match="benchmarks.gpu.tritons has no SIZE any more"):
+        rehearsal.shrink("benchmarks.gpu.tritons")

@@ -42,7 +42,7 @@ def test_bfloat16_is_mended(seed):
 
 @in_the_interpreter
 def test_the_traps_exist_without_the_mending(seed):
-    """If this fails, Triton has mended itself and `mend_bfloat16` can go."""
+    """If this fails, Triton has mended itself and `mend_interpreter` can go."""
     from triton.runtime.interpreter import InterpreterBuilder
 
     mended = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl

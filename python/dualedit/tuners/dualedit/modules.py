@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from dualedit_kernels import Gate, fold_query, gated_edit_attention
+from dualedit_kernels import Gate, decides_gate, fold_query, gated_edit_attention, look_up
 
 _ALIGNED = 64  # bytes, as PyTorch allocates
 
@@ -132,6 +132,11 @@ class EditCrossAttention(nn.Module):
         Returns:
             states [B, L, D] in hidden's dtype (rows with route -1 bit for bit as they came), and route [B].
         """
+        if gate is not None and not decides_gate(hidden, gate):
+            # Looked up first: a CPU knows then whether any row is open, and mostly needs no weights at all.
+            route, gate = look_up(hidden, gate), None
+            if route.device.type == "cpu" and not bool((route >= 0).any()):
+                return hidden, route
         w_q, b_q = self.query_weights() if edits.query is None else edits.query
         return gated_edit_attention(
             hidden, span, edits.k, edits.v, edits.start, edits.length, w_q, b_q, self.o_proj.weight,
