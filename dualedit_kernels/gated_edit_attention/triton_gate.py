@@ -74,7 +74,7 @@ def open_rows(
             BT=_TOKENS,
             BK=1024,
             num_warps=tiles["num_warps"],
-            maxnreg=_REGISTERS if decide else None,
+            maxnreg=_REGISTERS,
         )
     return row, mean, rstd
 

@@ -6,10 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from dualedit_kernels import Gate
+
 from ...memory import EditMemory, MemoryGroup, Snapshot
-from ...memory.routing import last_state
+from ...memory.routing import Decision, last_state
 from ...memory.routing_keys import PooledKey
 from ...models.placement import place_of
 from ...runtime import compile as compiling
@@ -119,25 +122,58 @@ class DualEditLayer(EditLayer):
         if forward is None or not forward.in_prompt:
             return hidden
         if bound is not None:
-            return self._write(hidden, name, forward, bound.route, edits)
+            return self._write(hidden, name, forward, edits, route=bound.route)[0]
+        if self._decides_while_writing(name, forward):
+            return self._decide_and_write(hidden, name, forward)
         decision = self._decision(name, hidden, forward)
         if decision.nothing:
             return hidden
         stored = self.stored_edits(decision.snapshots[self.layer_name])
-        return self._write(hidden, name, forward, decision.route, stored)
+        return self._write(hidden, name, forward, stored, route=decision.route)[0]
+
+    def _decides_while_writing(self, name: str, forward: ForwardPass) -> bool:
+        """Whether the text adapter is to decide the gate itself: the key is the very state that it edits."""
+        role, prompt, group = self.roles[name], forward.sequence.prompt, self.groups[name]
+        if not (role.gate and role.text) or self.router(name) is not None or not len(group):
+            return False
+        # Where positions are unknown, an error is due only if an edit fires: it is looked up first.
+        known = prompt.image is not None or not (self.runtime.image_ids or role.vision)
+        return known and group not in forward.sequence.decisions
+
+    def _decide_and_write(self, hidden: Tensor, name: str, forward: ForwardPass) -> Tensor:
+        config, prompt, group = self.configs[name], forward.prompt(), self.groups[name]
+        snapshots = group.snapshot()
+        stored = snapshots[self.layer_name]
+        last = (prompt.last if config.gate == "prompt" else prompt.last_input).to(hidden.device)
+        radius, metric = config.method.radii(config, stored.tables["radius"]), config.method.metric(config)
+        keys = stored.tables["key"]
+        gate = Gate(last, keys, radius, metric, stored.codes(keys, metric))
+        hidden, route = self._write(hidden, name, forward, self.stored_edits(stored), gate=gate)
+        # No prompt, no question, no edit; nor has anything been written, without a token to write to.
+        route = torch.where(prompt.prompt().any(dim=1).to(route.device), route, -1)
+        forward.sequence.decisions[group] = Decision(route, snapshots)
+        return hidden
 
     def _write(
-        self, hidden: Tensor, name: str, forward: ForwardPass, route: Tensor, edits: Mapping[str, EditKV]
-    ) -> Tensor:
-        route = forward.decision_rows(route).to(hidden.device)
+        self,
+        hidden: Tensor,
+        name: str,
+        forward: ForwardPass,
+        edits: Mapping[str, EditKV],
+        route: Tensor | None = None,
+        gate: Gate | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """(edited states, route [B]): the route that is given, or that the first adapter decides by gate."""
+        if route is not None:
+            route = forward.decision_rows(route).to(hidden.device)
         prompt = forward.sequence.prompt
         for part, adapter in self.dualedit_adapter[name].items():
             mask = prompt.text if part == "text" else prompt.image
             if mask is None or (prompt.image is None and self.runtime.image_ids):
                 raise ValueError(UNKNOWN_IMAGE)
             span = forward.columns(mask).to(hidden.device)
-            hidden, _ = adapter(hidden, span, edits[part], route=route)
-        return hidden
+            hidden, route = adapter(hidden, span, edits[part], route, gate if route is None else None)
+        return hidden, route
 
     def holds_gate(self, name: str) -> bool:
         """Whether an adapter looks its edits up at this layer: at the earlier one of its two."""
