@@ -7,7 +7,7 @@ import torch
 from dualedit import add_edit, inject_balancedit, lookup
 from dualedit.editing import append_target, fit_value
 from dualedit.runtime.context import bound
-from dualedit.runtime.replay import Replay
+from dualedit.runtime.partial import Replay
 from tiny_models import (
     BLIP2,
     FITTING,

@@ -15,7 +15,7 @@ from dualedit_kernels import Full, LowRank
 
 from ..models.architectures import find_decoder_layers, unwrap
 from ..runtime.context import bound, explicit_masks
-from ..runtime.replay import Replay
+from ..runtime.partial import Replay
 from ..runtime.sequence import Prompt
 from .config import BalancEditConfig, DualEditConfig
 from .dualedit.modules import EditKV
