@@ -119,8 +119,8 @@ def without_weights(size: Size, side: int) -> nn.Module:
     return model
 
 
-def flops(size: Size, side: int) -> dict[str, float]:
-    """FLOPs of one edit's step, by who takes it."""
+def flops(size: Size, side: int) -> tuple[dict[str, float], int]:
+    """FLOPs of one edit's step, by who takes it; and bytes that keeping its frozen part takes, in fp32."""
     problem = Problem(size, (without_weights(size, side), without_weights(size, side)), side, 1)
     problem.fused(False)  # its products are counted where they are written out
     found: dict[str, float] = {}
@@ -139,7 +139,7 @@ def flops(size: Size, side: int) -> dict[str, float]:
         found[name] = counter.get_total_flops()
     new = EDITS / (STEPS * EDITS_A_STEP)
     found["dualedit, the whole run"] = new * found.pop("first") + (1 - new) * found["dualedit, kept"]
-    return found
+    return found, problem.ours.frozen.kept_bytes
 
 
 def lower_flops(problem: Problem, size: Size) -> int:
@@ -169,12 +169,14 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file to write")
     parser.add_argument("--side", type=int, default=336, help="of an image, in pixels")
     options = parser.parse_args()
-    found = flops(LLAVA_7B, options.side)
+    found, kept = flops(LLAVA_7B, options.side)
+    kept_gib = kept / 2 * EDITS / 2**30  # in bf16
     print(table(found))
+    print(f"keeping what the frozen layers make of {EDITS} edits, in bf16: {kept_gib:.0f} GiB")
     if options.json is not None:
         shape = {**vars(LLAVA_7B), "image_tokens": (options.side // PATCH) ** 2, "edits": 1}
         versions = {name: value for name, value in machine().items() if name in ("torch", "python")}
-        content = {"machine": versions, "shape": shape, "flops": found}
+        content = {"machine": versions, "shape": shape, "flops": found, "kept_gib": kept_gib}
         options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 

@@ -26,7 +26,8 @@ class FrozenRun:
 
     Attributes:
         layers: the layers above the first edited one, and the states behind that.
-        edits: wrapped layer's name to the states [T, D] of the part's edits; empty where it holds none.
+        edits: name of a wrapped layer above the first to the states [T, D] of the part's edits there; those
+            of the first are among the states of `layers`. Empty where the part holds no edits.
         before: [K, D] states behind the last layer, without an edit, in front of the answers' tokens; None
             where no answer of the part must stay.
     """
@@ -80,11 +81,18 @@ class FrozenModel:
                 self.kept_bytes += size
         return found
 
+    def edit_states(self, part: Part, run: FrozenRun) -> dict[str, Tensor]:
+        """Wrapped layer's name to the states [T, D] of a part's edits; empty where it holds none."""
+        if not part.holds_edits:
+            return {}
+        return {self.first_name: run.layers.states[part.edit_columns], **run.edits}
+
     def _run(self, part: Part) -> FrozenRun:
         stop = self.depth if part.keeps else self.last + 1 if part.holds_edits else self.first + 1
         with framed(runtime_of(self.base), "masks", part.prompt), recording(self.base) as seen:
             layers = PartialForward(self.base, part.inputs, self.first + 1, stop)
-        edits = {name: states[part.edit_columns] for name, states in seen.items() if part.holds_edits}
+        others = seen.keys() - {self.first_name} if part.holds_edits else ()
+        edits = {name: seen[name][part.edit_columns] for name in others}
         before = layers.end[answer_positions(part.labels)] if part.keeps else None
         layers.end = None
         return FrozenRun(layers, edits, before)

@@ -123,9 +123,10 @@ class TrainingStep(nn.Module):
     def _partial_logits(self, batch: Batch) -> list[tuple[Tensor, Tensor | None]]:
         """Logits [K, V] in front of the answers' tokens, with the edits and without, part by part."""
         runs = [self.frozen.run(part) for part in batch.parts]
-        edits = self._project(batch, [run.edits for run in runs])
+        pairs = list(zip(batch.parts, runs, strict=True))
+        edits = self._project(batch, [self.frozen.edit_states(*pair) for pair in pairs])
         found = []
-        for part, run in zip(batch.parts, runs, strict=True):
+        for part, run in pairs:
             with torch.no_grad():
                 before = None if run.before is None else run.layers.head(run.before[None])[0]
             found.append((self._edited_logits(part, run, edits), before))
