@@ -1,4 +1,4 @@
-"""A training step of DualEdit's adapters against the published procedure.
+"""A training step of DualEdit's adapters against the published procedure: times on a CPU.
 
     python -m benchmarks.bench_training --json benchmarks/results/training-<machine>.json
 
@@ -13,29 +13,14 @@ Rivals:
   raw states in each of them, the text adapter goes through the batch sample by sample, and the output head
   computes every position. Its attention is transformers' own choice, the fused one.
 - dualedit: `dualedit.training.step`, as `dualedit train` runs it
-- dualedit, text first: the same, without what it saves because the image stands in front of all text, so that
-  the edited text reaches none of its positions before the image is edited. Where a template begins with text,
-  as LLaVA's own does, this is what a step costs
+- dualedit, kept: the same for questions that come again, with what the frozen layers make of them kept
+  (`keep_gib`)
 - with --all, published with eager attention, and dualedit unpacked: an image read once for each question
 
 The released code of the paper differs from that description in one point: before training it writes what
-enters the first edited layer to disk, for every question of the data set, and then starts from there. That
-cache would serve both sides; here the lower layers run in every step, as for questions that are new each
-time.
-
-What bounds it in bf16, where both sides' products run at what the processor gives (430 GFLOP/s on one Zen 5
-core): counted in layers over one image of each edit, the published step is 86: 6 runs through 8 layers and
-an output head of 2.6 layers' work, 4 of them with a backward pass through 3 layers and the head. 26 of
-these are left: 5 lower layers for each of 3 images (15), the layer between the edited ones without an edit
-for each (3), the next one for what must stay (1) and, for 3 images, that layer and the keys and values of the
-last, forward and backward (7). With text in front of the image it is just below 30: there the layer between
-the edited ones has to run with the edit too, forward and backward, but for queries, keys and values of the
-image: nothing that is trained is below them, and for two images of three the run without the edit, which the
-third then does not need, has left them. An eighth of a product's time is saved by laying the frozen weights
-out for oneDNN once. Beside the products there are attention, where half
-of the scores under a causal mask are closed and a third is left out, the adapters, the vision tower and the
-optimiser, and what a model does between its products: rotations, gates and sums, pass by pass over memory.
-In fp32 PyTorch's own products run at half speed on this processor, and the step's do not.
+enters the first edited layer to disk, for every question of the data set, and then starts from there.
+`benchmarks.count_training_flops` counts that, too, at the real model's shapes: at a quarter of its depth the
+layers below the edits, and so what is saved there, weigh more than they do in the model itself.
 
 Both read the same questions with the same adapter weights. A rival is timed if its five losses and the norm
 of each adapter weight's gradient are those of the published procedure.
@@ -46,7 +31,7 @@ from __future__ import annotations
 import copy
 import statistics
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -55,11 +40,11 @@ from dualedit import EditRequest, EditSample, Probe, inject_dualedit
 from dualedit.models.placement import to_device
 from dualedit.models.prompting import Prompter
 from dualedit.toy.model import IMAGE, build_tokenizer
-from dualedit.training.batches import KEEP, Batch, make_batch, questions_of
-from dualedit.training.dualedit import teacher_forced
-from dualedit.training.frozen import quick_layers
+from dualedit.training.batches import BatchMaker, with_answers
+from dualedit.training.losses import KEEP
+from dualedit.training.parts import Batch
+from dualedit.training.questions import questions_of
 from dualedit.training.recipe import TERMS, Recipe
-from dualedit.training.setting import adamw
 from dualedit.training.step import TrainingStep
 from dualedit.tuners.dualedit.modules import EditCrossAttention
 from PIL import Image
@@ -75,40 +60,63 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from benchmarks.common import Benchmark, Rival, arguments
 
-HIDDEN, LAYERS, HEADS, FEED_FORWARD, WORDS = 1024, 8, 16, 2752, 32_000
-TEXT_LAYER, VIS_LAYER, MID, MID_HEADS = 4, 5, 1024, 8
-PATCH, VISION, EOS = 14, 256, 2
+MID, MID_HEADS, PATCH, EOS = 1024, 8, 14, 2
 LOSSES = TERMS[:5]
 # Relative errors of losses and gradient norms: rounding of the two ways, not of the arithmetic's order alone.
 ALLOWED = {torch.float32: 2e-3, torch.bfloat16: 6e-2}
 
 
-def build(side: int) -> tuple[nn.Module, LlavaProcessor]:
-    """The model and a processor for it."""
-    torch.manual_seed(0)
-    tokenizer = build_tokenizer()
-    image = tokenizer.convert_tokens_to_ids(IMAGE)
-    config = LlavaConfig(
+@dataclass(frozen=True)
+class Size:
+    """The widths and depths of a LLaVA, and the numbers of its edited layers."""
+
+    hidden: int
+    layers: int
+    heads: int
+    feed_forward: int
+    words: int
+    vision: int
+    vision_layers: int
+    vision_heads: int
+    text_layer: int
+    vis_layer: int
+
+
+QUARTER = Size(1024, 8, 16, 2752, 32_000, 256, 6, 4, 4, 5)
+
+
+def config_of(size: Size, side: int, image_id: int) -> LlavaConfig:
+    """A LLaVA's configuration for images of side x side pixels."""
+    return LlavaConfig(
         vision_config=CLIPVisionConfig(
-            hidden_size=VISION, intermediate_size=4 * VISION, num_hidden_layers=6, num_attention_heads=4,
-            image_size=side, patch_size=PATCH,
+            hidden_size=size.vision, intermediate_size=4 * size.vision, num_hidden_layers=size.vision_layers,
+            num_attention_heads=size.vision_heads, image_size=side, patch_size=PATCH,
         ),
         text_config=LlamaConfig(
-            vocab_size=WORDS, hidden_size=HIDDEN, intermediate_size=FEED_FORWARD, num_hidden_layers=LAYERS,
-            num_attention_heads=HEADS, num_key_value_heads=HEADS, max_position_embeddings=2048,
-            pad_token_id=0, bos_token_id=1, eos_token_id=EOS,
+            vocab_size=size.words, hidden_size=size.hidden, intermediate_size=size.feed_forward,
+            num_hidden_layers=size.layers, num_attention_heads=size.heads, num_key_value_heads=size.heads,
+            max_position_embeddings=2048, pad_token_id=0, bos_token_id=1, eos_token_id=EOS,
         ),
-        image_token_index=image, image_seq_length=(side // PATCH) ** 2,
+        image_token_index=image_id, image_seq_length=(side // PATCH) ** 2,
     )  # fmt: skip
-    model = LlavaForConditionalGeneration(config).eval().requires_grad_(False)
-    model.set_attn_implementation("eager")  # as `dualedit train` sets it on a CPU
-    size = {"height": side, "width": side}
-    images = CLIPImageProcessorPil(size=size, crop_size=size, do_center_crop=False)
-    processor = LlavaProcessor(
-        image_processor=images, tokenizer=tokenizer, patch_size=PATCH, image_token=IMAGE,
+
+
+def processor_of(side: int) -> LlavaProcessor:
+    """A processor for images of side x side pixels."""
+    pixels = {"height": side, "width": side}
+    images = CLIPImageProcessorPil(size=pixels, crop_size=pixels, do_center_crop=False)
+    return LlavaProcessor(
+        image_processor=images, tokenizer=build_tokenizer(), patch_size=PATCH, image_token=IMAGE,
         vision_feature_select_strategy="default", num_additional_image_tokens=1,
     )  # fmt: skip
-    return model, processor
+
+
+def build(size: Size, side: int, image_id: int) -> nn.Module:
+    """A frozen model with random weights."""
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration(config_of(size, side, image_id)).eval().requires_grad_(False)
+    model.set_attn_implementation("eager")  # as `dualedit train` sets it on a CPU
+    return model
 
 
 def edits(count: int, side: int) -> list[EditSample]:
@@ -152,38 +160,45 @@ class Published:
     text: EditCrossAttention
     vision: EditCrossAttention
     terms: dict[str, dict[str, Tensor]]
-    image_id: int
+    size: Size
 
     def step(self) -> dict[str, Tensor]:
         """The five losses."""
+        self.read_edits()
+        return {term: self.loss(term) for term in self.terms}
+
+    def read_edits(self) -> None:
+        """Run the edits once, for the states that become keys and values."""
         edit = self.terms["reliability"]
         with torch.no_grad(), self.hooked(self._record):
             self.states: dict[int, Tensor] = {}
             self.base(**_call(edit), use_cache=False)
         self.real = edit["attention_mask"] != 0
-        losses = {}
-        for term, inputs in self.terms.items():
-            before = None
-            if term in KEEP:
-                with torch.no_grad():
-                    before = self.base(**_call(inputs), use_cache=False).logits
-            labels = inputs["labels"]
-            image = inputs["input_ids"] == self.image_id
-            self.spans = {
-                TEXT_LAYER: (inputs["attention_mask"] != 0) & ~image & ((labels != -100).cumsum(1) == 0),
-                VIS_LAYER: image,
-            }
-            with self.hooked(self._edit):
-                logits = self.base(**_call(inputs), use_cache=False).logits
-            losses[term] = _loss(logits, before, labels)
-        return losses
+
+    def loss(self, term: str) -> Tensor:
+        """One of the five losses."""
+        inputs, before = self.terms[term], None
+        if term in KEEP:
+            with torch.no_grad():
+                before = self.base(**_call(inputs), use_cache=False).logits
+        labels = inputs["labels"]
+        image = inputs["input_ids"] == self.base.config.image_token_index
+        self.spans = {
+            self.size.text_layer: (inputs["attention_mask"] != 0)
+            & ~image
+            & ((labels != -100).cumsum(1) == 0),
+            self.size.vis_layer: image,
+        }
+        with self.hooked(self._edit):
+            logits = self.base(**_call(inputs), use_cache=False).logits
+        return _loss(logits, before, labels)
 
     @contextmanager
     def hooked(self, hook) -> Iterator[None]:
         layers = self.base.model.language_model.layers
         handles = [
             layers[number].register_forward_hook(lambda m, a, out, number=number: hook(number, out))
-            for number in (TEXT_LAYER, VIS_LAYER)
+            for number in (self.size.text_layer, self.size.vis_layer)
         ]
         try:
             yield
@@ -198,7 +213,7 @@ class Published:
         span = self.spans[number]
         if not bool(span.any()):
             return hidden
-        if number == TEXT_LAYER:  # sample by sample
+        if number == self.size.text_layer:  # sample by sample
             rows = []
             for row in range(len(hidden)):
                 states = self.states[number][row : row + 1, self.real[row]]
@@ -206,7 +221,7 @@ class Published:
                 new[:, span[row]] = attend(self.text, hidden[row : row + 1, span[row]], states, None)
                 rows.append(new)
             return torch.cat(rows)
-        tokens = hidden[span].view(len(hidden), -1, HIDDEN)  # every row has one image
+        tokens = hidden[span].view(len(hidden), -1, self.size.hidden)  # every row has one image
         new = attend(self.vision, tokens, self.states[number], self.real)
         return hidden.masked_scatter(span[..., None], new.to(hidden.dtype))
 
@@ -246,62 +261,60 @@ def _loss(logits: Tensor, before: Tensor | None, labels: Tensor) -> Tensor:
 
 
 class Problem:
-    """A batch, the same adapters on two copies of the model, and both ways to train them."""
+    """A batch, the same adapters on two copies of the model, and both ways to train them.
 
-    def __init__(self, dtype: torch.dtype, side: int, count: int):
-        base, processor = build(side)
-        for parameter in base.parameters():
-            parameter.data = parameter.data.to(dtype)
-        self.dtype, self.count = dtype, count
-        prompter, samples = Prompter(processor, "<image> {prompt} answer :"), edits(count, side)
+    Args:
+        bases: the model twice, for the published procedure and for ours; on which adapters are put here.
+        side: of an image, in pixels; count: edits in the batch.
+    """
+
+    def __init__(self, size: Size, bases: tuple[nn.Module, nn.Module], side: int, count: int):
+        plain, base = bases
+        self.dtype, self.count = base.dtype, count
+        prompter, samples = Prompter(processor_of(side), "<image> {prompt} answer :"), edits(count, side)
         weights = {**Recipe().weights()}
-        plain = copy.deepcopy(base)
         model = inject_dualedit(
             base,
-            text_layer=TEXT_LAYER,
-            vis_layer=VIS_LAYER,
+            text_layer=size.text_layer,
+            vis_layer=size.vis_layer,
             mid_dim=MID,
             num_heads=MID_HEADS,
             init_weights=False,
-        ).eval()
-        self.ours = TrainingStep(model, autocast=dtype if dtype == torch.bfloat16 else None)
-        for layer in self.ours.upper.layers.values():
+        )
+        self.ours = TrainingStep(model.eval(), autocast=self.dtype if self.dtype == torch.bfloat16 else None)
+        for layer in self.ours.layers.values():
             layer.dualedit_adapter.float()
-        image_id = plain.config.image_token_index
-        generators = [torch.Generator().manual_seed(i) for i in range(count)]
-        self.batches: dict[bool, Batch] = {
-            pack: make_batch(prompter, samples, generators, weights, EOS, [image_id], pack)
-            for pack in (True, False)
-        }
-        asked = [q for n, s in enumerate(samples) for q in questions_of(s, n, weights, generators[n])]
-        terms = {
-            term: to_device(teacher_forced(prompter, [q.probe for q in asked if q.term == term], EOS), plain)
-            for term in LOSSES
-        }
+        image_ids = [plain.config.image_token_index]
+
+        def generators() -> list[torch.Generator]:
+            return [torch.Generator().manual_seed(i) for i in range(count)]
+
+        self.batches: dict[str, Batch] = {
+            name: BatchMaker(prompter, weights, EOS, image_ids, **how)(samples, generators())
+            for name, how in (
+                ("packed", {"pack": True}), ("unpacked", {}), ("kept", {"pack": True, "one_by_one": True}),
+            )
+        }  # fmt: skip
+        self.ours.frozen.keep_bytes = 1 << 40
+        asks = zip(samples, generators(), strict=True)
+        questions = [q for n, (s, g) in enumerate(asks) for q in questions_of(s, n, weights, g)]
+        probes = {term: [q.probe for q in questions if q.term == term] for term in LOSSES}
+        terms = {term: to_device(with_answers(prompter, probes[term], EOS), plain) for term in LOSSES}
         adapters = {
             part: copy.deepcopy(adapter)
-            for layer in self.ours.upper.layers.values()
+            for layer in self.ours.layers.values()
             for part, adapter in layer.dualedit_adapter["default"].items()
         }
-        self.published = Published(plain, adapters["text"], adapters["vision"], terms, image_id)
-        assert self.ours.choose_way(self.batches[True]), "the upper layers of LLaVA run on their own"
-        assert self.ours.upper.share, "and between the edited ones at the positions only that an edit reaches"
-        names = self.ours.trained()
-        self.own = {"ours": list(names.values())}
-        self.own["published"] = [
-            dict(adapters[name.split(".")[-3] if name.split(".")[-3] in adapters else name.split(".")[-2]]
-                 .named_parameters())[".".join(name.split(".")[-2:])]
-            for name in names
-        ]  # fmt: skip
-        self.optimizers = {
-            "ours": adamw(self.ours, Recipe(), quick=True),
-            "published": torch.optim.AdamW(self.own["published"], weight_decay=0),
+        self.published = Published(plain, adapters["text"], adapters["vision"], terms, size)
+        self.own = {
+            "ours": list(self.ours.trained().values()),
+            "published": [p for adapter in adapters.values() for p in adapter.parameters()],
         }
+        assert len({tuple(tuple(p.shape) for p in own) for own in self.own.values()}) == 1, "the same order"
         # A learning rate of 0: the work of an update, and the same weights in every turn.
-        for optimizer in self.optimizers.values():
-            optimizer.param_groups[0]["lr"] = 0.0
-        self.running = ExitStack()  # for all steps, as the training loop does
-        self.running.enter_context(quick_layers(self.ours.base))
+        self.optimizers = {
+            who: torch.optim.AdamW(own, lr=0.0, weight_decay=0) for who, own in self.own.items()
+        }
 
     def _autocast(self):
         return torch.autocast("cpu", torch.bfloat16) if self.dtype == torch.bfloat16 else nullcontext()
@@ -312,14 +325,9 @@ class Problem:
         self.optimizers[who].step()
         return losses.detach().float(), torch.stack([p.grad.float().norm() for p in self.own[who]])
 
-    def run_ours(self, pack: bool) -> tuple[Tensor, Tensor]:
-        """Losses [5] and gradient norms of the adapters' weights."""
-        batch = self.batches[pack]
-        return self._finish("ours", self.ours(batch)[:5] / self.count)
-
-    def text_first(self, on: bool) -> None:
-        """Whether a step does all that it would with text in front of the image."""
-        self.ours.upper.share = not on
+    def run_ours(self, batch: str) -> tuple[Tensor, Tensor]:
+        """Losses [5] and gradient norms of the adapters' weights, of one of `batches`."""
+        return self._finish("ours", self.ours(self.batches[batch])[:5] / self.count)
 
     def fused(self, on: bool) -> None:
         """Whether the published step's attention is the fused one."""
@@ -330,6 +338,16 @@ class Problem:
         with self._autocast():
             losses = self.published.step()
         return self._finish("published", torch.stack([losses[term] for term in LOSSES]))
+
+
+def timed(dtype: torch.dtype, side: int, count: int) -> Problem:
+    """The problem whose steps are timed."""
+    base = build(QUARTER, side, build_tokenizer().convert_tokens_to_ids(IMAGE))
+    for parameter in base.parameters():
+        parameter.data = parameter.data.to(dtype)
+    problem = Problem(QUARTER, (copy.deepcopy(base), base), side, count)
+    assert problem.ours.choose_way(problem.batches["packed"]), "the layers of LLaVA run on their own"
+    return problem
 
 
 def main() -> None:
@@ -347,7 +365,7 @@ def main() -> None:
     for dtype in (
         (torch.bfloat16, torch.float32) if options.dtype is None else (getattr(torch, options.dtype),)
     ):
-        problem = Problem(dtype, side, options.edits)
+        problem = timed(dtype, side, options.edits)
         name = str(dtype).removeprefix("torch.")
         published: list[tuple[Tensor, Tensor]] = []
 
@@ -362,18 +380,16 @@ def main() -> None:
 
         rivals = [
             Rival("published", name, problem.run_published, wrong, problem.fused),
-            Rival("dualedit", name, lambda p=problem: p.run_ours(True), wrong),
-            Rival(
-                "dualedit, text first", name, lambda p=problem: p.run_ours(True), wrong, problem.text_first
-            ),
+            Rival("dualedit", name, lambda p=problem: p.run_ours("packed"), wrong),
+            Rival("dualedit, kept", name, lambda p=problem: p.run_ours("kept"), wrong),
         ]
         if options.all:
             rivals.append(Rival("published, eager attention", name, problem.run_published, wrong))
-            rivals.append(Rival("dualedit unpacked", name, lambda p=problem: p.run_ours(False), wrong))
-        shape = {"edits": options.edits, "image_tokens": (side // PATCH) ** 2, "hidden": HIDDEN,
-                 "layers": LAYERS, "words": WORDS, "dtype": name}  # fmt: skip
+            rivals.append(Rival("dualedit unpacked", name, lambda p=problem: p.run_ours("unpacked"), wrong))
+        shape = {"edits": options.edits, "image_tokens": (side // PATCH) ** 2, "hidden": QUARTER.hidden,
+                 "layers": QUARTER.layers, "words": QUARTER.words, "dtype": name}  # fmt: skip
         times = benchmark.compare(shape, rivals, turns=3)
-        for impl in ("dualedit", "dualedit, text first"):
+        for impl in ("dualedit", "dualedit, kept"):
             ratios = [a / b for a, b in zip(times["published"], times.get(impl, ()), strict=False)]
             if ratios:
                 print(f"    {impl} is {statistics.median(ratios):.2f} times as fast as published", flush=True)

@@ -4,7 +4,12 @@
 
 writes DIR/dualedit (the adapters, routing key and calibrated tau included), DIR/balancedit (routing key and
 alpha) and DIR/editors.json (settings, seconds, figures on training facts that the adapters were not trained
-on). ``--adapters DIR`` takes adapters that are trained already and does what comes after.
+on). ``--adapters DIR`` takes adapters that are trained already and does what comes after. Training itself is
+`dualedit.training.train`; DIR/adapters and DIR/finished are the folders of its two stages, and a stopped run
+goes on there.
+
+The shipped adapters come from an earlier form of this script, with the same questions and weights on average:
+of the kinds of locality each edit asked one, drawn at random, where it now asks all that it has.
 """
 
 from __future__ import annotations
@@ -14,43 +19,49 @@ import itertools
 import json
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from dualedit.data import EditSample
 from dualedit.editor import Editor
-from dualedit.models.architectures import unwrap
 from dualedit.models.prompting import Prompter
 from dualedit.storage import save_edits
 from dualedit.toy.model import load_embedded
 from dualedit.toy.samples import edit_samples, renumbered
 from dualedit.toy.world import ATTRIBUTES, World, answer_vocabulary
 from dualedit.training import (
-    TrainSettings,
+    Recipe,
     fit_pooled_key,
     measure_curve,
-    optimise,
     save_calibration,
     sweep_alpha,
     sweep_threshold,
+    train,
 )
 from dualedit.training.calibration import with_alpha, with_threshold
+from dualedit.training.metrics import read_metrics
+from dualedit.training.recipe import TERMS
 from dualedit.tuners import inject_balancedit, inject_dualedit
 from dualedit.tuners.adapter import active_adapter
 from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
-from tqdm.auto import tqdm
-
-from .adapter_pool import Pool
 
 # Where adapters and keys worked best on training facts of an earlier model by the same script.
 TEXT_LAYER, VIS_LAYER = 1, 1
 BALANCEDIT_LAYER = "layers.5.mlp.up_proj"
-SETTINGS = TrainSettings(steps=5500, batch_size=16, learning_rate=5e-3, warmup=50, locality_weight=0.05)
+# Locality counts a twentieth of what must change: a quarter of it is unrelated questions with an image, a
+# quarter those without, half look-alikes and other questions about the same thing.
+SETTINGS = Recipe(
+    text_layer=TEXT_LAYER, vis_layer=VIS_LAYER, mid_dim=256, num_heads=8, steps=5500, batch_size=16,
+    learning_rate=5e-3, schedule="cosine", warmup=50, weight_decay=0.01, beta2=0.98, grad_clip=1.0,
+    reliability=1 / 3, text_generality=1 / 3, image_generality=1 / 3,
+    text_locality=0.0125, image_locality=0.0125, hard_locality=0.025,
+    by_difficulty=True, precision="bf16", shuffle=False, checkpoint_every=500, log_every=1,
+)  # fmt: skip
 # A second, shorter run at a lower rate: the first left one name in a hundred with a wrong ending.
-FINISH = TrainSettings(steps=1400, batch_size=16, learning_rate=1.5e-3, warmup=20, locality_weight=0.05)
+FINISH = replace(SETTINGS, steps=1400, learning_rate=1.5e-3, warmup=20)
 # The adapters' figures come from entities that they have not met. Tau and alpha decide by states of the
 # frozen model alone, so that all training entities will do for them: their look-alikes differ in number and
 # nearness, and tau from 195 facts was too tight for 1,000, alpha from 195 too loose. Tau is the same for all
@@ -71,7 +82,7 @@ BALANCEDIT_IMAGE_WEIGHT = 1.5
 # and those written with less than 0.9 made all the mistakes in new pictures.
 REFINE = {"refine_steps": 200, "refine_rate": 3e-2, "refine_probability": 0.95}
 TRAINING, REPORT = "training.json", "editors.json"
-# Facts made, run through the lower layers and trained on at a time.
+# Facts drawn at a time.
 CHUNK = 1600
 
 
@@ -147,68 +158,78 @@ def _any_target(sample: EditSample, generator: torch.Generator) -> EditSample:
     return replace(sample, request=replace(sample.request, target=target))
 
 
-def train_dualedit(
-    world: World,
-    vlm: Path | None,
-    settings: TrainSettings,
-    layers: tuple[int | None, int],
-    mid_dim: int,
-    key: str = "pooled",
-) -> tuple[Editor, list[tuple[float, float]], float]:
-    """The embedded model with freshly trained adapters, the two losses of each step, and the seconds.
-
-    The gate has no part in it: while adapters are trained, each question is told which edit it belongs to.
+class FreshEdits(Sequence[EditSample]):
+    """Training edits that are drawn chunk by chunk when they are asked for; every third chunk of a new world.
 
     No edit comes twice. Five passes over 10,000 edits left adapters that knew those edits by heart (two-token
     names right in 99 of 100) and wrote new ones for the same entities, let alone for others, in 87 of 100.
+
+    Args:
+        world: the embedded model's own.
+        count: how many edits.
+        seed: the same seed gives the same edits.
     """
-    editor = _untrained(vlm, layers, mid_dim, settings.seed, key)
-    history, seconds = train_on(editor, world, settings)
-    return editor, history, seconds
+
+    def __init__(self, world: World, count: int, seed: int):
+        self.world, self.count, self.seed = world, count, seed
+        self._number, self._chunk = -1, []
+
+    @property
+    def fingerprint(self) -> str:
+        """What a run that goes on compares."""
+        return f"{self.count} drawn with seed {self.seed}"
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, place: int | slice) -> EditSample | list[EditSample]:
+        if isinstance(place, slice):
+            return [self[each] for each in range(*place.indices(self.count))]
+        number, within = divmod(place, CHUNK)
+        if number != self._number:
+            seed = 1000 * self.seed + number
+            among = World(STRANGE_WORLDS + 1 + seed) if number % 3 == 2 else self.world
+            size = min(CHUNK, self.count - CHUNK * number)
+            self._number, self._chunk = number, training_samples(among, size, seed)
+        return self._chunk[within]
 
 
-def train_on(
-    editor: Editor, world: World, settings: TrainSettings
-) -> tuple[list[tuple[float, float]], float]:
-    """Train the adapters of an editor of the embedded model; the two losses of each step, and the seconds."""
+def train_adapters(world: World, vlm: Path | None, recipe: Recipe, out: Path) -> dict:
+    """Train adapters of the embedded model into a folder; a stopped run goes on. Returns what is said of it.
+
+    The gate has no part in it: while adapters are trained, each question is told which edit it belongs to.
+    """
     began = time.perf_counter()
-    model, base = editor.model, unwrap(editor.model)
-    # On a CPU the fused attention kernel's backward costs several times the plain one's.
-    base.set_attn_implementation("eager")
-    adapter = active_adapter(model)
-    name, wrapped = adapter.name, adapter.layers
-    parameters = [p for layer in wrapped.values() for p in layer.dualedit_adapter[name].parameters()]
-    prompter = Prompter(editor.processor)
-    batches = _fresh_batches(world, lambda *drawn: Pool(model, prompter, wrapped, *drawn), settings)
-    with tqdm(total=settings.steps, desc="training adapters", unit="step", mininterval=2) as bar:
-
-        def report(step: int, change: float, keep: float) -> None:
-            bar.update()
-            bar.set_postfix(change=f"{change:.3f}", keep=f"{keep:.3f}", refresh=False)
-
-        def losses(step: int) -> tuple[torch.Tensor, torch.Tensor]:
-            pool, chosen = next(batches)
-            with torch.autocast("cpu", torch.bfloat16):  # half the time of fp32
-                return pool.losses(name, chosen, by_difficulty=True)
-
-        history = optimise(parameters, losses, settings, report)
-    model.eval()
-    base.set_attn_implementation("sdpa")
-    return history, time.perf_counter() - began
-
-
-def _untrained(vlm: Path | None, layers: tuple[int | None, int], mid_dim: int, seed: int, key: str) -> Editor:
     base, processor = load_embedded(vlm)
-    torch.manual_seed(seed)
-    model = inject_dualedit(
-        base, *layers, mid_dim=mid_dim, num_heads=8, threshold=0.8, key=key, key_dim=KEY_DIM
-    )
-    return Editor(model, processor)
+    edits = FreshEdits(world, recipe.steps * recipe.batch_size, recipe.seed)
+    train(base, processor, edits, [], recipe, out, resume=True)
+    tail = read_metrics(out / "metrics.jsonl")[-50:]
+
+    def mean(*terms: str) -> float:
+        found = [line[term] for line in tail for term in terms if term in line]
+        return sum(found) / len(found)
+
+    return {
+        "steps": recipe.steps, "batch_size": recipe.batch_size, "learning_rate": recipe.learning_rate,
+        "facts": len(edits), "seed": recipe.seed, "seconds": round(time.perf_counter() - began, 1),
+        "loss_change": mean(*TERMS[:3]), "loss_keep": mean(*TERMS[3:]),
+    }  # fmt: skip
 
 
 def trained_adapters(folder: Path, vlm: Path | None, layers: tuple[int, int], mid_dim: int) -> Editor:
     """The embedded model with the adapters of an earlier run, whatever key they were saved with."""
-    editor = _untrained(vlm, layers, mid_dim, 0, "pooled")
+    base, processor = load_embedded(vlm)
+    torch.manual_seed(0)  # of the key, where it is not fitted
+    model = inject_dualedit(
+        base,
+        text_layer=layers[0],
+        vis_layer=layers[1],
+        mid_dim=mid_dim,
+        num_heads=8,
+        key="pooled",
+        key_dim=KEY_DIM,
+    )
+    editor = Editor(model, processor)
     saved = load_file(folder / "adapter_model.safetensors")
     weights = {name: value for name, value in saved.items() if ".dualedit_adapter." in name}
     missing = set_peft_model_state_dict(editor.model, weights).missing_keys
@@ -219,75 +240,49 @@ def trained_adapters(folder: Path, vlm: Path | None, layers: tuple[int, int], mi
     return editor
 
 
-def _fresh_batches(
-    world: World, pool_of: Callable[[list, int], Pool], settings: TrainSettings
-) -> Iterator[tuple[Pool, torch.Tensor]]:
-    """A pool of new edits and numbers of edits in it, each edit once; a third of the pools of a new world."""
-    for chunk in itertools.count():
-        seed = 1000 * settings.seed + chunk
-        among = World(STRANGE_WORLDS + 1 + seed) if chunk % 3 == 2 else world
-        pool = pool_of(training_samples(among, CHUNK, seed), seed)
-        for chosen in torch.arange(len(pool)).split(settings.batch_size):
-            if len(chosen) == settings.batch_size:
-                yield pool, chosen
-
-
-def _tail_mean(history: list[tuple[float, float]], column: int, steps: int = 50) -> float:
-    tail = [losses[column] for losses in history[-steps:]]
-    return sum(tail) / len(tail)
-
-
 def make_dualedit(
-    out: Path,
-    vlm: Path | None,
-    settings: TrainSettings,
-    layers: tuple[int, int],
-    mid_dim: int,
-    calibration: int,
-    finish: int,
-    adapters: Path | None = None,
+    out: Path, vlm: Path | None, recipe: Recipe, calibration: int, finish: int, adapters: Path | None = None
 ) -> dict:
-    """Train, fit the key, set tau, save to out/dualedit; returns what editors.json says of it."""
+    """Train, fit the key, set tau, save to out/dualedit; returns what editors.json says of it.
+
+    Args:
+        finish: steps of the second stage, or 0.
+        adapters: folder of adapters that are trained already.
+    """
     world = World(0)
     if adapters is None:
-        editor, history, seconds = train_dualedit(world, vlm, settings, layers, mid_dim)
-        training = {
-            "steps": settings.steps, "batch_size": settings.batch_size,
-            "learning_rate": settings.learning_rate, "locality_weight": settings.locality_weight,
-            "facts": settings.steps * settings.batch_size, "seed": settings.seed,
-            "seconds": round(seconds, 1),
-            "loss_change": _tail_mean(history, 0), "loss_keep": _tail_mean(history, 1),
-        }  # fmt: skip
+        adapters = out / "adapters"  # what takes longest: --adapters goes on from here
+        training = train_adapters(world, vlm, recipe, adapters)
         if finish:
-            last = replace(FINISH, steps=finish, seed=settings.seed + 1)
-            history, seconds = train_on(editor, world, last)
-            training["finish"] = {
-                "steps": last.steps, "learning_rate": last.learning_rate, "seed": last.seed,
-                "seconds": round(seconds, 1),
-                "loss_change": _tail_mean(history, 0), "loss_keep": _tail_mean(history, 1),
-            }  # fmt: skip
+            last = replace(
+                FINISH, text_layer=recipe.text_layer, vis_layer=recipe.vis_layer, mid_dim=recipe.mid_dim,
+                steps=finish, warmup=min(FINISH.warmup, finish - 1), seed=recipe.seed + 1,
+                adapters=str(adapters),
+            )  # fmt: skip
+            adapters = out / "finished"
+            training["finish"] = train_adapters(world, vlm, last, adapters)
         (out / TRAINING).write_text(json.dumps(training, indent=1) + "\n")
-        save_edits(editor.model, out / "dualedit")  # what takes longest: --adapters goes on from here
     else:
-        editor = trained_adapters(adapters, vlm, layers, mid_dim)
-        told = adapters.parent / TRAINING
-        training = json.loads(told.read_text()) if told.is_file() else {}
-    keys = key_samples(world, KEY_FACTS * calibration // CALIBRATION_FACTS, settings.seed)
+        report = adapters.parent / TRAINING
+        training = json.loads(report.read_text()) if report.is_file() else {}
+    layers = (recipe.text_layer, recipe.vis_layer)
+    editor = trained_adapters(adapters, vlm, layers, recipe.mid_dim)
+    keys = key_samples(world, KEY_FACTS * calibration // CALIBRATION_FACTS, recipe.seed)
     fitted = fit_pooled_key(editor.model, Prompter(editor.processor), keys)
     config = active_adapter(editor.model).config
     for name, value in REFINE.items():
         setattr(config, name, value)
-    facts = threshold_samples(world, THRESHOLD_FACTS * calibration // CALIBRATION_FACTS, settings.seed)
+    facts = threshold_samples(world, THRESHOLD_FACTS * calibration // CALIBRATION_FACTS, recipe.seed)
     curve = measure_curve(editor, facts, STORED)
     sweep = sweep_threshold(curve)
     with_threshold(editor, sweep.chosen)
     save_edits(editor.model, out / "dualedit")
     save_calibration(out / "dualedit", sweep, curve)
-    samples = calibration_samples(world, calibration, settings.seed, held_out_entities(world))
+    samples = calibration_samples(world, calibration, recipe.seed, held_out_entities(world))
     held_out = measure_curve(editor, samples, together=True)
     figures = held_out.figures(lambda point: 1.0 - sweep.chosen)
     return {
-        "threshold": sweep.chosen, "text_layer": layers[0], "vis_layer": layers[1], "mid_dim": mid_dim,
+        "threshold": sweep.chosen, "text_layer": layers[0], "vis_layer": layers[1], "mid_dim": recipe.mid_dim,
         "key": "pooled", "key_dim": KEY_DIM, "key_facts": fitted["facts"], **REFINE, **training,
         "threshold_facts": len(facts), "threshold_figures": sweep.chosen_figures,
         "calibration_facts": len(samples), "calibration_figures": figures,
@@ -338,7 +333,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--finish", type=int, default=FINISH.steps, help="steps of the second, slower stage")
     parser.add_argument("--batch-size", type=int, default=SETTINGS.batch_size)
     parser.add_argument("--learning-rate", type=float, default=SETTINGS.learning_rate)
-    parser.add_argument("--locality-weight", type=float, default=SETTINGS.locality_weight)
     parser.add_argument("--text-layer", type=int, default=TEXT_LAYER)
     parser.add_argument("--vis-layer", type=int, default=VIS_LAYER)
     parser.add_argument("--mid-dim", type=int, default=256)
@@ -350,26 +344,17 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(arguments)
-    settings = TrainSettings(
-        given.steps, given.batch_size, given.learning_rate, SETTINGS.warmup,
-        locality_weight=given.locality_weight, seed=given.seed,
+    recipe = replace(
+        SETTINGS, steps=given.steps, batch_size=given.batch_size, learning_rate=given.learning_rate,
+        text_layer=given.text_layer, vis_layer=given.vis_layer, mid_dim=given.mid_dim, seed=given.seed,
+        warmup=min(SETTINGS.warmup, given.steps - 1),
     )  # fmt: skip
     given.out.mkdir(parents=True, exist_ok=True)
     if given.editor in ("both", "dualedit"):
-        layers = (given.text_layer, given.vis_layer)
-        made = make_dualedit(
-            given.out,
-            given.vlm,
-            settings,
-            layers,
-            given.mid_dim,
-            given.calibration,
-            given.finish,
-            given.adapters,
-        )
+        made = make_dualedit(given.out, given.vlm, recipe, given.calibration, given.finish, given.adapters)
         report = _note(given.out, "dualedit", made)
     if given.editor in ("both", "balancedit"):
-        made = make_balancedit(given.out, given.vlm, settings.seed, given.calibration)
+        made = make_balancedit(given.out, given.vlm, given.seed, given.calibration)
         report = _note(given.out, "balancedit", made)
     print(json.dumps(report, indent=1))
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from dualedit.baselines.visedit import inject_image_adapter
@@ -20,63 +21,52 @@ from dualedit.storage import save_edits
 from dualedit.toy.model import load_embedded
 from dualedit.toy.samples import edit_samples
 from dualedit.toy.world import World
-from dualedit.training import TrainSettings
-from dualedit.training.calibration import with_threshold
+from dualedit.training import Recipe
+from dualedit.tuners import inject_dualedit
 
-from recipes.toy.train_editors import held_out_entities, train_dualedit, train_on
+from recipes.toy.train_editors import SETTINGS as OF_DUALEDIT
+from recipes.toy.train_editors import held_out_entities, train_adapters
 
+VIS_LAYER, MEASURED_FACTS = 1, 40
 # Shorter than DualEdit's own training. From nothing that leaves the loss where it began.
-SETTINGS = TrainSettings(steps=1000, batch_size=16, learning_rate=5e-3, warmup=50, locality_weight=0.05)
-VIS_LAYER, MID_DIM, MEASURED_FACTS = 1, 256, 40
+SETTINGS = replace(OF_DUALEDIT, text_layer=None, vis_layer=VIS_LAYER, steps=1000)
 
 
-def run(
-    out: Path,
-    vlm: Path | None,
-    settings: TrainSettings,
-    layer: int,
-    measured: int,
-    start: Path | None = None,
-) -> dict:
+def run(out: Path, vlm: Path | None, recipe: Recipe, measured: int, start: Path | None = None) -> dict:
     """Train, measure on held-out training facts, save; returns what is written to visedit.json.
 
-    start: folder of adapters whose image half to begin with, at its layer, instead of a new one at `layer`.
+    start: folder of adapters whose image half to begin with, at its layer, instead of a new one.
     """
     world = World(0)
-    if start is None:
-        editor, history, seconds = train_dualedit(world, vlm, settings, (None, layer), MID_DIM, "last")
-    else:
-        editor = _begun(vlm, start)
-        layer = editor.model.peft_config["default"].vis_layer
-        history, seconds = train_on(editor, world, settings)
-    with_threshold(editor, -1.0)  # every cosine is at least -1: no gate, as in the paper
+    out.mkdir(parents=True, exist_ok=True)
+    if start is not None:
+        recipe = _begin_with(vlm, start, recipe, out / "begun")
+    report = train_adapters(world, vlm, recipe, out / "image-adapter")
+    base, processor = load_embedded(vlm)
+    # Every cosine is at least -1: no gate, as in the paper.
+    editor = Editor(inject_dualedit(base, threshold=-1.0, adapter=out / "image-adapter"), processor)
+    editor.model.eval()
     held_out = held_out_entities(world)
     drawn = edit_samples(world, "train", 12 * measured, seed=778)
     samples = [sample for sample in drawn if sample.entity in held_out][:measured]
     figures = evaluate_single(editor, samples, "visedit").row.metrics
-    out.mkdir(parents=True, exist_ok=True)
     save_edits(editor.model, out / "visedit")
-    tail = history[-50:]
-    report = {
-        "vis_layer": layer, "mid_dim": MID_DIM, "steps": settings.steps, "batch_size": settings.batch_size,
-        "learning_rate": settings.learning_rate, "locality_weight": settings.locality_weight,
-        "facts": settings.steps * settings.batch_size, "seed": settings.seed, "seconds": round(seconds, 1),
+    report |= {
+        "vis_layer": recipe.vis_layer, "mid_dim": recipe.mid_dim,
         "began_with": "a new adapter" if start is None else "the image half of adapters trained for both",
-        "loss_change": sum(change for change, _ in tail) / len(tail),
-        "loss_keep": sum(keep for _, keep in tail) / len(tail),
         "held_out_training_facts": len(samples), "figures": figures,
     }  # fmt: skip
     (out / "visedit.json").write_text(json.dumps(report, indent=1) + "\n")
     return report
 
 
-def _begun(vlm: Path | None, start: Path) -> Editor:
-    """The embedded model with the image half of trained adapters, to be trained on alone."""
-    base, processor = load_embedded(vlm)
+def _begin_with(vlm: Path | None, start: Path, recipe: Recipe, folder: Path) -> Recipe:
+    """Save the image half of trained adapters to a folder; the recipe that goes on from there."""
+    base, _ = load_embedded(vlm)
     model, _ = inject_image_adapter(base, start)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(".dualedit_adapter." in name)
-    return Editor(model, processor)
+    save_edits(model, folder)
+    config = model.peft_config["default"]
+    return replace(recipe, vis_layer=config.vis_layer, mid_dim=config.mid_dim, adapters=str(folder))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -91,11 +81,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--measured", type=int, default=MEASURED_FACTS, help="training facts to measure on")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(arguments)
-    settings = TrainSettings(
-        given.steps, SETTINGS.batch_size, given.learning_rate, SETTINGS.warmup,
-        locality_weight=SETTINGS.locality_weight, seed=given.seed,
+    recipe = replace(
+        SETTINGS, steps=given.steps, learning_rate=given.learning_rate, vis_layer=given.layer,
+        seed=given.seed, warmup=min(SETTINGS.warmup, given.steps - 1),
     )  # fmt: skip
-    report = run(given.out, given.vlm, settings, given.layer, given.measured, given.start)
+    report = run(given.out, given.vlm, recipe, given.measured, given.start)
     print(json.dumps(report, indent=1))
 
 

@@ -1,5 +1,6 @@
 """`dualedit train`: what it writes, how it goes on after a stop, and what it says when something is wrong."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -15,10 +16,10 @@ from dataset_files import EVQA, FILES
 from dualedit import Editor, load_edits
 from dualedit.cli import main
 from dualedit.training import Recipe, read_recipe
-from dualedit.training.batches import untrained_terms
 from dualedit.training.checkpoint import checkpoints, read_checkpoint
-from dualedit.training.data import load_edits_to_train
-from dualedit.training.logbook import read_metrics
+from dualedit.training.data import fingerprint_of, load_edits_to_train
+from dualedit.training.metrics import read_metrics
+from dualedit.training.questions import untrained_terms
 from dualedit.training.recipe import learning_rate_at, recipe_text
 from dualedit.training.step import TrainingStep
 from peft import PeftModel
@@ -268,7 +269,8 @@ def test_bf16_trains_fp32_adapters(train, tmp_path):
 def test_a_dry_run_measures_and_writes_nothing(train, tmp_path):
     code, said = train(tmp_path / "out", "--dry-run", "--steps", "1000")
     assert code == 0 and not (tmp_path / "out").exists()
-    for word in ("million trained", "s a step", "for 1000 steps", "GiB of CPU memory", "2 checkpoints of"):
+    for word in ("million trained", "s a step", "for 1000 steps", "GiB of CPU memory", "2 checkpoints of",
+                 "keep_gib="):  # fmt: skip
         assert word in said
 
 
@@ -303,16 +305,22 @@ def test_options_win_over_the_file(train, tmp_path):
 
 
 def test_held_out_edits_come_from_their_file_or_from_the_end(data):
-    told = []
+    notes = []
     whole = load_edits_to_train(Recipe(data=str(data), held_out_edits=0))
     assert [len(part) for part in whole] == [12, 0]
     samples, held_out = load_edits_to_train(Recipe(data=str(data)))
     assert len(samples) == 11 and [s.request for s in held_out] == [whole[0][11].request]
+    samples, held_out = load_edits_to_train(Recipe(data=str(data), held_out_edits=2))
+    assert [len(samples), len(held_out)] == [10, 2]  # what is asked for, though it is more than a tenth
+    with pytest.raises(ValueError, match="held_out_edits=12: there are 12 edits, and none would be left"):
+        load_edits_to_train(Recipe(data=str(data), held_out_edits=12))
+    with pytest.raises(ValueError, match="held_out_edits=13: .* holds 12"):
+        load_edits_to_train(Recipe(data=str(data), held_out=str(data), held_out_edits=13))
     samples, held_out = load_edits_to_train(Recipe(data=str(data), held_out=str(data), held_out_edits=5))
     assert len(samples) == 12 and len(held_out) == 5
     evqa = Recipe(data=str(FILES / "evqa/vqa_train.json"), image_root=os.pathsep.join(map(str, EVQA)))
-    samples, _ = load_edits_to_train(evqa, told.append)
-    assert len(samples) == 2 and not told and not untrained_terms(samples, evqa.weights())
+    samples, _ = load_edits_to_train(evqa, notes.append)
+    assert len(samples) == 2 and not notes and not untrained_terms(samples, evqa.weights())
     with pytest.raises(ValueError, match="name the file"):
         load_edits_to_train(Recipe())
 
@@ -397,6 +405,59 @@ def test_other_data_are_not_gone_on_with(train, data, tmp_path):
     finally:
         data.write_text(kept)
     assert code == 2 and "The training edits are not those" in said
+
+
+def test_other_pictures_are_not_gone_on_with(train, data, tmp_path):
+    """A file of the same name with other content: questions and answers alone do not show it."""
+    out, picture = tmp_path / "out", data.with_name("3b.png")
+    assert train(out, "--steps", "2")[0] == 0
+    kept = picture.read_bytes()
+    try:
+        picture.write_bytes(data.with_name("4b.png").read_bytes())
+        code, said = train(out, "--steps", "4", "--resume")
+    finally:
+        picture.write_bytes(kept)
+    assert code == 2 and "The training edits are not those" in said
+    assert train(out, "--steps", "4", "--resume")[0] == 0
+
+
+def test_a_fingerprint_sees_every_question_and_picture(data):
+    samples = list(load_edits_to_train(Recipe(data=str(data), held_out_edits=0))[0])
+    found = {fingerprint_of(samples), fingerprint_of(samples[::-1]), fingerprint_of(samples[1:])}
+    for name in ("generality", "locality"):
+        for kind in getattr(samples[0], name):
+            fewer = {**getattr(samples[0], name), kind: []}
+            found.add(fingerprint_of([dataclasses.replace(samples[0], **{name: fewer}), *samples[1:]]))
+    assert len(found) == 3 + len(samples[0].generality) + len(samples[0].locality)
+    assert fingerprint_of(samples) in found
+
+
+def test_adapters_to_begin_with(train, tmp_path):
+    """A second run goes on from the first one's adapters, with an optimiser of its own."""
+    first, second, fresh = (tmp_path / name for name in ("first", "second", "fresh"))
+    one = ("--steps", "1", "--log-every", "1", "--held-out-edits", "0")
+    assert train(first, "--steps", "10", "--held-out-edits", "0")[0] == 0
+    assert train(second, *one, "--adapters", str(first))[0] == 0
+    assert train(fresh, *one)[0] == 0
+    loss = {out: read_metrics(out / "metrics.jsonl")[0]["loss"] for out in (second, fresh)}
+    assert loss[second] < 0.9 * loss[fresh]
+    code, said = train(tmp_path / "other", *one, "--adapters", str(first), "--mid-dim", "32")
+    assert code == 2 and "mid_dim=32: the adapters in" in said
+
+
+def test_kept_frozen_runs_change_nothing(train, tmp_path):
+    """With room for all, for none, and for some: the same bits; and the losses of rows that run together."""
+    options = ("--steps", "6", "--log-every", "1", "--held-out-edits", "0", "--limit", "6")
+    for out, gib in (("all", "1"), ("none", "1e-9"), ("some", "1e-5"), ("together", "0")):
+        assert train(tmp_path / out, *options, "--keep-gib", gib)[0] == 0
+    assert same(weights(tmp_path / "all"), weights(tmp_path / "none"))
+    assert same(weights(tmp_path / "all"), weights(tmp_path / "some"))
+    rows, together = (read_metrics(tmp_path / out / "metrics.jsonl") for out in ("all", "together"))
+    assert [line["loss"] for line in rows] == pytest.approx([line["loss"] for line in together], rel=1e-4)
+    code, _ = train(tmp_path / "all", *options, "--steps", "8", "--keep-gib", "2", "--resume")
+    assert code == 0  # how many runs are kept is free
+    code, said = train(tmp_path / "all", *options, "--steps", "8", "--keep-gib", "0", "--resume")
+    assert code == 2 and "keep_gib was 2.0" in said
 
 
 @pytest.mark.parametrize(

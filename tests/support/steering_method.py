@@ -15,8 +15,8 @@ from dualedit.models.architectures import hidden_size, resolve_layer
 from dualedit.models.placement import place_of, to_device
 from dualedit.runtime.context import bound, explicit_masks
 from dualedit.runtime.frames import Record
+from dualedit.runtime.partial import Replay
 from dualedit.runtime.recording import record_states
-from dualedit.runtime.replay import Replay
 from dualedit.tuners import EditConfig, EditLayer, EditMethod, EditTuner, register_edit_method
 from dualedit.tuners.config import EditType
 from dualedit.tuners.fitting import Goal, fit_to_answer, layer_number

@@ -6,11 +6,14 @@ import pytest
 from dualedit import DualEditConfig, inject_dualedit, save_edits
 from dualedit.editor import Editor
 from dualedit.toy.model import load_embedded
+from dualedit.toy.samples import edit_samples
+from dualedit.toy.world import World
 from dualedit.training import (
     Curve,
     calibrate_alpha,
     calibrate_threshold,
     load_calibration,
+    measure_curve,
     plot_calibration,
     save_calibration,
     sweep_alpha,
@@ -65,7 +68,7 @@ def test_a_sweep_of_alpha_by_hand():
 
 
 def test_what_is_not_asked_does_not_count():
-    """Facts without hard questions are judged by easy ones; a side that is missing is told."""
+    """Facts without hard questions are judged by easy ones; a side that is missing is named."""
     easy = Curve(tuple(point for point in _curve().points if not point.metric.startswith("hard")))
     assert sweep_threshold(easy, steps=5).chosen_figures["m_loc"] == 100
     for lacking, left in (("must stay", ("rel", "v_gen")), ("changes", ("hard_image", "t_loc"))):
@@ -102,6 +105,16 @@ def test_the_plot_is_a_picture_with_lines_in_it(tmp_path):
     with Image.open(file) as picture:
         assert picture.format == "PNG" and min(picture.size) > 400
         assert len(picture.convert("RGB").getcolors(maxcolors=10**6)) > 7  # a colour a metric at least
+
+
+def test_adapters_that_write_nothing_are_not_calibrated():
+    """As `inject_dualedit` makes them: every threshold would be as good as every other."""
+    base, processor = load_embedded()
+    editor = Editor(inject_dualedit(base, text_layer=1, vis_layer=2, mid_dim=16, num_heads=2), processor)
+    samples = edit_samples(World(0), "train", 2, seed=5)
+    with pytest.raises(ValueError, match="change no answer.*run dualedit train"):
+        measure_curve(editor, samples, progress=False)
+    assert not editor.edits
 
 
 # ---------------------------------------------------------------------- a threshold that travels

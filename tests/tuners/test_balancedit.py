@@ -7,7 +7,7 @@ import torch
 from dualedit import add_edit, inject_balancedit, lookup
 from dualedit.models.targets import append_target
 from dualedit.runtime.context import bound
-from dualedit.runtime.replay import Replay
+from dualedit.runtime.partial import Replay
 from dualedit.tuners.balancedit.method import fit_value
 from tiny_models import (
     BLIP2,

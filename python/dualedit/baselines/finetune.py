@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..data import EditSample
 from ..models.architectures import find_decoder_layers
-from ..runtime.replay import Replay
+from ..runtime.partial import Replay
 from .baseline import Baseline
 from .gradient import fit
 from .settings import FineTuneSettings

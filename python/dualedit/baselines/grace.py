@@ -26,7 +26,7 @@ from ..data import EditSample
 from ..editing import Edit
 from ..editor import Explanation
 from ..models.architectures import find_decoder_layers, resolve_layer
-from ..runtime.replay import Replay
+from ..runtime.partial import Replay
 from .baseline import Baseline, Question
 from .gradient import fit
 from .settings import GRACESettings

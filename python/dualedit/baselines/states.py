@@ -9,10 +9,7 @@ from torch import Tensor, nn
 
 from ..models.placement import to_device
 from ..models.prompting import Prompter, open_questions
-
-
-class _Seen(Exception):
-    """Leaves a forward when everything needed has been seen."""
+from ..runtime.partial import leaving
 
 
 def entering(args: tuple, kwargs: dict) -> Tensor:
@@ -27,14 +24,11 @@ def last_states(model: nn.Module, layer: nn.Module, prompter: Prompter, question
 
     def note(module: nn.Module, args: tuple, kwargs: dict) -> None:
         seen.append(entering(args, kwargs)[:, -1])  # prompts are padded on the left
-        raise _Seen
 
     handle = layer.register_forward_pre_hook(note, with_kwargs=True)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), leaving(layer, before=True):
             model(**inputs, use_cache=False)
-    except _Seen:
-        pass
     finally:
         handle.remove()
     return seen[0].detach().clone()

@@ -139,8 +139,8 @@ def _for_embedded(recipe: Recipe, named: set[str]) -> Recipe:
 def run(recipe: Recipe, options: Options) -> None:
     """Train, or measure what training will take."""
     from ..training import train
-    from ..training.memory import dry_run, explain_out_of_memory
-    from ..training.setting import make_ready, open_accelerator
+    from ..training.dry_run import dry_run, explain_out_of_memory
+    from ..training.setup import open_accelerator, set_up
 
     accelerator = open_accelerator()  # first: it gives each process its GPU
     say = print if accelerator.is_main_process else lambda text: None
@@ -149,14 +149,14 @@ def run(recipe: Recipe, options: Options) -> None:
     say(f"{len(samples)} edits to train on, {len(held_out)} held out.")
     if options.dry_run:
         try:
-            ready = make_ready(base, processor, samples, held_out, recipe, accelerator)
-            measured = dry_run(ready)
+            setup = set_up(base, processor, samples, held_out, recipe, accelerator)
+            measured = dry_run(setup)
         except (RuntimeError, MemoryError) as error:
             told = explain_out_of_memory(error, recipe)
             if told is None:
                 raise
             raise ValueError(told) from error
-        for note in ready.notes:
+        for note in setup.notes:
             say(f"Note: {note}")
         say(measured.text(recipe))
         return
@@ -186,7 +186,7 @@ def _model(recipe: Recipe, accelerator: Any) -> tuple[Any, Any]:
 
 
 def _edits(recipe: Recipe, say: Callable[[str], None]) -> tuple[Sequence[EditSample], Sequence[EditSample]]:
-    from ..training.data import load_edits_to_train
+    from ..training.data import HELD_OUT_EDITS, load_edits_to_train
 
     if recipe.data != EMBEDDED:
         return load_edits_to_train(recipe, say)
@@ -198,7 +198,8 @@ def _edits(recipe: Recipe, say: Callable[[str], None]) -> tuple[Sequence[EditSam
     world = World(0)
     say("Drawing the embedded world's edits ...")
     samples = training_samples(world, recipe.limit or EMBEDDED_EDITS, recipe.seed)
-    wanted, kept, held_out, drawn = recipe.held_out_edits, held_out_entities(world), [], 8
+    wanted = HELD_OUT_EDITS if recipe.held_out_edits is None else recipe.held_out_edits
+    kept, held_out, drawn = held_out_entities(world), [], 8
     while len(held_out) < wanted:
         drawn *= 2
         held_out = [s for s in edit_samples(world, "train", drawn, 777 + recipe.seed) if s.entity in kept]

@@ -1,7 +1,7 @@
 """Setting tau and alpha on training facts: one pass with the gate open tells what every setting would give.
 
 A probe's answer is the edit's where the gate opens and the unedited model's where it does not. So each edit
-is stored once, every probe is asked once with the gate wide open, and its distance to the key is kept; the
+is stored once, every probe is put once with the gate wide open, and its distance to the key is kept; the
 figures of any threshold follow without asking again.
 """
 
@@ -80,7 +80,7 @@ def measure_curve(
         before: see `evaluation.evaluate_single`.
 
     Raises:
-        ValueError: ``together`` is negative, or the editor holds edits.
+        ValueError: ``together`` is negative, the editor holds edits, or the edits change no answer at all.
     """
     check_fresh(editor, samples)
     before = ask_before(editor, samples, progress) if before is None else before
@@ -89,9 +89,18 @@ def measure_curve(
         raise ValueError(f"together={together} is not a number of edits: pass True, False, or 1 and more.")
     size = len(samples) if together is True else max(1, int(together))
     points: list[Point] = []
+    changed = False
     with tqdm(total=len(samples), desc="calibrating", unit="fact", disable=not progress) as bar:
         for first in range(0, len(samples), size or 1):
-            points += _open_gate(editor, samples, numbers[first : first + size], before, bar)
+            found, other = _open_gate(editor, samples, numbers[first : first + size], before, bar)
+            points += found
+            changed |= other
+    if not changed:
+        raise ValueError(
+            f"The edits of {len(samples)} facts change no answer, even with the gate wide open, so any "
+            "threshold would do. DualEdit's adapters write nothing until they are trained: run dualedit "
+            "train, and pass its folder as the adapter."
+        )
     return Curve(tuple(points))
 
 
@@ -101,20 +110,21 @@ def _open_gate(
     stored: Sequence[int],
     before: Sequence[Sequence[Asked]],
     bar: tqdm,
-) -> list[Point]:
+) -> tuple[list[Point], bool]:
+    """The points of some facts, and whether any answer differs from the unedited model's."""
     group = active_adapter(editor.model).group
     method = EditorMethod(editor, "calibrating")
     edited = {samples[i].fact: samples[i].request.target for i in stored if samples[i].fact is not None}
-    points = []
+    points, changed = [], False
     try:
         for number in stored:
             method.edit(samples[number])
         group.first.radius.fill_(float("inf"))
         for number in stored:
-            sample, asked = samples[number], before[number]
-            records = ask(method, sample, asked, edited, explain=True)
-            found = editor.explain_many([(a.probe.image, a.probe.prompt) for a in asked])
+            records = ask(method, samples[number], before[number], edited, explain=True)
+            found = editor.explain_many([(each.probe.image, each.probe.prompt) for each in before[number]])
             for record, why in zip(records, found, strict=True):
+                changed |= record["answer"] != record["before"]
                 note = group.first.record(why.edit.id)
                 points.append(
                     Point(
@@ -126,7 +136,7 @@ def _open_gate(
             bar.update()
     finally:
         method.reset()
-    return points
+    return points, changed
 
 
 def objective(figures: dict[str, float | None]) -> float:
@@ -135,7 +145,7 @@ def objective(figures: dict[str, float | None]) -> float:
     Of the facts' questions, the kinds that there are count; without hard ones, easy locality does so instead.
 
     Raises:
-        ValueError: nothing is asked that must change, or nothing that must stay; any setting would do.
+        ValueError: no question must change, or none must stay; any setting would do.
     """
     there = {name: value for name, value in figures.items() if value is not None}
     changes = [there[name] for name in ("t_gen", "v_gen") if name in there]

@@ -1,7 +1,7 @@
 """Checkpoints of a training run: whole or not there, and enough to go on exactly where it stopped.
 
 A checkpoint is one file: the adapters' weights, the optimizer's state, the step (from which schedule and
-order of the edits follow), the random generators, the best held-out loss, and what the run was told. The
+order of the edits follow), the random generators, the best held-out loss, and its settings. The
 frozen model is not in it. Weights that FSDP has cut up are put together first, so that a run may go on with
 another number of processes.
 """
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 _NAME = re.compile(r"step-(\d+)\.pt")
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True)

@@ -31,11 +31,11 @@ from .checkpoint import (
     weights_of,
     write_checkpoint,
 )
-from .frozen import quick_layers
-from .logbook import Logbook
-from .memory import explain_out_of_memory
+from .dry_run import explain_out_of_memory
+from .metrics import MetricsFile
+from .optimise import figures, held_out_loss, take_step
 from .recipe import TERMS, Recipe, changed_settings, learning_rate_at, recipe_text
-from .setting import Setting, figures, held_out_loss, make_ready, open_accelerator, take_step
+from .setup import Setup, open_accelerator, set_up
 
 CHECKPOINTS, RECIPE, LAST = "checkpoints", "recipe.yaml", "last"
 
@@ -80,7 +80,7 @@ def train(
             recipe.yaml.
         resume: go on from the newest checkpoint in `out`, to the same end as without the stop.
         progress: show a bar.
-        say: told what a user should know.
+        say: called with what a user should know.
 
     Raises:
         ValueError: a run in `out` that was not to be resumed or does not fit; no memory left (says what to
@@ -96,28 +96,27 @@ def train(
     accelerator = open_accelerator()
     speak = say if accelerator.is_main_process else lambda text: None
     try:
-        ready = make_ready(base, processor, samples, held_out, recipe, accelerator)
-        for note in ready.notes:
+        setup = set_up(base, processor, samples, held_out, recipe, accelerator)
+        for note in setup.notes:
             speak(f"Note: {note}")
-        run = Run(ready, folder, speak, progress and accelerator.is_local_main_process)
+        run = Run(setup, folder, speak, progress and accelerator.is_local_main_process)
         if found and resume:
             run.resume(read_checkpoint(found[-1]))
         elif resume:
             speak(f"{folder} holds no checkpoint: starting at step 0.")
-        with quick_layers(base):
-            return run.go()
+        return run.go()
     except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
-        told = explain_out_of_memory(error, recipe)
-        if told is None:
+        remedies = explain_out_of_memory(error, recipe)
+        if remedies is None:
             raise
-        raise ValueError(f"{told} Then go on with --resume if there is a checkpoint.") from error
+        raise ValueError(f"{remedies} Then go on with --resume if there is a checkpoint.") from error
 
 
 class Run:
     """A run under way: where it stands, and what it writes."""
 
-    def __init__(self, ready: Setting, folder: Path, say: Callable[[str], None], progress: bool):
-        self.ready, self.folder, self.say, self.progress = ready, folder, say, progress
+    def __init__(self, setup: Setup, folder: Path, say: Callable[[str], None], progress: bool):
+        self.setup, self.folder, self.say, self.progress = setup, folder, say, progress
         self.done = 0
         self.best: tuple[int, float] | None = None
         self.recent: dict[str, float] = {}
@@ -128,33 +127,33 @@ class Run:
         Raises:
             ValueError: it belongs to other data, another model or other settings.
         """
-        ready = self.ready
-        changed = changed_settings(ready.recipe, checkpoint.recipe)
+        setup = self.setup
+        changed = changed_settings(setup.recipe, checkpoint.recipe)
         if changed:
             listed = ", ".join(f"{n} was {checkpoint.recipe[n]!r}" for n in changed)
             raise ValueError(f"This run was started with other settings ({listed}): resume with those.")
-        if checkpoint.samples != ready.samples:
+        if checkpoint.samples != setup.samples:
             raise ValueError(
                 "The training edits are not those that this run was started with: resume with the same data."
             )
-        here = fingerprint(unwrap(ready.model))
+        here = fingerprint(unwrap(setup.model))
         other = [k for k, v in checkpoint.model.items() if v is not None and here.get(k) not in (None, v)]
         if other:
             raise ValueError(f"This run was started on another model ({other[0]} differs): pass that model.")
-        restore(checkpoint, ready.step.trained(), ready.optimizer)
+        restore(checkpoint, setup.step.trained(), setup.optimizer)
         states = checkpoint.random
-        set_random_state(states[min(ready.accelerator.process_index, len(states) - 1)])
+        set_random_state(states[min(setup.accelerator.process_index, len(states) - 1)])
         self.done, self.best = checkpoint.step, checkpoint.best
         self.say(f"Resumed at step {self.done}.")
 
     def go(self) -> Outcome:
         """Take the steps that are left."""
-        ready, recipe = self.ready, self.ready.recipe
-        if ready.main:
+        setup, recipe = self.setup, self.setup.recipe
+        if setup.main:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / RECIPE).write_text(recipe_text(recipe), encoding="utf-8")
-        book = Logbook(self.folder, self.done, recipe.tensorboard) if ready.main else None
-        steps = ready.feed.ahead(self.done, recipe.steps)
+        metrics = MetricsFile(self.folder, self.done, recipe.tensorboard) if setup.main else None
+        steps = setup.feed.ahead(self.done, recipe.steps)
         stopped = False
         bar = tqdm(
             total=recipe.steps, initial=self.done, desc="training", unit="step", disable=not self.progress,
@@ -162,15 +161,15 @@ class Run:
         )  # fmt: skip
         window = _Window()
         try:
-            with _asked_to_stop(self.say) as asked:
+            with _stop_requested(self.say) as stop:
                 for batches in steps:
-                    sums, counts, norm, stopped = take_step(ready, batches, self.done, asked.is_set())
+                    sums, counts, norm, stopped = take_step(setup, batches, self.done, stop.is_set())
                     self.done += 1
                     window.add(sums, counts)
                     bar.update()
-                    self._report(window, norm, book, bar)
+                    self._report(window, norm, metrics, bar)
                     last = self.done == recipe.steps or stopped
-                    self._evaluate(book, last and not stopped)
+                    self._evaluate(metrics, last and not stopped)
                     if last or self.done % recipe.checkpoint_every == 0:
                         self._save()
                     if stopped:
@@ -179,19 +178,19 @@ class Run:
         finally:
             bar.close()
             steps.close()
-            if book is not None:
-                book.close()
+            if metrics is not None:
+                metrics.close()
 
-    def _report(self, window: _Window, norm: float, book: Logbook | None, bar: tqdm) -> None:
-        recipe = self.ready.recipe
+    def _report(self, window: _Window, norm: float, metrics: MetricsFile | None, bar: tqdm) -> None:
+        recipe = self.setup.recipe
         if self.done % recipe.log_every and self.done != recipe.steps:
             return
-        sums, counts, seconds, steps = window.take(self.ready)
-        if book is None:
+        sums, counts, seconds, steps = window.take(self.setup)
+        if metrics is None:
             return
         now = figures(sums, counts, recipe)
         rate = recipe.batch_size * steps / seconds
-        book.write(
+        metrics.write(
             self.done,
             {
                 **now, "learning_rate": learning_rate_at(recipe, self.done - 1), "gradient_norm": norm,
@@ -201,13 +200,13 @@ class Run:
         self.recent |= {"loss": now["loss"]}
         bar.set_postfix({name: f"{value:.4g}" for name, value in self.recent.items()}, refresh=False)
 
-    def _evaluate(self, book: Logbook | None, last: bool) -> None:
-        recipe = self.ready.recipe
-        if self.ready.held_out is None or (self.done % recipe.evaluate_every and not last):
+    def _evaluate(self, metrics: MetricsFile | None, last: bool) -> None:
+        recipe = self.setup.recipe
+        if self.setup.held_out is None or (self.done % recipe.evaluate_every and not last):
             return
-        now = held_out_loss(self.ready)
-        if book is not None:
-            book.write(self.done, {f"held_out_{name}": value for name, value in now.items()})
+        now = held_out_loss(self.setup)
+        if metrics is not None:
+            metrics.write(self.done, {f"held_out_{name}": value for name, value in now.items()})
         self.recent["held_out"] = now["loss"]
         if self.best is None or now["loss"] < self.best[1]:
             self.best = (self.done, now["loss"])
@@ -217,37 +216,37 @@ class Run:
             self.say(f"Step {self.done}: held-out loss {now['loss']:.4f}, best {loss:.4f} at {step}.")
 
     def _export(self, folder: Path) -> None:
-        ready = self.ready
-        names = {id(p): name for name, p in ready.model.named_parameters()}
-        trained = ready.step.trained()
+        setup = self.setup
+        names = {id(p): name for name, p in setup.model.named_parameters()}
+        trained = setup.step.trained()
         copies = weights_of(trained)  # on all processes: they hold the pieces
-        if ready.main:
-            save_edits(ready.model, folder, {names[id(p)]: copies[name] for name, p in trained.items()})
-        ready.accelerator.wait_for_everyone()
+        if setup.main:
+            save_edits(setup.model, folder, {names[id(p)]: copies[name] for name, p in trained.items()})
+        setup.accelerator.wait_for_everyone()
 
     def _save(self) -> None:
         """A checkpoint; without held-out edits the adapters too: the folder can be used at any time."""
         from accelerate.utils import gather_object
 
-        ready = self.ready
-        parameters = ready.step.trained()
+        setup = self.setup
+        parameters = setup.step.trained()
         checkpoint = Checkpoint(
             self.done,
             weights_of(parameters),
-            optimizer_state(ready.optimizer, parameters),
+            optimizer_state(setup.optimizer, parameters),
             gather_object([random_state()]),
             self.best,
-            dataclasses.asdict(ready.recipe),
-            ready.samples,
-            fingerprint(unwrap(ready.model)),
+            dataclasses.asdict(setup.recipe),
+            setup.samples if setup.main else "",
+            fingerprint(unwrap(setup.model)),
         )
-        if ready.main:
-            write_checkpoint(self.folder / CHECKPOINTS, checkpoint, ready.recipe.keep_checkpoints)
+        if setup.main:
+            write_checkpoint(self.folder / CHECKPOINTS, checkpoint, setup.recipe.keep_checkpoints)
             if not self.progress:
                 self.say(f"Step {self.done}: checkpoint.")
-        if ready.held_out is None:
+        if setup.held_out is None:
             self._export(self.folder)
-        ready.accelerator.wait_for_everyone()
+        setup.accelerator.wait_for_everyone()
 
     def _finish(self, stopped: bool) -> Outcome:
         if self.best is not None and not stopped and self.best[0] != self.done:
@@ -271,33 +270,33 @@ class _Window:
         self.counts += counts
         self.steps += 1
 
-    def take(self, ready: Setting) -> tuple[Tensor, Tensor, float, int]:
+    def take(self, setup: Setup) -> tuple[Tensor, Tensor, float, int]:
         """Sums and counts over all processes, seconds, steps; and begin anew."""
-        told = ready.total(self.sums), ready.total(self.counts), time.monotonic() - self.began, self.steps
+        found = setup.total(self.sums), setup.total(self.counts), time.monotonic() - self.began, self.steps
         self._clear()
-        return told
+        return found
 
 
 @contextmanager
-def _asked_to_stop(say: Callable[[str], None]) -> Iterator[threading.Event]:
+def _stop_requested(say: Callable[[str], None]) -> Iterator[threading.Event]:
     """An event that Ctrl-C or SIGTERM sets; a second Ctrl-C stops at once."""
-    asked, first = threading.Event(), [0.0]
+    stop, first = threading.Event(), [0.0]
 
     def note(number: int, frame: Any) -> None:
         # A launcher passes the terminal's Ctrl-C on, so that it comes twice within a moment.
-        if asked.is_set() and number == signal.SIGINT and time.monotonic() - first[0] > 2:
+        if stop.is_set() and number == signal.SIGINT and time.monotonic() - first[0] > 2:
             raise KeyboardInterrupt
-        if not asked.is_set():
+        if not stop.is_set():
             first[0] = time.monotonic()
-            asked.set()
+            stop.set()
             say("Stopping within a step or two, with a checkpoint (Ctrl-C again: at once, without one).")
 
     if threading.current_thread() is not threading.main_thread():
-        yield asked  # signals are the main thread's
+        yield stop  # signals are the main thread's
         return
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield asked
+        yield stop
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""Everything that a training run of DualEdit's adapters can be told: one dataclass, one YAML file."""
+"""The settings of a training run of DualEdit's adapters: one dataclass, one YAML file."""
 
 from __future__ import annotations
 
@@ -45,7 +45,12 @@ class Recipe:
     limit: int | None = _about(None, "Read at most this many edits.")
     skip_bad: bool = _about(False, "Leave bad rows out instead of stopping.")
     held_out: str | None = _about(None, "File with held-out edits for the best checkpoint.")
-    held_out_edits: int = _about(64, "Held-out edits; taken from the end of the data if there is no file.")
+    held_out_edits: int | None = _about(
+        None, "Held-out edits, from the end of the data if there is no file; null for 64, at most a tenth."
+    )
+    adapters: str | None = _about(
+        None, "Folder of trained adapters to begin with; layers and widths are theirs."
+    )
     text_layer: int | str | None = _about(16, "Decoder layer whose text positions are edited; null for none.")
     vis_layer: int | str | None = _about(19, "Decoder layer whose image positions are edited; null for none.")
     mid_dim: int = _about(1024, "Width of the adapters' attention.")
@@ -55,6 +60,7 @@ class Recipe:
     batch_size: int = _about(4, "Edits in an optimiser step, over all processes.")
     accumulate: int = _about(1, "Parts in which a process works through its share of a batch.")
     steps: int = _about(50_000, "Optimiser steps.")
+    shuffle: bool = _about(True, "Take the edits in a new order each time they have all come.")
     schedule: str = _about("constant", "Learning rate after the warmup: constant, cosine or linear.")
     warmup: int = _about(0, "Steps in which the learning rate rises from 0.")
     weight_decay: float = _about(0.0, "Of AdamW.")
@@ -69,9 +75,16 @@ class Recipe:
     hard_locality: float = _about(
         0.0, "Weight of the KL on look-alikes and other questions about the same image; 0 leaves them out."
     )
+    by_difficulty: bool = _about(
+        False, "Weigh each token of a new answer by how wrong it still is (focal loss)."
+    )
     precision: str = _about("auto", "bf16, fp32 or auto (bf16 on a GPU). The adapters stay in fp32.")
     pack: bool = _about(True, "Read an image once for all questions about it, where the model can.")
-    recompute: bool = _about(False, "Compute upper layers again in backward: less memory, more time.")
+    keep_gib: float = _about(
+        0.0,
+        "Main memory (GiB) for what the frozen layers make of each question, so that they run once; 0: none.",
+    )
+    recompute: bool = _about(False, "Compute the layers again in backward: less memory, more time.")
     seed: int = _about(0, "Of the adapters' start, the order of the edits and the choice of questions.")
     checkpoint_every: int = _about(1000, "Steps between checkpoints.")
     keep_checkpoints: int = _about(2, "Checkpoints that are kept, the newest.")
@@ -83,8 +96,8 @@ class Recipe:
         for name in ("batch_size", "accumulate", "steps", "checkpoint_every", "keep_checkpoints",
                      "evaluate_every", "log_every", "mid_dim", "num_heads"):  # fmt: skip
             _require(getattr(self, name) >= 1, name, getattr(self, name), "pass a whole number from 1 up")
-        for name in ("weight_decay", "warmup", "held_out_edits", *TERMS):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "pass 0 or more")
+        for name in ("weight_decay", "warmup", "held_out_edits", "keep_gib", *TERMS):
+            _require((getattr(self, name) or 0) >= 0, name, getattr(self, name), "pass 0 or more")
         for name in ("beta1", "beta2"):
             _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "pass a number in [0, 1)")
         _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "pass a positive number")
@@ -158,7 +171,10 @@ def changed_settings(recipe: Recipe, saved: Mapping[str, Any]) -> list[str]:
     """The settings of a stopped run that a recipe would change, although they shape what comes out."""
     now = dataclasses.asdict(recipe)
     free = FREE_ON_RESUME if recipe.schedule == "constant" else FREE_ON_RESUME - {"steps"}
-    return [name for name in now if name not in free and now[name] != saved.get(name, now[name])]
+    then = {name: saved.get(name, now[name]) for name in now}
+    if bool(now["keep_gib"]) == bool(then["keep_gib"]):
+        free = free | {"keep_gib"}  # whether rows run one by one changes rounding; how many are kept does not
+    return [name for name in now if name not in free and now[name] != then[name]]
 
 
 def learning_rate_at(recipe: Recipe, step: int) -> float:

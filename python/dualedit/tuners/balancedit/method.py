@@ -14,8 +14,8 @@ from dualedit_kernels import Full, LowRank
 from ...models.architectures import unwrap
 from ...models.placement import place_of, to_device
 from ...runtime.context import bound
+from ...runtime.partial import Replay
 from ...runtime.recording import record_states
-from ...runtime.replay import Replay
 from ...runtime.sequence import Prompt
 from ..adapter import EditAdapter
 from ..fitting import Goal, fit_to_answer, layer_number, warn_if_weak

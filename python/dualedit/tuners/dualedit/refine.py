@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ...models.architectures import unwrap
 from ...models.placement import to_device
 from ...runtime.context import bound, explicit_masks
-from ...runtime.replay import Replay
+from ...runtime.partial import Replay
 from ...runtime.sequence import Prompt
 from ..fitting import Goal, fit_to_answer, layer_number, least_probability, warn_if_weak
 from .config import DualEditConfig

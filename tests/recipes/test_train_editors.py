@@ -1,28 +1,36 @@
-"""Training the adapters, on the embedded model: what a batch holds, what moves, what stays."""
+"""The recipe of the embedded model's editors: which edits it draws, what training moves, what it writes."""
+
+import json
+from dataclasses import replace
 
 import pytest
 import torch
+from dualedit.baselines import VisEditSettings, open_baseline
 from dualedit.data import Probe
-from dualedit.editor import Editor
 from dualedit.evaluation import ask_before, evaluate_batch, evaluate_single
 from dualedit.models.architectures import unwrap
 from dualedit.models.prompting import Prompter
-from dualedit.runtime.context import bound
+from dualedit.storage import load_edits
 from dualedit.toy.editors import load_editor
 from dualedit.toy.model import load_embedded
 from dualedit.toy.samples import edit_samples
 from dualedit.toy.world import World
-from dualedit.training import TrainSettings, measure_curve, train_adapters
+from dualedit.training import measure_curve
+from dualedit.training.batches import with_answers
 from dualedit.training.calibration import with_threshold
-from dualedit.training.dualedit import losses, make_batch, teacher_forced, train_step, training_probes
-from dualedit.tuners import inject_balancedit, inject_dualedit
-from dualedit.tuners.adapter import active_adapter
+from dualedit.training.metrics import read_metrics
+from dualedit.training.questions import questions_of
+from dualedit.training.recipe import TERMS
+from dualedit.tuners import inject_dualedit
 
-from recipes.toy.adapter_pool import Pool
+from recipes.toy import train_editors, train_visedit
 from recipes.toy.train_editors import (
     KEY_DIM,
+    SETTINGS,
+    FreshEdits,
     calibration_samples,
     held_out_entities,
+    train_adapters,
     trained_adapters,
     training_samples,
 )
@@ -52,10 +60,11 @@ def _eos(model):
 
 
 def test_wordings_of_the_test_never_train(samples):
-    generator = torch.Generator().manual_seed(0)
+    generator, weights = torch.Generator().manual_seed(0), dict.fromkeys(TERMS, 1.0)
     for sample in samples:
         kept_for_test = {probe.prompt for probe in sample.generality["t_gen"]}
-        seen = {p.prompt for _ in range(40) for p in training_probes(sample, generator)[0]}
+        questions = [q for _ in range(40) for q in questions_of(sample, 0, weights, generator)]
+        seen = {q.probe.prompt for q in questions if q.term in TERMS[:3]}
         assert len(seen) > 2
         assert not seen & kept_for_test
 
@@ -72,7 +81,7 @@ def test_answers_follow_the_prompts_in_one_column(samples, injected):
     model, processor = injected
     probes = [Probe(s.request.image, s.request.prompt, s.request.target) for s in samples]
     probes.append(Probe(None, "what is the opposite of hot ?", "cold"))
-    inputs = teacher_forced(Prompter(processor), probes, _eos(model))
+    inputs = with_answers(Prompter(processor), probes, _eos(model))
     labels = inputs["labels"]
     begins = (labels != -100).int().argmax(1)
     assert (begins == begins[0]).all()
@@ -84,60 +93,61 @@ def test_answers_follow_the_prompts_in_one_column(samples, injected):
     assert ((labels != -100) <= (inputs["attention_mask"] == 1)).all()
 
 
-def test_identity_adapters_lose_what_the_base_loses(samples, injected):
-    model, processor = injected
-    adapter = active_adapter(model)
-    name = adapter.name
-    edits, batch = make_batch(Prompter(processor), samples, _eos(model), torch.Generator().manual_seed(1))
-    change, keep = train_step(model, active_adapter(model).layers, name, edits, batch)
-    assert float(keep.detach()) == pytest.approx(0, abs=1e-5)
-    call = {k: v for k, v in batch.inputs.items() if k != "labels"}
-    base = unwrap(model)
-    with torch.no_grad(), bound(base, batch.route, {}):
-        logits = base(**call).logits
-    expected, _ = losses(logits, logits[batch.keep][:, :-1], batch)
-    assert float(change.detach()) == pytest.approx(float(expected), rel=1e-4)
+def same(first, second):
+    """Whether two lists of edits are the same; pictures are drawn anew each time."""
+    return [(s.request.prompt, s.request.target, s.entity) for s in first] == [
+        (s.request.prompt, s.request.target, s.entity) for s in second
+    ]
 
 
-def test_questions_kept_above_the_frozen_layers_lose_the_same(samples, injected):
-    model, processor = injected
-    adapter = active_adapter(model)
-    name, layers = adapter.name, adapter.layers
-    for layer in layers.values():
-        for adapter in layer.dualedit_adapter[name].values():
-            torch.nn.init.normal_(adapter.o_proj.weight, std=0.3)
-    pool = Pool(model, Prompter(processor), layers, samples, seed=9)
-    edits, batch = make_batch(Prompter(processor), samples, _eos(model), torch.Generator().manual_seed(9))
-    expected = train_step(model, layers, name, edits, batch)
-    found = pool.losses(name, torch.arange(len(samples)))
-    assert float(found[0].detach()) == pytest.approx(float(expected[0].detach()), rel=1e-3)
-    assert float(found[1].detach()) == pytest.approx(float(expected[1].detach()), rel=1e-3)
+def test_edits_are_drawn_when_they_are_asked_for_and_never_twice(world, monkeypatch):
+    monkeypatch.setattr(train_editors, "CHUNK", 8)
+    drawn = []
+    real = training_samples
+    monkeypatch.setattr(train_editors, "training_samples", lambda *given: drawn.append(given) or real(*given))
+    edits = FreshEdits(world, 20, seed=3)
+    assert len(edits) == 20 and not drawn
+    first = edits[:8]
+    assert [given[1:] for given in drawn] == [(8, 3000)] and len(edits[16:]) == 4
+    assert [given[1] for given in drawn] == [8, 4]
+    assert drawn[0][0] is world and drawn[1][0].seed != world.seed  # every third chunk of a new world
+    assert same(edits[:8], first) and not same(edits[8:16], first)
+    assert edits.fingerprint != FreshEdits(world, 20, seed=4).fingerprint
 
 
-def test_training_moves_the_adapters_only_and_learns(samples, injected):
-    model, processor = injected
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    settings = TrainSettings(steps=12, batch_size=6, learning_rate=5e-3, warmup=2, locality_weight=0.1)
-    history = train_adapters(model, Prompter(processor), lambda step: samples, settings)
-    assert history[-1][0] < 0.7 * history[0][0]
-    for name, parameter in model.named_parameters():
-        assert torch.equal(parameter, before[name]) != ("dualedit_adapter" in name), name
+def test_training_moves_the_adapters_only_and_learns(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_editors, "FreshEdits", lambda world, count, seed: training_samples(world, 6, 0))
+    recipe = replace(SETTINGS, steps=12, batch_size=6, warmup=2, mid_dim=64, precision="fp32")
+    report = train_adapters(world, None, recipe, tmp_path)
+    losses = [line["reliability"] for line in read_metrics(tmp_path / "metrics.jsonl")]
+    assert len(losses) == 12 and losses[-1] < 0.7 * losses[0]
+    assert report["steps"] == 12 and report["loss_change"] > 0 and report["loss_keep"] >= 0
+    base, _ = load_embedded()
+    loaded = unwrap(load_edits(load_embedded()[0], tmp_path)).state_dict()
+    names = {name.replace(".base_layer", "") for name in loaded if "dualedit" not in name}
+    assert names == set(base.state_dict())
+    for name, value in loaded.items():
+        if "dualedit" not in name:
+            assert torch.equal(base.state_dict()[name.replace(".base_layer", "")], value), name
 
 
-def test_refuses_stored_edits_and_other_adapters(samples, injected):
-    model, processor = injected
-    editor = Editor(model, processor)
-    request = samples[0].request
-    editor.edit(request.image, request.prompt, request.target)
-    with pytest.raises(ValueError, match="holds 1 edits"):
-        train_adapters(model, Prompter(processor), lambda step: samples, TrainSettings(steps=1))
-    other = inject_balancedit(load_embedded()[0], layer="layers.5.mlp.up_proj")
-    with pytest.raises(ValueError, match="BalancEditConfig"):
-        train_adapters(other, Prompter(processor), lambda step: samples, TrainSettings(steps=1))
+def test_the_recipes_run_from_end_to_end(tmp_path, monkeypatch):
+    """A few steps of each stage: what is written loads, and its settings are those that were asked for."""
+    monkeypatch.setattr(train_editors, "CHUNK", 8)
+    train_editors.main(["--out", str(tmp_path), "--editor", "dualedit", "--steps", "2", "--finish", "1",
+                        "--batch-size", "4", "--calibration", "3"])  # fmt: skip
+    report = json.loads((tmp_path / "editors.json").read_text())["dualedit"]
+    assert report["steps"] == 2 and report["finish"]["steps"] == 1 and report["facts"] == 8
+    editor = load_editor("dualedit", weights=tmp_path)
+    assert editor.model.peft_config["default"].key == "pooled"
+    recipe = replace(train_visedit.SETTINGS, steps=1, batch_size=4, warmup=0)
+    made = train_visedit.run(tmp_path, None, recipe, 1, start=tmp_path / "adapters")
+    assert made["began_with"].startswith("the image half") and made["vis_layer"] == SETTINGS.vis_layer
+    assert open_baseline("visedit", *load_embedded(), VisEditSettings(adapters=str(tmp_path / "visedit")))
 
 
 @pytest.mark.parametrize("together", [False, True])
-def test_a_curve_foretells_what_a_threshold_gives(together, world):
+def test_a_curve_says_what_a_threshold_gives(together, world):
     """Figures read off one pass with the gate open are those of an evaluation with that threshold."""
     editor = load_editor("dualedit")
     samples = edit_samples(world, "train", 5, seed=3)

@@ -8,7 +8,7 @@ from dualedit import load_edits
 from dualedit.cli import main
 from dualedit.training import Recipe, checkpoint, read_recipe
 from dualedit.training.checkpoint import read_checkpoint
-from dualedit.training.logbook import Logbook, read_metrics
+from dualedit.training.metrics import MetricsFile, read_metrics
 from dualedit.training.recipe import recipe_from
 
 
@@ -41,12 +41,12 @@ def test_random_generators_go_on_where_they_were():
 
 
 def test_metrics_behind_the_checkpoint_are_taken_out(tmp_path):
-    book = Logbook(tmp_path)
+    book = MetricsFile(tmp_path)
     for step in (1, 2, 3):
         book.write(step, {"loss": float(step)})
     with book.file.open("a") as opened:
         opened.write('{"step": 4, "lo')
-    Logbook(tmp_path, 2).write(3, {"loss": 9.0})
+    MetricsFile(tmp_path, 2).write(3, {"loss": 9.0})
     assert [line["loss"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 9]
 
 
@@ -66,7 +66,7 @@ def test_tensorboard_gets_the_same_figures(tmp_path, monkeypatch):
     module = type(sys)("torch.utils.tensorboard")
     module.SummaryWriter = Writer
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
-    book = Logbook(tmp_path, tensorboard=True)
+    book = MetricsFile(tmp_path, tensorboard=True)
     book.write(5, {"loss": 0.5})
     book.close()
     assert written == [("loss", 0.5, 5), "closed"] and book.writer.purge_step is None

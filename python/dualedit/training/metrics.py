@@ -1,4 +1,4 @@
-"""The figures of a training run, one line of JSON each, and for TensorBoard where it is asked for."""
+"""The figures of a training run, one line of JSON each, and for TensorBoard where that is wanted."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 
-class Logbook:
+class MetricsFile:
     """Appends to metrics.jsonl (and to the folder tensorboard).
 
     Args:
@@ -16,7 +16,7 @@ class Logbook:
         tensorboard: write event files too.
 
     Raises:
-        ImportError: TensorBoard is asked for and not installed.
+        ImportError: TensorBoard is wanted and not installed.
     """
 
     def __init__(self, folder: Path, step: int = 0, tensorboard: bool = False):

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 from time import perf_counter
-from typing import TYPE_CHECKING
 
 import torch
 
-from .frozen import quick_layers
+from .checkpoint import optimizer_state
+from .optimise import held_out_loss, take_step
+from .parts import Batch, count_edits
 from .recipe import Recipe
-
-if TYPE_CHECKING:
-    from .setting import Setting
+from .setup import Setup
+from .step import on_device
 
 _GIB = 2**30
 
@@ -54,7 +55,8 @@ class Estimate:
         trained, frozen: numbers of weights.
         checkpoint_bytes: size of one checkpoint file.
         held_out_seconds: of one measurement of the held-out loss, or 0.
-        by_parts: whether the frozen lower layers run once a batch.
+        partial: whether the layers above the first edited one run on their own.
+        kept_bytes: of what the frozen layers make of all training edits (see `Recipe.keep_gib`).
         rows, tokens: of the measured batches, mean over the steps and processes.
     """
 
@@ -66,7 +68,8 @@ class Estimate:
     frozen: int
     checkpoint_bytes: int
     held_out_seconds: float
-    by_parts: bool
+    partial: bool
+    kept_bytes: int
     rows: float
     tokens: float
 
@@ -78,69 +81,70 @@ class Estimate:
         """A few lines for the user."""
         hours = self.total_seconds(recipe.evaluate_every) / 3600
         total = f"{hours:.1f} hours" if hours >= 1 else f"{hours * 60:.1f} minutes"
-        way = (
-            "once a batch" if self.by_parts else "anew for every loss (this model's layers do not run alone)"
-        )
-        return "\n".join(
-            (
-                f"weights: {self.trained / 1e6:.2f} million trained, {self.frozen / 1e6:.1f} million frozen",
-                f"a step: {self.rows:.0f} rows, {self.tokens:.0f} tokens a process; frozen layers run {way}",
-                f"time: {self.seconds:.2f} s a step, {total} for {self.steps} steps on this machine",
-                f"memory: at most {self.peak_bytes / _GIB:.2f} GiB of {self.device} memory in these steps",
-                f"disk: {recipe.keep_checkpoints} checkpoints of {self.checkpoint_bytes / _GIB:.3f} GiB",
-            )
-        )
+        way = "once" if self.partial else "anew for every loss (this model's layers do not run on their own)"
+        lines = [
+            f"weights: {self.trained / 1e6:.2f} million trained, {self.frozen / 1e6:.1f} million frozen",
+            f"a step: {self.rows:.0f} rows, {self.tokens:.0f} tokens a process; frozen layers run {way}",
+            f"time: {self.seconds:.2f} s a step, {total} for {self.steps} steps on this machine",
+            f"memory: at most {self.peak_bytes / _GIB:.2f} GiB of {self.device} memory in these steps",
+            f"disk: {recipe.keep_checkpoints} checkpoints of {self.checkpoint_bytes / _GIB:.3f} GiB",
+        ]
+        if self.kept_bytes:
+            kept = self.kept_bytes / _GIB + 0.005  # rounded up
+            lines.append(f"frozen layers run once in the whole run with keep_gib={kept:.2f} of main memory")
+        return "\n".join(lines)
 
 
-def dry_run(ready: Setting, steps: int = 3) -> Estimate:
+def dry_run(setup: Setup, steps: int = 3) -> Estimate:
     """Measure the first steps of a run, the first of them as a warm-up. Nothing is written.
 
     The adapters are changed by the steps taken; throw the model away afterwards.
     """
-    gpu = ready.accelerator.device.type == "cuda"
+    gpu = setup.accelerator.device.type == "cuda"
     if gpu:
         torch.cuda.reset_peak_memory_stats()
-    with quick_layers(ready.step.base):
-        return _measure(ready, steps, gpu)
-
-
-def _measure(ready: Setting, steps: int, gpu: bool) -> Estimate:
-    from .batches import count_edits
-    from .checkpoint import optimizer_state
-    from .setting import held_out_loss, take_step
-
     times, rows, tokens = [], 0, 0
     for number in range(steps):
-        batches = ready.feed.batches(number)
+        batches = setup.feed.batches(number)
         counted = count_edits(batches)
         rows, tokens = rows + counted["rows"], tokens + counted["tokens"]
         began = perf_counter()
-        take_step(ready, batches, number)
+        take_step(setup, batches, number)
         if gpu:
             torch.cuda.synchronize()
         times.append(perf_counter() - began)
     peak = torch.cuda.max_memory_allocated() if gpu else _peak_of_process()
     evaluating = 0.0
-    if ready.held_out is not None:
+    if setup.held_out is not None:
         began = perf_counter()
-        held_out_loss(ready)
+        held_out_loss(setup)
         evaluating = perf_counter() - began
-    trained = ready.step.trained()
-    state = optimizer_state(ready.optimizer, trained)
+    trained = setup.step.trained()
+    state = optimizer_state(setup.optimizer, trained)
     held = [*trained.values(), *(tensor for each in state.values() for tensor in each.values())]
     return Estimate(
         seconds=median(times[1:] or times),
-        steps=ready.recipe.steps,
+        steps=setup.recipe.steps,
         peak_bytes=peak,
         device="GPU" if gpu else "CPU",
         trained=sum(p.numel() for p in trained.values()),
-        frozen=sum(p.numel() for p in ready.model.parameters() if not p.requires_grad),
+        frozen=sum(p.numel() for p in setup.model.parameters() if not p.requires_grad),
         checkpoint_bytes=sum(tensor.numel() * tensor.element_size() for tensor in held),
         held_out_seconds=evaluating,
-        by_parts=ready.step.by_parts,
+        partial=setup.step.partial,
+        kept_bytes=_bytes_of_frozen_runs(setup, batches),
         rows=rows / steps,
         tokens=tokens / steps,
     )
+
+
+def _bytes_of_frozen_runs(setup: Setup, batches: Sequence[Batch]) -> int:
+    """What keeping the frozen model's runs of all training edits would take, judged by some batches."""
+    step, edits = setup.step, sum(batch.edits for batch in batches)
+    if not step.partial or not edits or setup.accelerator.distributed_type.value == "FSDP":
+        return 0  # nothing can be kept
+    parts = [part for batch in batches for part in on_device(batch, step.base).parts]
+    return sum(step.frozen.run(part).nbytes() for part in parts) * len(setup.feed.samples) // edits
 
 
 def _peak_of_process() -> int:
