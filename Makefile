@@ -1,9 +1,10 @@
 # make setup   .venv with everything the rest needs (the other targets do this by themselves)
 # make demo    an edit before and after, figures over 100 edits, and a page: demo_output/demo.html
-# make test    all tests
+# make test    all tests, on all cores, with the same seeds each time (DUALEDIT_SEED=<number>: with others)
+# make test-random   all tests with fresh seeds, which the first lines print
 # make test-all   also every architecture, and the tests on the oldest and the newest transformers
 # make fast    tests that take seconds, on all cores, stopping at the first failure: the inner loop (under 2 minutes)
-# make lint    ruff
+# make lint    ruff, and mypy on what users import
 # make gpu     on a machine with a GPU: build, check and time everything there, and say which goals are
 #              reached (under 10 minutes)
 # make compile-report   registers, spills and shared memory of every GPU kernel, without a GPU, by the oldest
@@ -36,7 +37,9 @@ STAMP := $(VENV)/.setup-stamp
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 BENCHMARKS := $(patsubst benchmarks/bench_%.py,%,$(sort $(wildcard benchmarks/bench_*.py)))
 
-.PHONY: setup demo test test-all fast lint bench gpu compile-report readme clean
+ON_ALL_CORES := -n auto --dist worksteal
+
+.PHONY: setup demo test test-random test-all fast lint bench gpu compile-report readme clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -53,7 +56,10 @@ demo: $(STAMP)
 	$(PY) -m dualedit.cli demo --json demo_output/demo.json --page demo_output/demo.html
 
 test: $(STAMP)
-	$(PY) -m pytest -q
+	$(PY) -m pytest $(ON_ALL_CORES)
+
+test-random: $(STAMP)
+	DUALEDIT_SEED=random $(PY) -m pytest $(ON_ALL_CORES)
 
 test-all: $(STAMP)
 	$(PY) -m pytest -q -m "tier2 or not tier2"
@@ -61,10 +67,11 @@ test-all: $(STAMP)
 	PYTHON=$(PY) tests/with_transformers.sh newest tests/lifecycle
 
 fast: $(STAMP)
-	$(PY) -m pytest -q -x -m "not slow and not tier2" -n auto --dist worksteal
+	$(PY) -m pytest -q -x -m "not slow and not tier2" $(ON_ALL_CORES)
 
 lint: $(STAMP)
 	$(PY) -m ruff check .
+	$(PY) -m mypy
 
 bench: $(STAMP)
 	set -e; for op in $(filter-out whole_model,$(BENCHMARKS)); do \

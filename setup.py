@@ -160,7 +160,9 @@ setup(
     packages=find_packages(include=["dualedit_kernels", "dualedit_kernels.*"]) + find_packages("python"),
     package_dir={"dualedit_kernels": "dualedit_kernels", "dualedit": "python/dualedit"},
     package_data={
-        "dualedit": [f"toy/weights/**/*.{end}" for end in ("safetensors", "json", "txt", "jinja")]
+        "dualedit_kernels": ["py.typed"],
+        "dualedit": ["py.typed"]
+        + [f"toy/weights/**/*.{end}" for end in ("safetensors", "json", "txt", "jinja")]
         + ["training/launch/*.yaml", "smol/weights/*.safetensors"]
     },
     ext_modules=EXTENSIONS,

@@ -1,26 +1,32 @@
-"""Fixtures for all tests: one thread, a fresh seed that is printed, and NaN in uninitialised memory."""
-
-import os
-import random
+"""Fixtures for all tests: one thread, a seed by the test's name, and NaN in uninitialised memory."""
 
 import pytest
 import torch
+from seeds import VARIABLE, seed_of, settle
 from tiny_models import FAMILIES, METHODS
 
 torch.set_num_threads(1)
 
 
+def pytest_configure():
+    settle()  # before worker processes start, so that all of them have the same
+
+
+def pytest_report_header():
+    return f"seeds: {VARIABLE}={settle()} repeats this run; {VARIABLE}=random draws another"
+
+
 @pytest.fixture
-def seed():
-    """A fresh seed for each test; pytest shows it when the test fails. Fix it with DUALEDIT_SEED."""
-    value = int(os.environ.get("DUALEDIT_SEED", random.SystemRandom().randrange(2**31)))
-    print(f"DUALEDIT_SEED={value}")
+def seed(request):
+    """The test's own seed, which does not depend on other tests; pytest shows it when the test fails."""
+    value = seed_of(request.node.nodeid)
+    print(f"seed {value} ({VARIABLE}={settle()})")
     return value
 
 
 @pytest.fixture
 def generator(seed):
-    """A torch generator from the fresh seed."""
+    """A torch generator from the test's seed."""
     return torch.Generator().manual_seed(seed)
 
 

@@ -11,7 +11,7 @@ KERNELS = ROOT / "dualedit_kernels"
 
 # From the bottom up. Rooms of one level do not import each other, except as listed.
 LEVELS = [
-    {"models", "smol"},
+    {"files", "models", "smol", "when_imported"},
     {"data", "runtime"},
     {"memory"},
     {"tuners"},

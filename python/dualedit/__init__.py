@@ -7,18 +7,39 @@
     save_edits(model, "edits/")
 
 Importing this package registers both editors with PEFT, so that `PeftModel.from_pretrained` knows saved
-edits.
+edits: at once where PEFT is imported already, or else together with PEFT. The names below are imported when
+they are first used; what does without PEFT and torch, such as `dualedit list`, need not wait for them.
 """
 
-from .data import EditRequest, EditSample, Probe
-from .editing import Edit, Lookup, add_edit, list_edits, lookup, remove_edit
-from .editor import Editor, Explanation
-from .runtime.context import explicit_masks
-from .storage import load_edits, save_edits
-from .tuners import BalancEditConfig, DualEditConfig, inject_balancedit, inject_dualedit
-from .tuners.adapters import disabled, lifted, remove_adapter
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+from .when_imported import when_imported
+
+if TYPE_CHECKING:
+    from .data import EditRequest, EditSample, Probe
+    from .editing import Edit, Lookup, add_edit, list_edits, lookup, remove_edit
+    from .editor import Editor, Explanation
+    from .runtime.context import explicit_masks
+    from .storage import load_edits, save_edits
+    from .tuners import BalancEditConfig, DualEditConfig, inject_balancedit, inject_dualedit
+    from .tuners.adapters import disabled, lifted, remove_adapter
 
 __version__ = "0.1.0"
+
+_MODULES = {
+    "data": ("EditRequest", "EditSample", "Probe"),
+    "editing": ("Edit", "Lookup", "add_edit", "list_edits", "lookup", "remove_edit"),
+    "editor": ("Editor", "Explanation"),
+    "runtime.context": ("explicit_masks",),
+    "storage": ("load_edits", "save_edits"),
+    "tuners": ("BalancEditConfig", "DualEditConfig", "inject_balancedit", "inject_dualedit"),
+    "tuners.adapters": ("disabled", "lifted", "remove_adapter"),
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "BalancEditConfig",
@@ -43,3 +64,26 @@ __all__ = [
     "remove_edit",
     "save_edits",
 ]
+
+
+if not TYPE_CHECKING:  # a type checker takes the imports above, and knows what is not there
+
+    def __getattr__(name: str) -> Any:
+        if name in _MODULE_OF:
+            value = getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+            globals()[name] = value
+            return value
+        if not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{name}") is not None:
+            return importlib.import_module(f"{__name__}.{name}")  # dualedit.storage, dualedit.editing, ...
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _register() -> None:
+    importlib.import_module(f"{__name__}.tuners")
+
+
+when_imported("peft", _register)

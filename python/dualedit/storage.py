@@ -7,8 +7,6 @@ reads them; they are written beside the old ones and put in their place only whe
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from peft.config import PeftConfig
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from .files import replacing
 from .runtime.context import runtime_of
 from .tuners.adapter import adapter_of
 from .tuners.adapters import put_beside, remove_adapter, remove_editors, unwrap_layers
@@ -53,71 +52,10 @@ def save_edits(
     target = Path(folder)
     if target.exists() and not target.is_dir():
         raise ValueError(f"folder={str(target)!r} is a file: pass a folder.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # In the same directory, so that moving files in is a rename within one file system.
-    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        made = work / "new"
-        made.mkdir()
+    with replacing(target, last=_CONFIG) as made:
         # Embeddings are the base model's; asking whether they were resized would ask the model hub.
         state = None if weights is None else {**model.state_dict(), **weights}
         model.save_pretrained(made, selected_adapters=names, save_embedding_layers=False, state_dict=state)
-        for file in _files(made):
-            file.chmod(0o666 & ~_umask())  # safetensors writes files that nobody else can read
-            _sync(file)
-        if target.exists():
-            _swap(made, target, work / "old")
-        else:
-            os.replace(made, target)
-        _sync(target)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def _umask() -> int:
-    """The process's file mode mask, which can only be read by setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _files(folder: Path) -> list[Path]:
-    """The files of a folder, weights before configs: no config announces edits that are not there yet."""
-    return sorted((f for f in folder.rglob("*") if f.is_file()), key=lambda f: (f.name == _CONFIG, str(f)))
-
-
-def _sync(path: Path) -> None:
-    opened = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)
-
-
-def _swap(made: Path, target: Path, kept: Path) -> None:
-    """Move the new files over the old ones, each in one step; if one move fails, all the old ones come back.
-
-    Only a power cut between two moves can leave new weights beside an old config. Where the two do not fit,
-    loading says so, and the old files are still in `kept`.
-    """
-    files = [file.relative_to(made) for file in _files(made)]
-    for file in files:
-        if (target / file).is_file():
-            (kept / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(target / file, kept / file)
-    moved: list[Path] = []
-    try:
-        for file in files:
-            (target / file).parent.mkdir(parents=True, exist_ok=True)
-            os.replace(made / file, target / file)
-            moved.append(file)
-    except BaseException:
-        for file in moved:
-            if (kept / file).is_file():
-                shutil.move(kept / file, target / file)
-            else:
-                (target / file).unlink()
-        raise
 
 
 def load_edits(

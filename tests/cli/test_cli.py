@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from dualedit.cli import edits as commands
 from dualedit.cli import main
-from dualedit.cli.saved import read_saved, writing
-from dualedit.cli.story import TITLES
+from dualedit.cli.demo_story import TITLES
+from dualedit.cli.errors import with_options
+from dualedit.cli.saved_folder import read_saved, writing
 from dualedit.toy import model as vlm
 from PIL import Image
 
@@ -99,6 +100,45 @@ def test_edit_list_ask_remove(method, pictures, tmp_path, capsys):
     assert capsys.readouterr().out.splitlines() == [before, "(no edit is stored)"]
 
 
+@pytest.mark.parametrize("method", ["dualedit", "balancedit"])
+@pytest.mark.parametrize("gone", [1, 2, 3])
+def test_removing_from_the_files_is_removing_with_the_model(method, gone, tmp_path, capsys):
+    """Of edits of different lengths, the same tensors, sizes and card either way."""
+    from dualedit import save_edits
+    from dualedit.cli.saved_folder import remove_saved
+    from safetensors.torch import load_file
+
+    editor = three_edits(method)
+    folders = [tmp_path / name for name in ("files", "model")]
+    save_edits(editor.model, folders[0])
+    editor.remove(gone)
+    save_edits(editor.model, folders[1])
+
+    assert remove_saved(folders[0], gone) == 2
+    left = [(edit.id, edit.target) for edit in editor.edits]
+    assert [(edit.id, edit.target) for edit in read_saved(folders[0]).edits] == left
+    one, other = (load_file(folder / "adapter_model.safetensors") for folder in folders)
+    assert set(one) == set(other)
+    for name, tensor in one.items():
+        assert tensor.dtype == other[name].dtype and tensor.shape == other[name].shape, name
+        assert tensor.numpy(force=True).tobytes() == other[name].numpy(force=True).tobytes(), name
+    for file in ("adapter_config.json", "README.md"):
+        assert (folders[0] / file).read_text() == (folders[1] / file).read_text()
+
+
+def three_edits(method):
+    """An editor of the embedded model with three edits, the second of a longer question."""
+    from dualedit.toy.editors import load_editor
+    from dualedit.toy.pictures import sample_pictures
+
+    editor = load_editor(method)
+    logos = [picture.image for picture in sample_pictures()[:4]]
+    questions = [QUESTION, "tell me, " + QUESTION, QUESTION]
+    for logo, question, target in zip(logos, questions, ("maria", "leon", "anna"), strict=False):
+        editor.edit(logo, question, target)
+    return editor
+
+
 def test_a_second_edit_of_the_same_question_replaces_the_first(saved, pictures, capsys):
     assert edit(pictures / "logo.png", "leon", saved) == 0
     out = capsys.readouterr().out
@@ -112,7 +152,7 @@ def test_a_question_without_a_picture_is_left_alone(saved, capsys):
 
 
 def test_saved_edits_are_read_without_the_model_as_with_it(saved):
-    from dualedit.cli.opening import open_editor
+    from dualedit.cli.loading import open_editor
 
     read = [(e.id, e.prompt, e.target, e.radius, e.created) for e in read_saved(saved).edits]
     loaded = open_editor(saved, None).edits
@@ -143,7 +183,15 @@ def test_a_model_of_ones_own_with_balancedit(other_model, pictures, tmp_path, ca
         (["ask", "{tmp}/text.png", "who?"], "'{tmp}/text.png' cannot be read as an image"),
         (["ask", "-", "who?", "-e", "{tmp}/text.png"], "--edits {tmp}/text.png is a file"),
         (["ask", "-", "who?", "-m", "{tmp}"], "--model {tmp} holds no config.json"),
-        (["ask", "-", " "], "prompt=' ': pass a question"),
+        (["ask", "-", " "], "QUESTION ' ': pass a question"),
+        (["ask", "", "who?"], "IMAGE '' is empty"),
+        (["ask", "https://a.b/c.png", "who?"], "IMAGE 'https://a.b/c.png' is an address"),
+        (["edit", "-", "who?", "me", "-e", "{tmp}/none"], "IMAGE -: the edit's image is missing"),
+        (["edit", "-", "who?", "me", "-e", ""], "Invalid value for '--edits' / '-e': it is empty"),
+        (["ask", "-", "who?", "--model", ""], "Invalid value for '--model' / '-m': it is empty"),
+        (["train", "--model", "x", "--out", ""], "Invalid value for '--out' / '-o': it is empty"),
+        (["train", "--model", "x", "--batch-size", "0"], "--batch-size 0: pass a whole number"),
+        (["train", "--stops", "1"], "No such option: --stops"),
         (["edit", "-", "who?", "me", "--method", "dual"], "--method dual: choose one of dualedit, "),
         (["edit", "-", "who?", "me", "--layer", "x", "-e", "{tmp}/none"], "--adapter and --layer are"),
         (["edit", "-", "who?", "me", "-m", "{tmp}", "-e", "{tmp}/none"], "balancedit --layer NAME"),
@@ -161,6 +209,41 @@ def test_errors_fit_on_a_line(arguments, says, tmp_path, monkeypatch, capsys):
     assert main([argument.format(tmp=tmp_path) for argument in arguments]) == 2
     assert says.format(tmp=tmp_path) in complaint(capsys)
     assert [file.name for file in tmp_path.iterdir()] == ["text.png"]
+
+
+def test_an_error_that_begins_with_an_empty_line(saved, pictures, monkeypatch, capsys):
+    from dualedit import storage
+
+    def refuse(*_):
+        raise RuntimeError("\n\n  size mismatch for key\nand more")
+
+    monkeypatch.setattr(storage, "load_edits", refuse)
+    assert main(["ask", str(pictures / "logo.png"), QUESTION, "-e", str(saved)]) == 2
+    assert complaint(capsys).endswith("(RuntimeError: size mismatch for key).")
+
+
+def test_an_error_without_words(monkeypatch, capsys):
+    def refuse(*_):
+        raise ValueError
+
+    monkeypatch.setattr(commands, "show_list", refuse)
+    assert main(["list"]) == 2
+    assert "ValueError" in complaint(capsys)
+
+
+@pytest.mark.parametrize(
+    ("message", "told"),
+    [
+        ("image=None: the image is missing.", "IMAGE -: the image is missing."),
+        ("image='a.png': no such file.", "IMAGE 'a.png': no such file."),
+        ("Pass image_root=, a folder; skip_bad=True skips.", "Pass --images, a folder; --skip-bad skips."),
+        ("layer=None: name it", "--layer (not given): name it"),
+        ("f(image=3), an.image=4 and my_image=5 stay", "f(image=3), an.image=4 and my_image=5 stay"),
+    ],
+)
+def test_arguments_are_told_as_options(message, told):
+    names = {"image": "IMAGE", "image_root": "--images", "skip_bad": "--skip-bad", "layer": "--layer"}
+    assert with_options(message, names) == told
 
 
 def test_unknown_id_names_the_stored_ones(saved, capsys):
@@ -227,12 +310,12 @@ def test_a_bug_keeps_its_traceback(monkeypatch, tmp_path):
 
 
 def test_ctrl_c_leaves_the_folder_as_it_was(saved, pictures, monkeypatch, capsys):
-    from dualedit import storage
+    from dualedit import files
 
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(storage, "_sync", interrupted)  # while saving: files are written, not yet in place
+    monkeypatch.setattr(files, "_sync", interrupted)  # while saving: files are written, not yet in place
     before = bytes_of(saved)
     assert edit(pictures / "logo.png", "leon", saved) == 130
     assert "stopped" in complaint(capsys)

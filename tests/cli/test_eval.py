@@ -80,9 +80,10 @@ def test_facts_of_ones_own_on_a_model_of_ones_own(single, tmp_path, capsys):
     rows, _, _ = single
     file = to_jsonl(edit_samples(World(0), "test", 2, 0), tmp_path / "facts.jsonl")
     own = ["--data", str(file), "--model", str(VLM), "--adapter", str(EDITORS / "dualedit")]
-    found = evaluate(tmp_path, "own", "--methods", "dualedit", "--scoring", "free,teacher_forced", *own)
+    own += ["--records", str(tmp_path / "asked.jsonl")]  # and no --methods, as in the README
+    found = evaluate(tmp_path, "own", "--scoring", "free,teacher_forced", *own)
     assert found == rows[:2]
-    assert main(["eval", *own, "--methods", "dualedit", "--edits", "3"]) == 2
+    assert main(["eval", *own[:-2], "--edits", "3"]) == 2
     assert "--edits 3: " in (error := capsys.readouterr().err) and "has 2 facts" in error
 
 
@@ -105,10 +106,17 @@ def test_sequential_rows_say_what_is_left_at_the_end(tmp_path):
         (["--methods", ""], "--methods : choose from"),
         (["--methods", "dualedit,dualedit"], "name each method once"),
         (["--model", "m"], "--model: the embedded benchmark is about the embedded model; pass --data too"),
+        (["--model", "m", "--data", "d"], "--model: pass --adapter DIR for DualEdit, --layer NAME for Bal"),
         (["--model", "m", "--data", "d", "--methods", "dualedit"], "pass them with --adapter DIR"),
         (["--model", "m", "--data", "d", "--methods", "balancedit"], "--layer NAME"),
         (["--layer", "up_proj"], "--adapter and --layer are for a model of your own"),
-        (["--data", "{tmp}/none.jsonl"], "{tmp}/none.jsonl"),
+        (["--data", "{tmp}/none.jsonl"], "--data '{tmp}/none.jsonl': no such file"),
+        (["--data", "{tmp}/notes.txt"], "--data '{tmp}/notes.txt' begins with 'milk, bread'"),
+        (["--data", "{tmp}/cut.jsonl"], "{tmp}/cut.jsonl, line 1 is not JSON at column 30"),
+        (["--data", "{tmp}/bad.jsonl"], "field 'target' is missing"),
+        (["--data", "{tmp}/bad.jsonl"], "--skip-bad leaves bad rows out"),
+        (["--data", "{tmp}/bad.jsonl", "--images", "{tmp}/no"], "--images '{tmp}/no' is no folder"),
+        (["--data", "{tmp}/bad.jsonl", "--format", "vqa"], "--format 'vqa' is unknown"),
         (["--records", "{tmp}"], "--records {tmp} is a folder"),
         (["--records", "{tmp}/notes.txt", "--edits", "1"], "holds something else"),
         (["--published-threshold", "3"], "a cosine lies in [-1, 1]"),
@@ -118,6 +126,8 @@ def test_sequential_rows_say_what_is_left_at_the_end(tmp_path):
 )
 def test_errors_fit_on_a_line(options, says, tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("milk, bread\n")
+    (tmp_path / "cut.jsonl").write_text('{"prompt": "who?", "target": "ma')
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "who?", "target": "maria"}\n{"prompt": "who?"}\n')
     assert main(["eval", *(option.replace("{tmp}", str(tmp_path)) for option in options)]) == 2
     error = capsys.readouterr().err
     assert says.replace("{tmp}", str(tmp_path)) in error

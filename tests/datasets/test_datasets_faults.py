@@ -129,7 +129,9 @@ def test_no_good_row_is_an_error_even_when_bad_rows_are_skipped():
         ('{\n "data": [\n  {"prompt": "a?", "target": "b"}\n ]\n}', r"one object with the keys \['data'\]"),
         ('"facts"', "begins with"),
         ("prompt,target\na?,b\n", "begins with"),
-        ('[1, "a"]', "no row is a JSON object"),
+        ('[1, "a"]', "row 0 is a int: each row should be an object"),
+        ('{"prompt": "a?", "target": "b', r"line 1 is not JSON at column \d+: .*breaks off"),
+        ('\n{"prompt": "a?", "target": b}\n{"prom', r"line 2 is not JSON at column \d+: Expecting value"),
         ('{"text": "a", "label": 1}', r"\['label', 'text'\].*prompt and target"),
     ],
 )
@@ -153,7 +155,7 @@ def test_a_broken_line_is_a_bad_row(tmp_path):
         load_samples(path)
     samples = load_samples(path, skip_bad=True)
     assert [(p.index, p.field) for p in samples.skipped] == [(1, ""), (2, "")]
-    assert "not JSON at column" in samples.skipped[1].reason
+    assert "not JSON at column" in samples.skipped[1].reason and "breaks off" in samples.skipped[1].reason
 
 
 def test_format_is_told_by_the_first_row_that_can_be_told(tmp_path):

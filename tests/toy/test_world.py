@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 from dualedit.toy import words as world_text
@@ -20,6 +22,19 @@ def world() -> World:
 @pytest.fixture(scope="module")
 def tokenizer():
     return build_processor().tokenizer
+
+
+def test_without_scikit_learn_only_digits_are_missing(world, monkeypatch):
+    from dualedit.toy.pictures import sample_pictures
+
+    whole = sample_pictures()
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    digit_images.cache_clear()
+    fewer = sample_pictures()
+    assert [p.file for p in whole] == [*(p.file for p in fewer), "digit.png"]
+    assert all(one.image.tobytes() == other.image.tobytes() for one, other in zip(whole, fewer, strict=False))
+    with pytest.raises(ImportError, match=r"scikit-learn is missing.*dualedit-kernels\[toy\]"):
+        edit_samples(world, "test", 20)
 
 
 def _facts(world: World) -> list[dict[str, str]]:

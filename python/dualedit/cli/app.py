@@ -8,8 +8,22 @@ from typing import Annotated
 
 import typer
 
-from . import train
-from .running import quiet, run
+from .errors import options as named
+from .errors import run
+from .options import (
+    Adapter,
+    Edits,
+    Format,
+    Images,
+    Layer,
+    Model,
+    NoModel,
+    Picture,
+    Question,
+    SkipBad,
+    path,
+)
+from .terminal import quiet
 
 app = typer.Typer(
     name="dualedit",
@@ -20,18 +34,11 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Edits = Annotated[Path, typer.Option("--edits", "-e", metavar="DIR", help="Folder of saved edits.")]
-Model = Annotated[
-    Path | None,
-    typer.Option("--model", "-m", metavar="DIR", help="Local Hugging Face model (else the embedded one)."),
-]
-Adapter = Annotated[Path | None, typer.Option(metavar="DIR", help="Trained DualEdit adapters, for --model.")]
-Layer = Annotated[str | None, typer.Option(metavar="NAME", help="Linear layer for BalancEdit, for --model.")]
-Format = Annotated[str, typer.Option(metavar="NAME", help="Format of --data.")]
-Images = Annotated[Path | None, typer.Option(metavar="DIR", help="Where image paths of --data start from.")]
-SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave bad rows of --data out.")]
-Picture = Annotated[str, typer.Argument(metavar="IMAGE", help="Picture file; - asks without a picture.")]
-Question = Annotated[str, typer.Argument(metavar="QUESTION", help="The question, in quotes.")]
+# Arguments of Python functions as the command line has them, for errors.
+ASKED = {"image": "IMAGE", "prompt": "QUESTION", "target": "ANSWER", "rephrases": "--rephrase",
+         "negatives": "--unlike", "layer": "--layer", "folder": "--edits"}  # fmt: skip
+READ = {"path": "--data", "format": "--format", "image_root": "--images", "skip_bad": "--skip-bad",
+        "layer": "--layer", "folder": "--adapter"}  # fmt: skip
 FOLDER = Path("edits")
 PAGE = Path("demo_output/demo.html")
 RETRAINED = Path("demo_output/retrained")
@@ -70,17 +77,20 @@ def _root(
 
 @app.command()
 def demo(
-    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the figures as JSON.")] = None,
-    page: Annotated[Path, typer.Option(metavar="FILE", help="Where to write the page.")] = PAGE,
+    json: Annotated[
+        Path | None, typer.Option(parser=path, metavar="FILE", help="Write the figures as JSON.")
+    ] = None,
+    page: Annotated[Path, typer.Option(parser=path, metavar="FILE", help="Where to write the page.")] = PAGE,
     edits: Annotated[int, typer.Option(metavar="N", help="Single edits to measure.")] = 100,
     seed: Annotated[int, typer.Option(metavar="N", help="Which facts are edited.")] = 0,
     retrain: Annotated[
         bool, typer.Option("--retrain", help="First train the embedded model and its editors from scratch.")
     ] = False,
     weights: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where --retrain writes, or what it once wrote.")
+        Path | None,
+        typer.Option(parser=path, metavar="DIR", help="Where --retrain writes, or what it once wrote."),
     ] = None,
-    readme: Annotated[Path | None, typer.Option(metavar="FILE", hidden=True)] = None,
+    readme: Annotated[Path | None, typer.Option(parser=path, metavar="FILE", hidden=True)] = None,
 ) -> None:
     """Edit a fact before your eyes, then measure 100 edits with both methods, then write a page about it."""
     from . import demo as work
@@ -99,8 +109,11 @@ def demo(
 def eval_(
     benchmark: Annotated[str, typer.Option(metavar="NAME", help="Questions: embedded.")] = "embedded",
     methods: Annotated[
-        str, typer.Option(metavar="A,B", help="What to measure, or all.")
-    ] = "dualedit,balancedit",
+        str | None,
+        typer.Option(
+            metavar="A,B", help="What to measure, or all (dualedit,balancedit; with --model what is given)."
+        ),
+    ] = None,
     scoring: Annotated[
         str,
         typer.Option(
@@ -127,7 +140,9 @@ def eval_(
     ] = None,
     data: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Facts of your own, or E-VQA, E-IC, VLKEB, MMKE-Bench, OKEDIT."),
+        typer.Option(
+            parser=path, metavar="FILE", help="Facts of your own, or E-VQA, E-IC, VLKEB, MMKE-Bench, OKEDIT."
+        ),
     ] = None,
     format: Format = "auto",
     images: Images = None,
@@ -135,11 +150,15 @@ def eval_(
     model: Model = None,
     adapter: Adapter = None,
     layer: Layer = None,
-    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the figures as JSON.")] = None,
+    json: Annotated[
+        Path | None, typer.Option(parser=path, metavar="FILE", help="Write the figures as JSON.")
+    ] = None,
     records: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="Write what was asked, answered and routed as JSONL; a stopped run goes on."
+            parser=path,
+            metavar="FILE",
+            help="Write what was asked, answered and routed as JSONL; a stopped run goes on.",
         ),
     ] = None,
     published_threshold: Annotated[
@@ -149,7 +168,9 @@ def eval_(
     world_seed: Annotated[
         int, typer.Option(metavar="N", help="Another world, of brands that the model has never seen.")
     ] = 0,
-    weights: Annotated[Path | None, typer.Option(metavar="DIR", help="What demo --retrain wrote.")] = None,
+    weights: Annotated[
+        Path | None, typer.Option(parser=path, metavar="DIR", help="What demo --retrain wrote.")
+    ] = None,
 ) -> None:
     """Measure editing methods, one edit at a time, many at once or one after the other."""
     from . import evaluate as work
@@ -162,7 +183,7 @@ def eval_(
         work.Facts(benchmark, data, format, images, skip_bad, seed, world_seed), json, records,
     )  # fmt: skip
     options.check()
-    with quiet():
+    with quiet(), named(**READ):
         work.run(options)
 
 
@@ -171,12 +192,17 @@ def report(
     results: Annotated[
         Path,
         typer.Argument(
-            metavar="RESULTS", help="What eval wrote with --records or --json, or a folder of such files."
+            parser=path,
+            metavar="RESULTS",
+            help="What eval wrote with --records or --json, or a folder of such files.",
         ),
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The page.")] = Path("report.html"),
+    out: Annotated[Path, typer.Option("--out", "-o", parser=path, metavar="FILE", help="The page.")] = Path(
+        "report.html"
+    ),
     markdown: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the table here, not to the terminal.")
+        Path | None,
+        typer.Option(parser=path, metavar="FILE", help="Write the table here, not to the terminal."),
     ] = None,
     examples: Annotated[
         int, typer.Option(metavar="N", help="Facts to show for each method, worst first.")
@@ -196,7 +222,7 @@ def ask(image: Picture, question: Question, edits: Edits = FOLDER, model: Model 
     """Ask about a picture, and see whether an edit answers."""
     from .edits import ask as work
 
-    with quiet():
+    with quiet(), named(**ASKED):
         work(edits, model, image, question)
 
 
@@ -216,16 +242,17 @@ def edit(
         list[str] | None, typer.Option(metavar="TEXT", help="Another wording to recognise; may be repeated.")
     ] = None,
     unlike: Annotated[
-        list[Path] | None, typer.Option(metavar="IMAGE", help="A picture to leave alone; may be repeated.")
+        list[Path] | None,
+        typer.Option(parser=path, metavar="IMAGE", help="A picture to leave alone; may be repeated."),
     ] = None,
 ) -> None:
     """Make the model answer ANSWER, and save that with the other edits."""
     from .edits import edit as work
-    from .opening import Start
+    from .loading import Start
 
     start = Start(method, adapter, layer)
     start.check()
-    with quiet():
+    with quiet(), named(**ASKED):
         work(edits, model, start, image, question, answer, rephrase or [], unlike or [])
 
 
@@ -241,18 +268,19 @@ def list_(edits: Edits = FOLDER) -> None:
 def remove(
     edit_id: Annotated[int, typer.Argument(metavar="ID", help="Number of the edit, from 'dualedit list'.")],
     edits: Edits = FOLDER,
-    model: Model = None,
+    model: NoModel = None,
 ) -> None:
     """Forget one saved edit."""
     from .edits import remove as work
 
-    with quiet():
-        work(edits, model, edit_id)
+    work(edits, edit_id)
 
 
 @app.command()
 def sample(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write to.")] = Path("samples"),
+    folder: Annotated[Path, typer.Argument(parser=path, metavar="DIR", help="Folder to write to.")] = Path(
+        "samples"
+    ),
     seed: Annotated[int, typer.Option(metavar="N", help="Another number, other pictures.")] = 0,
 ) -> None:
     """Write a few pictures that the embedded model knows, with questions to ask."""
@@ -261,13 +289,23 @@ def sample(
     work(folder, seed)
 
 
-app.command(name="train")(train.command)
+@app.command(
+    name="train",
+    add_help_option=False,
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []},
+)
+def train(context: typer.Context) -> object:
+    """Train DualEdit's adapters on your own edits, into a folder that the other commands load."""
+    from .train import app as training  # reads its options off a recipe, which takes torch
+
+    return training(context.args, prog_name="dualedit train", standalone_mode=False)
 
 
 @app.command()
 def calibrate(
     data: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Facts to calibrate on, of those you do not test on.")
+        Path | None,
+        typer.Option(parser=path, metavar="FILE", help="Facts to calibrate on, of those you do not test on."),
     ] = None,
     format: Format = "auto",
     images: Images = None,
@@ -279,19 +317,21 @@ def calibrate(
     edits: Annotated[int | None, typer.Option(metavar="N", help="Most facts to calibrate on.")] = None,
     together: Annotated[int, typer.Option(metavar="N", help="How many facts to store at a time.")] = 100,
     seed: Annotated[int, typer.Option(metavar="N", help="Which facts are drawn.")] = 0,
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder to write.")] = CALIBRATED,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", parser=path, metavar="DIR", help="Folder to write.")
+    ] = CALIBRATED,
 ) -> None:
     """Find the gate's threshold (tau, or alpha for BalancEdit) that suits your facts, and save it.
 
     The folder then serves as --adapter or --edits of the other commands.
     """
     from . import calibrate as work
-    from .opening import Start
+    from .loading import Start
 
     start = Start(method, adapter, layer)
     options = work.Options(model, start, data, format, images, skip_bad, edits, together, seed, out)
     options.check()
-    with quiet():
+    with quiet(), named(**READ):
         work.run(options)
 
 

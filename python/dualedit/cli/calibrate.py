@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .demo import figure
-from .opening import Start, start_editor
-from .running import shows_progress, use_few_threads
-from .saved import NAMES
+from .loading import Start, start_editor
+from .saved_folder import NAMES
+from .terminal import shows_progress, use_few_threads
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -107,11 +107,11 @@ def _tell(sweep: Sweep, count: int, options: Options) -> None:
 
 def _samples(options: Options) -> Sequence[EditSample]:
     if options.data is None:
-        from recipes.toy.train_editors import calibration_samples
-
         from ..toy.world import World
+        from .recipes import recipe
 
-        return calibration_samples(World(0), options.edits or EMBEDDED_EDITS, options.seed)
+        draw_samples = recipe("train_editors").calibration_samples
+        return draw_samples(World(0), options.edits or EMBEDDED_EDITS, options.seed)
     from ..datasets import load_samples
     from .evaluate import draw
 

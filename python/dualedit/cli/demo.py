@@ -6,20 +6,20 @@ import io
 import json
 import os
 import re
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .running import shows_progress, use_few_threads
+from ..files import write_whole
+from .terminal import shows_progress, use_few_threads
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
     from ..evaluation import SingleResult
-    from .story import Story
+    from .demo_story import Story
 
 _BLOCK = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -66,7 +66,7 @@ def run(options: Options) -> None:
 
     from ..toy.samples import edit_samples
     from ..toy.world import World
-    from . import story as show
+    from . import demo_story as show
 
     console = Console(highlight=False)
     console.print("Loading the embedded vision-language model and its editors ...")
@@ -86,7 +86,7 @@ def run(options: Options) -> None:
         rows = [result.row.to_dict() for result in results.values()]
         write_whole(options.json, json.dumps({"rows": rows}, indent=1) + "\n")
     if options.page is not None:
-        from .story_page import render_page
+        from .demo_page import render_page
 
         opening = next(story for story in stories if story.request is first.request)
         write_whole(options.page, render_page(opening, stories, results))
@@ -109,10 +109,10 @@ def retrain(out: Path) -> None:
     """Train the embedded model and its editors from scratch into `out`; a stopped run continues there."""
     import shutil
 
-    from recipes.toy import train_editors, train_vlm
-
     from ..toy.editors import EDITORS, VLM
+    from .recipes import recipe
 
+    train_editors, train_vlm = recipe("train_editors"), recipe("train_vlm")
     use_few_threads()
     model_minutes = _minutes(VLM / "training.json", ["seconds"], 40)
     editor_minutes = _minutes(EDITORS / "editors.json", ["dualedit", "seconds"], 10)
@@ -136,25 +136,12 @@ def _minutes(report: Path, keys: list[str], otherwise: int) -> int:
     return max(1, round(value / 60)) if value else otherwise
 
 
-def write_whole(file: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as opened:
-            opened.write(text)
-        os.chmod(name, 0o644)
-        os.replace(name, file)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
 # ---------------------------------------------------------------------- on the terminal
 
 
 def tell(console: Console, story: Story, method: str) -> None:
     """Print one edit and what it did."""
-    from .story import NAMES, near
+    from .demo_story import NAMES, near
 
     request = story.request
     console.print(f"\nQuestion: {request.prompt}   [dim](about a picture of a logo)[/dim]")
@@ -170,7 +157,7 @@ def story_table(story: Story, method: str) -> Table:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    from .story import KINDS, brief, near
+    from .demo_story import KINDS, brief, near
 
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for title in ("asked", "question", "before", "after", "right", "fires", "distance"):
@@ -184,7 +171,7 @@ def story_table(story: Story, method: str) -> Table:
 
 def conclude(console: Console, results: dict[str, SingleResult]) -> None:
     """Print the figures and what they mean."""
-    from .story import untouched
+    from .demo_story import untouched
 
     rows = [result.row for result in results.values()]
     console.print(f"{rows[0].n} single edits: % right ± standard error, answers generated freely")
@@ -198,7 +185,7 @@ def figures_table(results: dict[str, SingleResult]) -> Table:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    from .story import MEANINGS, NAMES, TITLES
+    from .demo_story import MEANINGS, NAMES, TITLES
 
     rows = [result.row for result in results.values()]
     table = Table(box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
@@ -254,7 +241,7 @@ def _story_text(story: Story) -> str:
 
 
 def _figures_text(results: dict[str, SingleResult]) -> str:
-    from .story import NAMES, TITLES
+    from .demo_story import NAMES, TITLES
 
     rows = [result.row for result in results.values()]
     titles = " | ".join(TITLES.values())

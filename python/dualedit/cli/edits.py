@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .opening import Start, load_base, open_editor, open_or_start
-from .saved import is_saved, read_saved, writing
+from .loading import Start, load_base, open_editor, open_or_start
+from .saved_folder import is_saved, read_config, read_saved, remove_saved, writing
 
 if TYPE_CHECKING:
     from ..editor import Explanation
@@ -23,7 +23,7 @@ def _picture(image: str):
 
 def why(found: Explanation) -> str:
     """An explanation in words."""
-    from .story import near
+    from .demo_story import near
 
     if found.edit is None:
         return "no edit is stored"
@@ -92,18 +92,11 @@ def show_list(folder: Path) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
-def remove(folder: Path, model: Path | None, edit_id: int) -> None:
-    """Forget one edit and save the folder."""
-    stored = [e.id for e in read_saved(folder).edits]
-    if edit_id not in stored:  # before the model is loaded
-        raise ValueError(f"no edit {edit_id} in {folder}; stored: {', '.join(map(str, stored)) or 'none'}.")
+def remove(folder: Path, edit_id: int) -> None:
+    """Forget one edit of a saved folder."""
+    read_config(folder)
     with writing(folder):
-        from ..storage import save_edits
-
-        editor = open_editor(folder, model)
-        editor.remove(edit_id)
-        save_edits(editor.model, folder)
-        left = len(editor.edits)
+        left = remove_saved(folder, edit_id)
     print(f"edit {edit_id} is removed; {left} left in {folder}")
 
 

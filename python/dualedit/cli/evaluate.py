@@ -10,9 +10,10 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .demo import figure, write_whole
+from ..files import write_whole
+from .demo import figure
 from .methods import Source, choose_methods, open_methods
-from .running import shows_progress, use_few_threads
+from .terminal import shows_progress, use_few_threads
 
 if TYPE_CHECKING:
     from ..data import EditSample
@@ -56,7 +57,7 @@ class Options:
     """Options of an evaluation.
 
     Attributes:
-        methods: what to measure, as given.
+        methods: what to measure, as given; None for the editors that `source` has what they need for.
         scorings: names of `SCORINGS`.
         protocol: "single" stores one edit at a time, "batch" all at once, "sequential" one after the other.
         edits: numbers of edits, each of them a row a method and scoring; None takes 100 of the embedded
@@ -67,7 +68,7 @@ class Options:
         json, records: files for the rows and for what was asked and answered, or None.
     """
 
-    methods: str
+    methods: str | None
     scorings: tuple[str, ...]
     protocol: str
     edits: tuple[int, ...] | None

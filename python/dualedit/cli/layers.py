@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .errors import first_line
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -57,10 +59,9 @@ def _without_weights(folder: Path) -> nn.Module:
         with torch.device("meta"):
             return kind.from_config(config)
     except Exception as error:  # a config may be wrong in any way, and every one is the user's to mend
-        lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(
             f"{folder / 'config.json'} does not describe a model that transformers can build: "
-            f"{lines[0].rstrip('.:')}."
+            f"{first_line(error).rstrip('.:')}."
         ) from error
 
 

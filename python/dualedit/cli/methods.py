@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .opening import Start, load_base, start_editor
+from .loading import Start, load_base, start_editor
 
 if TYPE_CHECKING:
     from ..evaluation import Method
@@ -53,12 +53,21 @@ def known_methods() -> tuple[str, ...]:
     return (*EDITORS, *_baselines())
 
 
-def choose_methods(text: str, source: Source) -> tuple[str, ...]:
-    """Names from "dualedit,balancedit" or "all": every method for which `source` has what it needs.
+def choose_methods(text: str | None, source: Source) -> tuple[str, ...]:
+    """The methods to measure.
+
+    Args:
+        text: names, such as "dualedit,grace"; "all" for every method for which `source` has what it needs;
+            None for those of the two editors.
 
     Raises:
         ValueError: an unknown name, one that is named twice, or none.
     """
+    if text is None:
+        editors = tuple(name for name in EDITORS if _lacks(name, source) is None)
+        if not editors:
+            raise ValueError("--model: pass --adapter DIR for DualEdit, --layer NAME for BalancEdit.")
+        return editors
     names = [name.strip() for name in text.split(",") if name.strip()]
     known = known_methods()
     if names == ["all"]:

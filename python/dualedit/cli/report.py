@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .demo import write_whole
+from ..files import write_whole
 from .evaluate import CONTENTS, draw, fingerprint
 
 if TYPE_CHECKING:

@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..training.recipe import Recipe, read_recipe, recipe_from, recipe_text
-from .running import INTERRUPTED, quiet, shows_progress, use_few_threads
+from .errors import INTERRUPTED
+from .errors import options as named
+from .options import path
+from .terminal import quiet, shows_progress, use_few_threads
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,6 +25,8 @@ EMBEDDED = "embedded"
 # Rendering an edit with its questions takes some hundredths of a second; a thousand are enough to learn from.
 EMBEDDED_EDITS = 1000
 OUT = Path("adapters")
+_OPTION_NAMES = {field.name: "--" + field.name.replace("_", "-") for field in dataclasses.fields(Recipe)}
+_OPTION_NAMES["path"] = "--data"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,9 +60,8 @@ def command(config, out, resume, dry_run, write_configs, **given) -> None:
     if write_configs is not None:
         _write_configs(write_configs)
         return
-    recipe = recipe_of(options, flags)
-    with quiet():
-        run(recipe, options)
+    with quiet(), named(**_OPTION_NAMES):
+        run(recipe_of(options, flags), options)
 
 
 def _signature(function: Callable[..., None]) -> Callable[..., None]:
@@ -68,15 +72,17 @@ def _signature(function: Callable[..., None]) -> Callable[..., None]:
         return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=note)
 
     parameters = [
-        option("config", Path | None, None, "--config", "-c", metavar="FILE", help="YAML file with options."),
-        option("out", Path, OUT, "--out", "-o", metavar="DIR", help="Folder for adapters and checkpoints."),
+        option("config", Path | None, None, "--config", "-c", parser=path, metavar="FILE",
+               help="YAML file with options."),
+        option("out", Path, OUT, "--out", "-o", parser=path, metavar="DIR",
+               help="Folder for adapters and checkpoints."),
         option("resume", bool, False, "--resume", help="Go on with the run in --out."),
         option("dry_run", bool, False, "--dry-run", help="Only measure what the run will take."),
-        option("write_configs", Path | None, None, "--write-configs", metavar="DIR",
+        option("write_configs", Path | None, None, "--write-configs", parser=path, metavar="DIR",
                help="Only write train.yaml and configurations for accelerate launch (DDP, FSDP, CPU)."),
     ]  # fmt: skip
     for field in dataclasses.fields(Recipe):
-        flag = "--" + field.name.replace("_", "-")
+        flag = _OPTION_NAMES[field.name]
         shown = "null" if field.default is None else str(field.default).lower()
         about = f"{field.metadata['help']} [{shown}]"
         if isinstance(field.default, bool):
@@ -91,7 +97,12 @@ def _signature(function: Callable[..., None]) -> Callable[..., None]:
     return function
 
 
-command = _signature(command)
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(_signature(command))
 
 
 def recipe_of(options: Options, flags: dict[str, Any]) -> Recipe:
@@ -176,7 +187,7 @@ def run(recipe: Recipe, options: Options) -> None:
 
 
 def _model(recipe: Recipe, accelerator: Any) -> tuple[Any, Any]:
-    from .opening import load_base
+    from .loading import load_base
 
     if recipe.model == EMBEDDED:
         use_few_threads()
@@ -190,16 +201,16 @@ def _edits(recipe: Recipe, say: Callable[[str], None]) -> tuple[Sequence[EditSam
 
     if recipe.data != EMBEDDED:
         return load_edits_to_train(recipe, say)
-    from recipes.toy.train_editors import held_out_entities, training_samples
-
     from ..toy.samples import edit_samples
     from ..toy.world import World
+    from .recipes import recipe
 
+    train_editors = recipe("train_editors")
     world = World(0)
     say("Drawing the embedded world's edits ...")
-    samples = training_samples(world, recipe.limit or EMBEDDED_EDITS, recipe.seed)
+    samples = train_editors.training_samples(world, recipe.limit or EMBEDDED_EDITS, recipe.seed)
     wanted = HELD_OUT_EDITS if recipe.held_out_edits is None else recipe.held_out_edits
-    kept, held_out, drawn = held_out_entities(world), [], 8
+    kept, held_out, drawn = train_editors.held_out_entities(world), [], 8
     while len(held_out) < wanted:
         drawn *= 2
         held_out = [s for s in edit_samples(world, "train", drawn, 777 + recipe.seed) if s.entity in kept]

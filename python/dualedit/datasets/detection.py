@@ -10,13 +10,11 @@ _LOOK = 20  # rows looked at
 
 
 def detect_format(records: Sequence[Mapping], source: str) -> str:
-    """The format of rows: that of the first one whose fields belong to a format.
+    """The format of rows (at least one): that of the first one whose fields belong to a format.
 
     Raises:
-        ValueError: no row to look at, or fields of no known format; says which fields tell each format.
+        ValueError: fields of no known format; says which fields tell each format.
     """
-    if not records:
-        raise ValueError(f"{source}: no row is a JSON object, so there is no format to tell.")
     for record in records[:_LOOK]:
         fields = set(record)
         if {"src", "alt"} <= fields:

@@ -181,6 +181,8 @@ def _load(
         raise ValueError(f"limit={limit!r}: pass a number of samples from 1 up, or None for all.")
     template = find_template(prompt_template)
     if format == "auto":
+        if all(row.problem is not None for row in rows):
+            raise ValueError(f"{source}, {rows[0].place} {rows[0].problem}.")
         format = detect_format([row.record for row in rows if row.problem is None], source)
     reader = _Reader(source, format, finder, template, skip_bad)
     for row in rows:

@@ -60,10 +60,9 @@ def _list_rows(text: str, name: str) -> list[RawRow]:
     try:
         records = json.loads(text)
     except json.JSONDecodeError as error:
-        cut = len(text.rstrip()) - error.pos <= 1 or error.msg.startswith("Unterminated")
-        hint = " The file breaks off: download or copy it again." if cut else " Mend the file there."
+        hint = "The file breaks off: download or copy it again" if _is_cut(error) else "Mend the file there"
         raise ValueError(
-            f"path={name!r}, line {error.lineno}, column {error.colno}: {error.msg}.{hint}"
+            f"path={name!r}, line {error.lineno}, column {error.colno}: {error.msg}. {hint}."
         ) from error
     if not records:
         raise ValueError(f"path={name!r} holds an empty list: there is nothing to load.")
@@ -79,10 +78,17 @@ def _line_rows(text: str, name: str) -> list[RawRow]:
             record = json.loads(line)
             rows.append(RawRow(index, place, record, _no_object(record)))
         except json.JSONDecodeError as error:
-            rows.append(RawRow(index, place, None, f"is not JSON at column {error.colno}: {error.msg}"))
+            cut = "; the line breaks off, so download or copy the file again" if _is_cut(error) else ""
+            fault = f"is not JSON at column {error.colno}: {error.msg}{cut}"
+            rows.append(RawRow(index, place, None, fault))
     if rows[0].problem and len(rows) > 1:
         _refuse_object(text, name)
     return rows
+
+
+def _is_cut(error: json.JSONDecodeError) -> bool:
+    """Whether the text ends where JSON would go on."""
+    return len(error.doc.rstrip()) - error.pos <= 1 or error.msg.startswith("Unterminated")
 
 
 def _refuse_object(text: str, name: str) -> None:

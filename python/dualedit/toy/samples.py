@@ -42,7 +42,7 @@ def edit_samples(
     """
     if count < 1:
         raise ValueError(f"count={count} is too small; ask for at least 1 sample")
-    chosen = _chosen(world, split, count, seed)
+    chosen = chosen_facts(world, split, count, seed)
     return [
         _sample(world, split, *fact, _random(world, split, i, seed))
         for i, fact in enumerate(chosen)
@@ -52,7 +52,7 @@ def edit_samples(
 
 def edit_sample(world: World, split: str, place: int, seed: int = 0) -> EditSample:
     """The one at a place of `edit_samples`, counted from 0, without drawing the others."""
-    fact = _chosen(world, split, place + 1, seed)[place]
+    fact = chosen_facts(world, split, place + 1, seed)[place]
     return _sample(world, split, *fact, _random(world, split, place, seed))
 
 
@@ -66,7 +66,7 @@ def renumbered(sample: EditSample, by: int) -> EditSample:
     return replace(sample, entity=sample.entity + by, locality=locality)
 
 
-def _chosen(world: World, split: str, count: int, seed: int) -> list[tuple[int, str]]:
+def chosen_facts(world: World, split: str, count: int, seed: int) -> list[tuple[int, str]]:
     """Which facts are edited; asking for more does not change the first ones."""
     facts = [(entity, attribute) for entity in world.entities(split) for attribute in ATTRIBUTES]
     order = np.random.default_rng([seed, 7])

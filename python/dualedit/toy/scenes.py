@@ -126,7 +126,8 @@ def digit_images() -> tuple[np.ndarray, np.ndarray]:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise ImportError(
-            "the demo world shows scikit-learn's digits; install it: pip install scikit-learn"
+            "scikit-learn is missing, whose handwritten digits some questions of the embedded world show: "
+            "pip install 'dualedit-kernels[toy]' (make setup does)."
         ) from error
     data = load_digits()
     return (data.images * (255 / 16)).astype(np.uint8), data.target

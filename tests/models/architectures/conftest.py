@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import random
-
 import pytest
+from seeds import seed_of
 
 from .builders import ARCHITECTURES, FIRST
 from .case import Case
@@ -23,7 +21,7 @@ def pytest_generate_tests(metafunc):
 @pytest.fixture(scope="module")
 def case(request):
     """The architecture's base answers, and the same model with an edit in it."""
-    return Case(request.param, int(os.environ.get("DUALEDIT_SEED", random.SystemRandom().randrange(2**31))))
+    return Case(request.param, seed_of(f"architecture {request.param.name}"))
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from dualedit.editing import lookup
 from dualedit.models.architectures import find_decoder_layers, image_token_ids, resolve_layer, resolve_linear
 from dualedit.tuners.dualedit import DualEditLayer
 from peft import PeftModel
+from seeds import VARIABLE, settle
 
 from .builders import LISTED_FOR
 from .case import MODES, generated, logits_of
@@ -23,7 +24,7 @@ BLIND = ("chameleon", "kosmos-2", "kosmos-2.5", "granite4_vision")
 
 @pytest.fixture(autouse=True)
 def print_the_seed(case):
-    print(f"DUALEDIT_SEED={case.seed}")
+    print(f"seed {case.seed} ({VARIABLE}={settle()})")
 
 
 def pixel_positions(case):

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .running import use_few_threads
-from .saved import NAMES, is_saved, read_config
+from .errors import first_line, options
+from .saved_folder import NAMES, is_saved, read_config
+from .terminal import use_few_threads
 
 if TYPE_CHECKING:
     from ..editor import Editor
@@ -61,7 +62,7 @@ def load_base(model: Path | None, device: str | None = None) -> tuple[Any, Any]:
         processor = AutoProcessor.from_pretrained(model, local_files_only=True)
         loaded = AutoModelForImageTextToText.from_pretrained(model, dtype="auto", local_files_only=True)
     except (ValueError, OSError, ImportError, KeyError, AttributeError) as error:
-        raise ValueError(f"--model {model} cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"--model {model} cannot be loaded: {first_line(error)}") from error
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return loaded.eval().to(device), processor
 
@@ -82,8 +83,9 @@ def open_editor(folder: Path, model: Path | None) -> Editor:
     except json.JSONDecodeError as error:
         raise ValueError(f"{folder} is damaged ({error}): restore it from a copy.") from error
     except (KeyError, TypeError, RuntimeError) as error:
-        text = str(error).splitlines()[0] if str(error) else ""
-        raise ValueError(f"{folder} cannot be read as edits ({type(error).__name__}: {text}).") from error
+        raise ValueError(
+            f"{folder} cannot be read as edits ({type(error).__name__}: {first_line(error)})."
+        ) from error
 
 
 def open_or_start(folder: Path, model: Path | None, start: Start) -> Editor:
@@ -95,7 +97,8 @@ def open_or_start(folder: Path, model: Path | None, start: Start) -> Editor:
     start.check()
     if not is_saved(folder):
         return start_editor(model, start)
-    used = NAMES[read_config(folder)["peft_type"]]
+    kind = read_config(folder)["peft_type"]
+    used = NAMES.get(kind, kind)
     asked = start.method or ("dualedit" if start.adapter else "balancedit" if start.layer else used.lower())
     if asked != used.lower():
         wanted = NAMES[asked.upper()]
@@ -126,6 +129,7 @@ def start_editor(model: Path | None, start: Start) -> Editor:
             "DualEdit's adapters have to be trained for a model first: pass them with --adapter DIR, or use "
             "--method balancedit --layer NAME, which needs no training."
         )
-    read_config(start.adapter)
+    read_config(start.adapter, "--adapter")
     base, processor = load_base(model)
-    return Editor(load_edits(base, start.adapter), processor)
+    with options(folder="--adapter"):
+        return Editor(load_edits(base, start.adapter), processor)

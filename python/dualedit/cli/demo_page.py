@@ -13,7 +13,7 @@ from PIL import Image
 from dualedit.analysis.page_style import STYLE
 from dualedit.evaluation import SingleResult
 
-from .story import KINDS, MEANINGS, NAMES, TITLES, Moment, Story, brief, near, untouched
+from .demo_story import KINDS, MEANINGS, NAMES, TITLES, Moment, Story, brief, near, untouched
 
 _MORE_STORIES = 5
 _FAILURES = 12

@@ -1,16 +1,14 @@
-"""What every command shares: quiet libraries, notes, and errors that fit on a line."""
+"""Exit codes, and errors that fit on a line and speak of options."""
 
 from __future__ import annotations
 
 import os
+import re
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 DEBUG = "DUALEDIT_DEBUG"
-_OFFLINE = "HF_HUB_OFFLINE"
 USER_ERROR, INTERRUPTED = 2, 130
 
 
@@ -54,52 +52,47 @@ def user_message(error: Exception) -> str | None:
     if isinstance(error, KeyError):
         return str(error.args[0]) if error.args else "not found."
     if isinstance(error, (ValueError, OSError, ImportError)):
-        return str(error)
+        return (
+            str(error) if str(error).strip() else f"{type(error).__name__}, without a word of what is wrong."
+        )
     return None
 
 
+def first_line(error: Exception) -> str:
+    """The first line of an error's text with something in it, or the error's type."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return next(filter(None, lines), type(error).__name__)
+
+
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Keep other libraries' bars, advice and warnings off the terminal, and the libraries off the network.
+def options(**names: str) -> Iterator[None]:
+    """Let errors name the options that a user typed in place of the arguments of Python functions.
 
-    Our own warnings become notes.
+    Args:
+        names: argument to option: with image_root="--images", "Pass image_root=" becomes "Pass --images".
     """
-    offline = os.environ.get(_OFFLINE)
-    os.environ[_OFFLINE] = "1"  # models and edits are local; PEFT would ask the hub about the embedded one
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
-        if offline is None:
-            del os.environ[_OFFLINE]
-        else:
-            os.environ[_OFFLINE] = offline
-    for text in dict.fromkeys(str(w.message) for w in caught if _is_ours(w)):
-        print(f"Note: {' '.join(text.split())}", file=sys.stderr)
+        yield
+    except Exception as error:
+        if error.args and isinstance(error.args[0], str):
+            error.args = (with_options(error.args[0], names), *error.args[1:])
+        raise
 
 
-def _is_ours(warning: warnings.WarningMessage) -> bool:
-    package = Path(__file__).resolve().parents[1]
-    return package in Path(warning.filename).resolve().parents
+def with_options(message: str, names: dict[str, str]) -> str:
+    """A message with options for the arguments that it names: `name=value` becomes `--name value`."""
+    if not names:
+        return message
+    argument = re.compile(rf"(?<![\w.(])({'|'.join(map(re.escape, names))})=(True\b|None\b)?(\S?)")
 
+    def option(found: re.Match) -> str:
+        name, constant, following = found.groups()
+        shown = names[name]
+        if constant == "None" and shown.isupper():
+            return f"{shown} -{following}"
+        if constant == "None":
+            return f"{shown} (not given){following}"
+        gap = " " if following and constant is None and following not in ",.;:" else ""
+        return shown + gap + following
 
-def use_few_threads() -> None:
-    """One thread for the embedded model, which is too small for more, unless OMP_NUM_THREADS is set."""
-    import torch
-
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)
-
-
-def shows_progress() -> bool:
-    """Progress bars belong on a terminal, not in a log file."""
-    return sys.stderr.isatty()
+    return argument.sub(option, message)
