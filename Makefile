@@ -48,7 +48,7 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml setup.py $(NATIVE)
 	test -x $(PY) || $(PYTHON) -m venv $(VENV_FLAGS) $(VENV)
 	$(PY) -c "import torch" 2>/dev/null || $(PY) -m pip install $(TORCH)
-	$(PY) -m pip install "setuptools>=77" wheel
+	$(PY) -m pip install "setuptools>=77" wheel ninja
 	$(PY) -m pip install --no-build-isolation -e ".[test]"
 	touch $@
 

@@ -7,8 +7,11 @@ was left out and why, and every operator runs in plain PyTorch.
 CUDA kernels are added where nvcc and a torch with CUDA are found. They need nothing of torch's CUDA headers:
 nvcc compiles plain launchers, the C++ compiler a thin binding.
 
+With ninja installed, files are compiled side by side, and only those that changed.
+
 Environment:
     DUALEDIT_NO_BUILD=1   do not compile
+    MAX_JOBS              how many files ninja compiles at a time
     FORCE_CUDA=1          add CUDA kernels although this torch has no CUDA (FORCE_CUDA=0: leave them out)
     CUDA_HOME, CXX        the CUDA toolkit, the C++ compiler
 """
@@ -17,6 +20,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -101,6 +105,9 @@ def extension():
         return [], {}
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
+    # ninja is found where this Python's packages put it, though their folder may not be on the PATH.
+    os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
+
     class Build(BuildExtension):
         """Says in words what happened; a failure leaves the library out (it is optional)."""
 
@@ -152,7 +159,7 @@ def extension():
         py_limited_api=True,
         optional=True,
     )
-    return [library], {"build_ext": Build.with_options(use_ninja=False)}
+    return [library], {"build_ext": Build}  # which says so where there is no ninja, and does without
 
 
 EXTENSIONS, COMMANDS = extension()
@@ -168,5 +175,7 @@ setup(
     ext_modules=EXTENSIONS,
     cmdclass=COMMANDS,
     # The library does not use Python's C API beyond its limited part.
-    options={"bdist_wheel": {"py_limited_api": "cp310"}} if EXTENSIONS else {},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}, "build_ext": {"build_temp": "build/objects"}}
+    if EXTENSIONS
+    else {},
 )

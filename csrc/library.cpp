@@ -5,7 +5,6 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include "cpu/gated_edit_attention.h"
 #include "cpu/nearest_key.h"
 #include "cpu/nearest_key_coarse.h"
 
@@ -18,14 +17,11 @@ std::tuple<torch::stable::Tensor, torch::stable::Tensor> nearest_key_coded(
     torch::stable::Tensor error, torch::stable::Tensor centre, torch::stable::Tensor rows,
     torch::stable::Tensor apart, torch::stable::Tensor tails);
 void last_coded(int64_t* out);
-torch::stable::Tensor attend_bf16(
-    torch::stable::Tensor q, torch::stable::Tensor k, torch::stable::Tensor v, int64_t heads);
 }  // namespace dualedit
 
 STABLE_TORCH_LIBRARY_IMPL(dualedit_kernels, CPU, library) {
   library.impl("nearest_key_cpp", TORCH_BOX(&dualedit::nearest_key));
   library.impl("nearest_key_coded_cpp", TORCH_BOX(&dualedit::nearest_key_coded));
-  library.impl("attend_bf16_cpp", TORCH_BOX(&dualedit::attend_bf16));
 }
 
 #ifdef _WIN32
@@ -43,6 +39,3 @@ DUALEDIT_EXPORT const char* dualedit_coarse_name(int64_t isa) { return dualedit:
 // out[0]: distances that the last coded lookup of any thread computed exactly, out[1]: queries it gave up on. For
 // tests and benchmarks.
 DUALEDIT_EXPORT void dualedit_last_coded(int64_t* out) { dualedit::last_coded(out); }
-
-// Whether this processor runs attend_bf16_cpp.
-DUALEDIT_EXPORT bool dualedit_has_bf16_products() { return dualedit::has_bf16_products(); }

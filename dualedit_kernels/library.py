@@ -50,7 +50,6 @@ SCHEMAS = {
         " Tensor square, Tensor error, Tensor centre, Tensor rows, Tensor apart, Tensor tails)"
         " -> (Tensor, Tensor)"
     ),
-    "attend_bf16_cpp": "(Tensor q, Tensor k, Tensor v, int num_heads) -> Tensor",
     "nearest_key_cuda": "(Tensor query, Tensor keys, Tensor radius, bool cosine) -> (Tensor, Tensor)",
 }
 

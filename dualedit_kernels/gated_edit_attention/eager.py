@@ -2,7 +2,6 @@
 
 Only the tokens that change are touched: they are gathered once, projected in one matrix product, and
 attended in chunks of rows padded to a common size. Chunks bound both the padding and the memory of scores.
-On the CPU, long rows whose tokens lie side by side are read and written where they are, row by row.
 """
 
 from __future__ import annotations
@@ -14,16 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..products import PLAIN, Products
 from .reference import at_least_fp32
 
 # Attention scores [rows, heads, queries, keys] that are alive at once.
 _SCORES = 1 << 23
-# Scores of one head [queries, keys] from which a CPU takes backward head by head.
-_HEAD = 1 << 14
-# Tokens of a row from which its products alone are as fast as those of all rows together (weights are packed
-# anew for each product).
-_LONG = 128
 
 
 @dataclass(frozen=True)
@@ -55,16 +48,6 @@ class Plan:
         row, column = flags[picked].nonzero().unbind(1)
         tokens = rows[picked][row] * span.shape[1] + column
         return cls(tokens, [e[0] for e in order], [e[2] for e in order], [e[1] for e in order])
-
-    def runs(self) -> list[int] | None:
-        """The first token of each row, if the tokens of every row are many and lie side by side."""
-        if min(self.counts) < _LONG:
-            return None
-        begin = torch.tensor([0, *self.counts[:-1]]).cumsum(0)
-        end = begin + torch.tensor(self.counts) - 1
-        first, last = self.tokens[begin].tolist(), self.tokens[end].tolist()
-        same = all(b - a == n - 1 for a, b, n in zip(first, last, self.counts, strict=True))
-        return first if same else None
 
     def chunks(self, num_heads: int) -> Iterator[Chunk]:
         """Rows that are attended together, within the budget for scores."""
@@ -132,10 +115,10 @@ class Chunk:
             total.index_add_(0, self.key_index.flatten(), rows.flatten(0, 1))
 
 
-def forward(hidden: Tensor, *args: object, products: Products = PLAIN) -> Tensor:
+def forward(hidden: Tensor, *args: object) -> Tensor:
     """Out of place: see `forward_`."""
     out = hidden.clone(memory_format=torch.contiguous_format)
-    forward_(out, *args, products=products)
+    forward_(out, *args)
     return out
 
 
@@ -153,8 +136,6 @@ def forward_(
     b_o: Tensor,
     num_heads: int,
     eps: float,
-    *,
-    products: Products = PLAIN,
 ) -> None:
     """Change the open tokens of ``hidden`` in place: see `dualedit_kernels.gated_edit_attention`."""
     plan = Plan.of(span, route, start, length)
@@ -163,62 +144,20 @@ def forward_(
     flat = (
         hidden.view(-1, hidden.shape[-1]) if hidden.is_contiguous() else hidden.reshape(-1, hidden.shape[-1])
     )
-    runs = plan.runs() if flat.device.type == "cpu" else None
-    if runs is None:
-        _gathered(flat, plan, k, v, w_q, b_q, w_o, b_o, num_heads, eps, products)
-    else:
-        for first, count, begin, size in zip(runs, plan.counts, plan.starts, plan.lengths, strict=True):
-            x, slot = flat[first : first + count], slice(begin, begin + size)
-            _in_place(x, k[slot], v[slot], w_q, b_q, w_o, b_o, num_heads, eps, products)
-    if flat.data_ptr() != hidden.data_ptr():
-        hidden.copy_(flat.view_as(hidden))
-
-
-def _in_place(
-    x: Tensor,
-    k: Tensor,
-    v: Tensor,
-    w_q: Tensor,
-    b_q: Tensor,
-    w_o: Tensor,
-    b_o: Tensor,
-    num_heads: int,
-    eps: float,
-    products: Products,
-) -> None:
-    """Change the tokens x [P, D] of one row, whose edit is k, v [S, M]."""
-    q = products.linear(F.layer_norm(x, x.shape[-1:], eps=eps), w_q, b_q)
-    q, k, v = (t[None].unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (q, k, v))  # [1, H, *, M/H]
-    o = products.attend(q, k, v, None).transpose(1, 2).flatten(2)[0]  # [P, M]
-    x.add_(products.linear(o, w_o, b_o))
-
-
-def _gathered(
-    flat: Tensor,
-    plan: Plan,
-    k: Tensor,
-    v: Tensor,
-    w_q: Tensor,
-    b_q: Tensor,
-    w_o: Tensor,
-    b_o: Tensor,
-    num_heads: int,
-    eps: float,
-    products: Products,
-) -> None:
-    """Change the tokens of ``plan`` in flat [.., D], all rows together."""
     x = flat[plan.tokens]  # [P, D]
-    q = products.linear(F.layer_norm(x, x.shape[-1:], eps=eps), w_q, b_q)
+    q = F.linear(F.layer_norm(x, x.shape[-1:], eps=eps), w_q, b_q)
     o = torch.empty_like(q)
     for chunk in plan.chunks(num_heads):
-        block = products.attend(
+        block = F.scaled_dot_product_attention(
             chunk.pad(q[chunk.tokens], num_heads),
             chunk.memory(k, num_heads),
             chunk.memory(v, num_heads),
-            chunk.key_mask,
+            attn_mask=chunk.key_mask,
         )
         o[chunk.tokens] = chunk.unpad(block)
-    flat.index_copy_(0, plan.tokens, x.add_(products.linear(o, w_o, b_o)))
+    flat.index_copy_(0, plan.tokens, x.add_(F.linear(o, w_o, b_o)))
+    if flat.data_ptr() != hidden.data_ptr():
+        hidden.copy_(flat.view_as(hidden))
 
 
 def backward(
@@ -237,8 +176,6 @@ def backward(
     num_heads: int,
     eps: float,
     needs: list[bool],
-    *,
-    products: Products = PLAIN,
 ) -> tuple[Tensor, ...]:
     """Gradients of (hidden, k, v, w_q, b_q, w_o, b_o); q and the softmax are recomputed.
 
@@ -254,11 +191,11 @@ def backward(
     x = hidden.reshape(-1, hidden.shape[-1])[plan.tokens].to(wide)
     normal, mean, scale = torch.native_layer_norm(x, x.shape[-1:], None, None, eps)
     normal = normal.to(g.dtype)
-    q = products.linear(normal, w_q, b_q)
-    d_o = products.linear(g, w_o.t(), None)
-    o, d_q, d_k, d_v = _attention_backward(plan, q, d_o, k, v, num_heads, needs, products)
+    q = F.linear(normal, w_q, b_q)
+    d_o = g @ w_o
+    o, d_q, d_k, d_v = _attention_backward(plan, q, d_o, k, v, num_heads, needs)
     if needs[0]:
-        d_normal = products.linear(d_q, w_q.t(), None).to(wide)
+        d_normal = (d_q @ w_q).to(wide)
         d_x = torch.ops.aten.native_layer_norm_backward(
             d_normal, x, x.shape[-1:], mean, scale, None, None, [True, False, False]
         )[0]
@@ -267,9 +204,9 @@ def backward(
         d_hidden,
         d_k,
         d_v,
-        products.linear(d_q.t(), normal.t(), None) if needs[3] else w_q.new_empty(0),
+        d_q.t() @ normal if needs[3] else w_q.new_empty(0),
         d_q.sum(0) if needs[4] else b_q.new_empty(0),
-        products.linear(g.t(), o.t(), None) if needs[5] else w_o.new_empty(0),
+        g.t() @ o if needs[5] else w_o.new_empty(0),
         g.sum(0) if needs[6] else b_o.new_empty(0),
     )
 
@@ -282,7 +219,6 @@ def _attention_backward(
     v: Tensor,
     num_heads: int,
     needs: list[bool],
-    products: Products,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(o [P, M], d_q [P, M], d_k [T, M], d_v [T, M]) of q, d_o [P, M]; d_k, d_v are empty if not needed."""
     wide = at_least_fp32(q.dtype)
@@ -296,8 +232,7 @@ def _attention_backward(
         k_c, v_c = (chunk.memory(t, num_heads).contiguous() for t in (k, v))
         if chunk.query_mask is not None:
             d_o_c.mul_(chunk.query_mask[:, None, :, None])
-        block = _by_head if products.by_head and chunk.queries * chunk.keys >= _HEAD else _all_heads
-        o_c, d_q_c, d_k_c, d_v_c = block(q_c, k_c, v_c, d_o_c, chunk.key_mask, needs, products)
+        o_c, d_q_c, d_k_c, d_v_c = _chunk_backward(q_c, k_c, v_c, d_o_c, chunk.key_mask, needs)
         if needs[1]:
             chunk.add_memory(d_k, d_k_c)
         if needs[2]:
@@ -306,8 +241,8 @@ def _attention_backward(
     return o, d_q.mul_((q.shape[1] // num_heads) ** -0.5), d_k.to(k.dtype), d_v.to(v.dtype)
 
 
-def _all_heads(
-    q: Tensor, k: Tensor, v: Tensor, d_o: Tensor, mask: Tensor | None, needs: list[bool], products: Products
+def _chunk_backward(
+    q: Tensor, k: Tensor, v: Tensor, d_o: Tensor, mask: Tensor | None, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """(o, d_q [R, H, P, K], d_k, d_v [R, H, S, K]) of q (scaled), d_o [R, H, P, K] and k, v [R, H, S, K].
 
@@ -324,29 +259,3 @@ def _all_heads(
     d_k = d_s.transpose(-1, -2) @ q if needs[1] else None
     d_v = narrow.transpose(-1, -2) @ d_o if needs[2] else None
     return narrow @ v, d_s @ k, d_k, d_v
-
-
-def _by_head(
-    q: Tensor, k: Tensor, v: Tensor, d_o: Tensor, mask: Tensor | None, needs: list[bool], products: Products
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """As `_all_heads`; the scores of one head stay in the processor's cache."""
-    wide, linear = at_least_fp32(q.dtype), products.linear
-    o, d_q = torch.empty_like(q), torch.empty_like(q)
-    d_k = torch.empty_like(k) if needs[1] else None
-    d_v = torch.empty_like(v) if needs[2] else None
-    for row in range(q.shape[0]):
-        for head in range(q.shape[1]):
-            at = row, head
-            scores = linear(q[at], k[at], None).to(wide)  # [P, S]
-            if mask is not None:
-                scores.masked_fill_(~mask[row, 0], -torch.inf)
-            p = torch.softmax(scores, -1)
-            narrow = p.to(q.dtype)
-            d_p = linear(d_o[at], v[at], None).to(wide)
-            d_s = torch.ops.aten._softmax_backward_data(d_p, p, -1, wide).to(q.dtype)
-            o[at], d_q[at] = linear(narrow, v[at].t(), None), linear(d_s, k[at].t(), None)
-            if d_k is not None:
-                d_k[at] = linear(d_s.t(), q[at].t(), None)
-            if d_v is not None:
-                d_v[at] = linear(narrow.t(), d_o[at].t(), None)
-    return o, d_q, d_k, d_v

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
@@ -11,7 +9,6 @@ from .. import backend, checks
 from ..library import LIBRARY, NAMESPACE
 from ..nearest_key.codes import METRICS
 from ..nearest_key.op import nearest_key
-from ..products import COMPILED, ONEDNN, compiled_refuses, onednn_refuses
 from . import eager, triton_backend
 from .arguments import Gate
 from .reference import gated_edit_attention_reference
@@ -327,24 +324,6 @@ torch.library.register_autograd(
 )
 backend.register(
     "gated_edit_attention",
-    backend.Implementation(
-        "cpp-avx512bf16",
-        {
-            name: partial(getattr(eager, name), products=COMPILED)
-            for name in ("forward", "forward_", "backward")
-        },
-        compiled_refuses,
-        "C++ tiles for the attention, oneDNN's products around it, touches open tokens only",
-    ),
-    backend.Implementation(
-        "onednn",
-        {
-            name: partial(getattr(eager, name), products=ONEDNN)
-            for name in ("forward", "forward_", "backward")
-        },
-        onednn_refuses,
-        "batched PyTorch with oneDNN's products, touches open tokens only",
-    ),
     *triton_backend.implementations(),
     backend.Implementation(
         "eager",

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-
-from ..products import PLAIN, Products
 
 
 def low_rank(base: Tensor, x: Tensor, down: Tensor, up: Tensor, index: Tensor) -> Tensor:
@@ -63,19 +62,17 @@ def low_rank_backward(
     return d_x, d_down.to(down.dtype), d_up.to(up.dtype)
 
 
-def full(
-    base: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, *, products: Products = PLAIN
-) -> Tensor:
+def full(base: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor) -> Tensor:
     """See `dualedit_kernels.routed_linear` (Full)."""
     out = base.clone(memory_format=torch.contiguous_format)
     for slot, rows in _groups(index, len(weight)):
-        y = products.linear(x[rows].flatten(0, 1), weight[slot], bias)
+        y = F.linear(x[rows].flatten(0, 1), weight[slot], bias)
         out.index_copy_(0, rows, y.unflatten(0, (len(rows), -1)).to(out.dtype))
     return out
 
 
 def full_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, index: Tensor, needs: list[bool], *, products: Products = PLAIN
+    grad: Tensor, x: Tensor, weight: Tensor, index: Tensor, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of (base, x, weight, bias); one that is not needed comes back empty."""
     rows, _ = _open(index, len(weight))
@@ -86,10 +83,10 @@ def full_backward(
     for slot, group in _groups(index, len(weight)):
         g = grad[group].to(x.dtype).flatten(0, 1)
         if needs[1]:
-            d_rows = products.linear(g, weight[slot].t(), None)
+            d_rows = g @ weight[slot]
             d_x.index_copy_(0, group, d_rows.unflatten(0, (len(group), -1)))
         if needs[2]:
-            d_weight[slot] = products.linear(g.t(), x[group].flatten(0, 1).t(), None)
+            d_weight[slot] = g.t() @ x[group].flatten(0, 1)
     return d_base, d_x, d_weight, d_bias
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +10,6 @@ from torch import Tensor
 
 from .. import backend, checks
 from ..library import LIBRARY, NAMESPACE
-from ..products import ONEDNN, onednn_refuses
 from . import eager, triton_backend
 from .reference import routed_full_reference, routed_low_rank_reference
 
@@ -180,17 +178,6 @@ torch.library.register_autograd(
 _BACKWARD = {"low_rank_backward": eager.low_rank_backward, "full_backward": eager.full_backward}
 backend.register(
     "routed_linear",
-    backend.Implementation(
-        "onednn",
-        {
-            "low_rank": eager.low_rank,
-            "low_rank_backward": eager.low_rank_backward,
-            "full": partial(eager.full, products=ONEDNN),
-            "full_backward": partial(eager.full_backward, products=ONEDNN),
-        },
-        onednn_refuses,
-        "batched PyTorch with oneDNN's products, touches routed rows only",
-    ),
     *triton_backend.implementations(),
     backend.Implementation(
         "eager",

@@ -1,15 +1,14 @@
 """gated_edit_attention against float64, forward and backward, for every implementation that runs here."""
 
-import itertools
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from dualedit_kernels import Gate, backend, encode_keys, fold_query, gated_edit_attention, products
+from dualedit_kernels import Gate, backend, encode_keys, fold_query, gated_edit_attention
 from dualedit_kernels.gated_edit_attention import eager
-from dualedit_kernels.gated_edit_attention.reference import attend, gated_edit_attention_reference
+from dualedit_kernels.gated_edit_attention.reference import gated_edit_attention_reference
 from dualedit_kernels.testing import AttentionCase, assert_as_exact, attention_case, sample_shape
 
 IMPLEMENTATIONS = [
@@ -18,11 +17,6 @@ IMPLEMENTATIONS = [
     if entry.refuses("cpu", torch.float32) is None
 ]
 OPS = torch.ops.dualedit_kernels
-COMPILED = "cpp-avx512bf16"
-needs_compiled = pytest.mark.skipif(
-    products.compiled_refuses("cpu", torch.bfloat16) is not None,
-    reason=str(products.compiled_refuses("cpu", torch.bfloat16)),
-)
 CASES = {
     "mixed": dict(rows=5, tokens=19, dim=24, mid=16, num_heads=4, lengths=[7, 1, 30], route=[2, -1, 0, 1, 2]),
     "one slot": dict(rows=4, tokens=12, dim=16, mid=8, num_heads=1, lengths=[9], route=[0, 0, 0, 0]),
@@ -42,8 +36,7 @@ CLOSED = {
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
-def implementation(request, poison, monkeypatch):
-    monkeypatch.setattr(products, "_WORTH_IT", 0)  # small products take oneDNN's road too
+def implementation(request, poison):
     with backend.use_backend(gated_edit_attention=request.param):
         yield request.param
 
@@ -86,18 +79,9 @@ def test_against_float64(implementation, generator, name, dtype):
     compare(attention_case(generator, **CASES[name]), dtype, generator, factor=3.0)
 
 
-@needs_compiled
-@pytest.mark.parametrize("name", CASES)
-def test_compiled_against_float64(poison, monkeypatch, generator, name):
-    monkeypatch.setattr(products, "_WORTH_IT", 0)
-    with backend.use_backend(gated_edit_attention=COMPILED):
-        compare(attention_case(generator, **CASES[name]), torch.bfloat16, generator, factor=3.0)
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_rows_in_one_piece(poison, monkeypatch, generator, dtype):
-    """Read and written where they are, or gathered: as exact, and what is around them stays."""
-    monkeypatch.setattr(products, "_WORTH_IT", 0)
+def test_rows_in_one_piece(poison, generator, dtype):
+    """Tokens that lie side by side, in memory with gaps, too: what is around them stays."""
     span = torch.zeros(5, 23, dtype=torch.bool)
     for row, (first, last) in enumerate([(0, 23), (3, 9), (22, 23), (1, 4), (7, 20)]):
         span[row, first:last] = True
@@ -108,79 +92,21 @@ def test_rows_in_one_piece(poison, monkeypatch, generator, dtype):
     for name in [entry.name for entry in backend.families()["gated_edit_attention"]]:
         if _refused(name, dtype):
             continue
-        for long in (1, 5, 1000):  # all rows, all but one (so none), none
-            monkeypatch.setattr(eager, "_LONG", long)
-            with backend.use_backend(gated_edit_attention=name):
-                out = through_operator(case)
-                wide = torch.zeros(5, 23, 48, dtype=dtype)
-                wide[:, :, ::2] = case.hidden
-                gated_edit_attention(**case.public() | {"hidden": wide[:, :, ::2]}, inplace=True)
-            assert_as_exact(f"{name} {long}", out, plain, exact, 3.0)
-            assert_as_exact(f"{name} {long} strided", wide[:, :, ::2], plain, exact, 3.0)
-            assert not wide[:, :, 1::2].any()
-            unchanged = ~(case.span & (case.route >= 0)[:, None])
-            assert torch.equal(out[unchanged], case.hidden[unchanged])
+        with backend.use_backend(gated_edit_attention=name):
+            out = through_operator(case)
+            wide = torch.zeros(5, 23, 48, dtype=dtype)
+            wide[:, :, ::2] = case.hidden
+            gated_edit_attention(**case.public() | {"hidden": wide[:, :, ::2]}, inplace=True)
+        assert_as_exact(name, out, plain, exact, 3.0)
+        assert_as_exact(f"{name} strided", wide[:, :, ::2], plain, exact, 3.0)
+        assert not wide[:, :, 1::2].any()
+        unchanged = ~(case.span & (case.route >= 0)[:, None])
+        assert torch.equal(out[unchanged], case.hidden[unchanged])
 
 
 def _refused(name, dtype):
     entries = {entry.name: entry for entry in backend.families()["gated_edit_attention"]}
     return entries[name].refuses("cpu", dtype) is not None
-
-
-@needs_compiled
-def test_compiled_attention(poison, generator):
-    """Any size of heads, keys and queries; rows within wider ones, whose other values must not be read."""
-    for _ in range(60):
-        queries, keys = torch.randint(1, 90, (2,), generator=generator).tolist()
-        heads, size = (int(torch.randint(1, most, (), generator=generator)) for most in (5, 70))
-        wide = torch.full((3, 100, heads * size + 9), torch.nan, dtype=torch.bfloat16)
-        q, k, v = (t[:n, 4:-5] for t, n in zip(wide, (queries, keys, keys), strict=True))
-        scale = float(10 ** torch.empty(()).uniform_(-2, 2, generator=generator))
-        for t in (q, k, v):
-            t.copy_(torch.randn(t.shape, generator=generator) * (scale if t is k else 1))
-        v += 3
-        print(queries, keys, heads, size, scale)
-        found = OPS.attend_bf16_cpp(q, k, v, heads)
-        exact = attend(q.double(), k.double(), v.double(), heads)
-        assert_as_exact("o", found, attend(q, k, v, heads), exact, 2.0)
-
-
-@needs_compiled
-@pytest.mark.parametrize("threads", [2, 5])
-def test_compiled_attention_on_threads(generator, threads):
-    q, k, v = (torch.randn(n, 64, generator=generator).bfloat16() for n in (100, 70, 70))
-    want = OPS.attend_bf16_cpp(q, k, v, 2)
-    torch.set_num_threads(threads)
-    try:
-        assert torch.equal(OPS.attend_bf16_cpp(q, k, v, 2), want)
-    finally:
-        torch.set_num_threads(1)
-
-
-@needs_compiled
-def test_compiled_attention_of_what_is_not_finite(generator):
-    """As plain PyTorch: NaN where a score or a value is none, in that head and query alone."""
-    for where, value in itertools.product("qkv", (torch.nan, torch.inf, -torch.inf)):
-        q, k, v = (torch.randn(n, 48, generator=generator).bfloat16() for n in (20, 37, 37))
-        {"q": q, "k": k, "v": v}[where][7, 20] = value
-        found, want = OPS.attend_bf16_cpp(q, k, v, 3), attend(q, k, v, 3)
-        assert torch.equal(found.isnan(), want.isnan()) and torch.equal(found.isinf(), want.isinf())
-        torch.testing.assert_close(found, want, rtol=0.1, atol=0.05, equal_nan=True)
-
-
-@needs_compiled
-def test_compiled_attention_says_what_is_wrong():
-    rows = torch.zeros(4, 6, dtype=torch.bfloat16)
-    for q, k, v, heads, words in (
-        (rows, rows, rows, 4, "heads must divide M"),
-        (rows, rows[:, :3], rows, 2, "k must be bf16"),
-        (rows, rows, rows.float(), 2, "v must be bf16"),
-        (rows, rows, rows[:3], 2, "as many keys as values"),
-        (rows, rows[:0], rows[:0], 2, "as many keys as values"),
-        (rows.t(), rows, rows, 2, "q must be bf16|k must be bf16"),
-    ):
-        with pytest.raises(RuntimeError, match=words):
-            OPS.attend_bf16_cpp(q, k, v, heads)
 
 
 def test_random_shapes(implementation, generator):
@@ -430,22 +356,3 @@ def test_errors_name_the_argument(generator, change, error, words):
     case = attention_case(generator, **CASES["mixed"]).to(torch.float32)
     with pytest.raises(error, match=words):
         gated_edit_attention(**case.public() | change)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_backward_by_head_is_backward_of_all_heads(dtype, generator):
-    """Large enough that float32 products take oneDNN; the last keys of row 1 are padding."""
-
-    def numbers(*shape):
-        return torch.randn(shape, generator=generator).to(dtype)
-
-    q, d_o, k, v = (numbers(2, 3, size, 96) for size in (150, 150, 170, 170))
-    mask = torch.ones(2, 1, 1, 170, dtype=torch.bool)
-    mask[1, ..., 160:] = False
-    exact = eager._all_heads(*(t.double() for t in (q, k, v, d_o)), mask, [True] * 7, products.PLAIN)
-    wanted = eager._all_heads(q, k, v, d_o, mask, [True] * 7, products.PLAIN)
-    found = eager._by_head(q, k, v, d_o, mask, [True] * 7, products.ONEDNN)
-    for one, two, true in zip(found, wanted, exact, strict=True):
-        assert one.dtype == dtype
-        assert float((one - true).norm()) <= 1.5 * float((two - true).norm()) + 1e-6 * float(true.norm())
-    assert eager._by_head(q, k, v, d_o, mask, [False] * 7, products.ONEDNN)[2:] == (None, None)

@@ -12,7 +12,6 @@ from dualedit_kernels import (
     backend,
     gated_edit_attention,
     nearest_key,
-    products,
     routed_linear,
 )
 from dualedit_kernels.gated_edit_attention.reference import gated_edit_attention_reference
@@ -194,8 +193,7 @@ def attention(draw, dtypes, device):
 
 
 @pytest.mark.parametrize("name", names("gated_edit_attention", torch.bfloat16))
-def test_gated_edit_attention(name, generator, poison, monkeypatch):
-    monkeypatch.setattr(products, "_WORTH_IT", 0)  # small products take oneDNN's road too
+def test_gated_edit_attention(name, generator, poison):
     draw = Draw(generator)
     fit = [dtype for dtype in DTYPES if name in names("gated_edit_attention", dtype)]
     with backend.use_backend(gated_edit_attention=name):

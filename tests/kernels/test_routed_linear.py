@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dualedit_kernels import Full, LowRank, backend, products, routed_linear
+from dualedit_kernels import Full, LowRank, backend, routed_linear
 from dualedit_kernels.routed_linear.reference import routed_full_reference, routed_low_rank_reference
 from dualedit_kernels.testing import assert_as_exact, rounding_of_sums
 
@@ -21,8 +21,7 @@ INDICES = {
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
-def implementation(request, poison, monkeypatch):
-    monkeypatch.setattr(products, "_WORTH_IT", 0)  # small products take oneDNN's road too
+def implementation(request, poison):
     with backend.use_backend(routed_linear=request.param):
         yield request.param
 

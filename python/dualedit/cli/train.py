@@ -203,9 +203,9 @@ def _edits(recipe: Recipe, say: Callable[[str], None]) -> tuple[Sequence[EditSam
         return load_edits_to_train(recipe, say)
     from ..toy.samples import edit_samples
     from ..toy.world import World
-    from .recipes import recipe
+    from .recipes import recipe as load_recipe
 
-    train_editors = recipe("train_editors")
+    train_editors = load_recipe("train_editors")
     world = World(0)
     say("Drawing the embedded world's edits ...")
     samples = train_editors.training_samples(world, recipe.limit or EMBEDDED_EDITS, recipe.seed)
