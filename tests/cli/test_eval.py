@@ -111,7 +111,7 @@ def test_sequential_rows_say_what_is_left_at_the_end(tmp_path):
         (["--model", "m", "--data", "d", "--methods", "balancedit"], "--layer NAME"),
         (["--layer", "up_proj"], "--adapter and --layer are for a model of your own"),
         (["--data", "{tmp}/none.jsonl"], "--data '{tmp}/none.jsonl': no such file"),
-        (["--data", "{tmp}/notes.txt"], "--data '{tmp}/notes.txt' begins with 'milk, bread'"),
+        (["--data", "{tmp}/notes.txt"], "--data '{tmp}/notes.txt' begins with 'milk, bread"),
         (["--data", "{tmp}/cut.jsonl"], "{tmp}/cut.jsonl, line 1 is not JSON at column 30"),
         (["--data", "{tmp}/bad.jsonl"], "field 'target' is missing"),
         (["--data", "{tmp}/bad.jsonl"], "--skip-bad leaves bad rows out"),

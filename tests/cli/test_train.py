@@ -341,11 +341,11 @@ def test_learning_rate_schedules():
     [
         ("learning_rat: 1", "the nearest is 'learning_rate'"),
         ("vis-layers: 3", "the nearest is 'vis_layer'"),
-        ("steps: many", "steps='many' should be a whole number"),
-        ("steps: 0", "steps=0: pass a whole number from 1 up"),
-        ("skip_bad: 1", "skip_bad=1 should be true or false"),
-        ("schedule: step", "schedule='step': choose one of"),
-        ("batch_size: null", "batch_size=None should be a whole number"),
+        ("steps: many", "--steps 'many' should be a whole number"),
+        ("steps: 0", "--steps 0: pass a whole number from 1 up"),
+        ("skip_bad: 1", "--skip-bad 1 should be true or false"),
+        ("schedule: step", "--schedule 'step': choose one of"),
+        ("batch_size: null", "--batch-size (not given) should be a whole number"),
         ("- steps", "holds a list"),
         ("steps: [", "is no YAML"),
     ],
@@ -360,12 +360,12 @@ def test_bad_recipe_files(text, says, train, tmp_path):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--batch-size", "5", "--accumulate", "2"], "batch_size=5 cannot be divided"),
-        (["--text-layer", "9"], "text_layer=9: model.language_model.layers has 4 layers"),
-        (["--learning-rate", "fast"], "learning_rate='fast' should be a number"),
+        (["--batch-size", "5", "--accumulate", "2"], "--batch-size 5 cannot be divided"),
+        (["--text-layer", "9"], "--text-layer 9: model.language_model.layers has 4 layers"),
+        (["--learning-rate", "fast"], "--learning-rate 'fast' should be a number"),
         (["--data", "nothing.json"], "nothing.json"),
         (["--config", "nothing.yaml"], "no such file"),
-        (["--num-heads", "3"], "pass a positive divisor of mid_dim=16"),
+        (["--num-heads", "3"], "pass a positive divisor of --mid-dim 16"),
         (["--model", "nowhere"], "is no folder"),
     ],
 )
@@ -442,7 +442,7 @@ def test_adapters_to_begin_with(train, tmp_path):
     loss = {out: read_metrics(out / "metrics.jsonl")[0]["loss"] for out in (second, fresh)}
     assert loss[second] < 0.9 * loss[fresh]
     code, said = train(tmp_path / "other", *one, "--adapters", str(first), "--mid-dim", "32")
-    assert code == 2 and "mid_dim=32: the adapters in" in said
+    assert code == 2 and "--mid-dim 32: the adapters in" in said
 
 
 def test_kept_frozen_runs_change_nothing(train, tmp_path):
@@ -471,7 +471,7 @@ def test_out_of_memory_says_what_to_lower(error, train, tmp_path, monkeypatch):
     monkeypatch.setattr(TrainingStep, "forward", fail)
     code, said = train(tmp_path / "out", "--steps", "2", "--precision", "fp32")
     assert code == 2 and "memory left" in said
-    for remedy in ("precision=bf16", "accumulate=2", "recompute=true", "mid_dim below 16"):
+    for remedy in ("--precision bf16", "--accumulate 2", "--recompute true", "mid_dim below 16"):
         assert remedy in said
 
 
@@ -488,7 +488,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(train, tmp_path, monkeypatc
     real = TrainingStep.forward
     monkeypatch.setattr(TrainingStep, "forward", lambda self, batch: real(self, batch) * float("nan"))
     code, said = train(tmp_path / "out", "--steps", "2")
-    assert code == 2 and "Step 1: the gradient is not finite. Lower learning_rate=0.01" in said
+    assert code == 2 and "Step 1: the gradient is not finite. Lower --learning-rate 0.01" in said
     assert not (tmp_path / "out" / "adapter_config.json").exists()
 
 

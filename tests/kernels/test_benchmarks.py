@@ -469,7 +469,8 @@ def test_the_captured_lookup(monkeypatch):
     monkeypatch.setattr(bench, "nearest_key", lambda query, keys, *rest: bench._smallest(
         torch.cdist(query.double(), torch.Tensor(keys).double())
     ))  # fmt: skip
-    rivals = {rival.impl: rival for rival in bench.rivals(query, keys.as_subclass(There), None, {})}
+    options = SimpleNamespace(device="cuda")
+    rivals = {rival.impl: rival for rival in bench.rivals(query, keys.as_subclass(There), options, {})}
     assert list(rivals) == [
         "nearest_key (triton)", "nearest_key (triton), CUDA graph",
         "nearest_key (triton) bf16 keys", "nearest_key (triton) bf16 keys, CUDA graph",

@@ -171,7 +171,7 @@ class PartialForward:
         if self._pass is None:
             yield
             return
-        with framed(self._runtime, "again", self._pass):
+        with framed(self._runtime, "replayed", self._pass):
             yield
 
     def run(self, states: Tensor, recompute: bool = False) -> Tensor:

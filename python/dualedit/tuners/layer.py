@@ -174,16 +174,19 @@ class EditLayer(nn.Module, BaseTunerLayer):
         return forward
 
     def _decision(self, name: str, states: Tensor, forward: ForwardPass) -> Decision:
-        """Which edit each row gets: decided once for a sequence, from its prompt, at the gate's layer."""
+        """Which edit each row gets, as it was decided before or is decided now."""
         decision = forward.sequence.decisions.get(self.groups[name])
-        if decision is None:
-            snapshots = self.groups[name].snapshot()
-            stored = snapshots.get(self.layer_name)
-            route = None
-            # When the prompt went by with the adapter switched off, there is nothing to decide on.
-            if self.holds_gate(name) and stored is not None and len(stored) and forward.in_prompt:
-                route = self._route(name, states.detach(), forward, stored)
-            decision = forward.sequence.decisions[self.groups[name]] = Decision(route, snapshots)
+        return self._decide(name, states, forward) if decision is None else decision
+
+    def _decide(self, name: str, states: Tensor, forward: ForwardPass) -> Decision:
+        """Decide once for a sequence, from its prompt, at the gate's layer."""
+        snapshots = self.groups[name].snapshot()
+        stored = snapshots.get(self.layer_name)
+        route = None
+        # When the prompt went by with the adapter switched off, there is nothing to decide on.
+        if self.holds_gate(name) and stored is not None and len(stored) and forward.in_prompt:
+            route = self._route(name, states.detach(), forward, stored)
+        decision = forward.sequence.decisions[self.groups[name]] = Decision(route, snapshots)
         return decision
 
     def _route(self, name: str, states: Tensor, forward: ForwardPass, stored: Snapshot) -> Tensor:
