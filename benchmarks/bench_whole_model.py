@@ -388,15 +388,15 @@ def _share(memory: EditMemory, count: int) -> None:
     with torch.inference_mode(False), torch.no_grad():
         for name in memory.edit_tables:
             row = stored.tables[name]
-            memory._put(name, _keys(row, count) if name == "key" else row.expand(count, *row.shape[1:]))
+            setattr(memory, name, _keys(row, count) if name == "key" else row.expand(count, *row.shape[1:]))
         for name in memory.token_tables:
             table = stored.tables[name]
-            memory._put(name, torch.cat([table, table[:1].expand(count - 1, -1)]))
+            setattr(memory, name, torch.cat([table, table[:1].expand(count - 1, -1)]))
         device = stored.length.device
         lengths = torch.ones(count, dtype=torch.int64, device=device)
         lengths[0] = real
-        memory._put("edit_ids", torch.arange(1, count + 1, device=device))
-        memory._put("edit_lengths", lengths if memory.token_tables else torch.zeros_like(lengths))
+        memory.edit_ids = torch.arange(1, count + 1, device=device)
+        memory.edit_lengths = lengths if memory.token_tables else torch.zeros_like(lengths)
     memory._num_edits, memory._highest_id = count, count
     memory._num_tokens = int(memory.edit_lengths.sum())
     memory._snapshot = None

@@ -79,7 +79,7 @@ def open_all(model, count):
     fill(model, count)
     for memory in bench.active_adapter(model).group.memories.values():
         if "radius" in memory.edit_tables:
-            memory._put("radius", torch.full_like(memory.radius, 1e6))
+            memory.radius = torch.full_like(memory.radius, 1e6)
             memory._snapshot = None
 
 
