@@ -55,3 +55,22 @@ def longer(inputs: dict, tokens: Tensor) -> dict:
     if "mm_token_type_ids" in inputs:
         more["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], torch.zeros_like(tokens)], dim=1)
     return more
+
+
+def note_decisions(layer) -> list:
+    """What a wrapped layer decides from here on, beforehand or while it edits: a list that grows."""
+    noted = []
+
+    def noting(decide):
+        def note(*args):
+            result = decide(*args)
+            name, forward = next(arg for arg in args if isinstance(arg, str)), args[-1]
+            noted.append(forward.sequence.decisions[layer.groups[name]])
+            return result
+
+        return note
+
+    for way in ("_decide", "_decide_and_write"):
+        if hasattr(type(layer), way):
+            setattr(layer, way, noting(getattr(layer, way)))
+    return noted

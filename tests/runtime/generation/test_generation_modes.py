@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from dualedit import add_edit
-from generation_answers import NEW, edited_pair, first_logits, generate, longer
+from generation_answers import NEW, edited_pair, first_logits, generate, longer, note_decisions
 from packaging.version import Version
 from tiny_models import (
     LLAVA,
@@ -143,9 +143,7 @@ def test_assisted_by_an_edited_model(method, main, generator):
     greedy = generate(model, question)
     assert not torch.isclose(first_logits(helper, question), first_logits(base, question), atol=1e-3).all()
     assistant = copy.deepcopy(helper).get_base_model()
-    layer, decisions = edit_layers(assistant)[0], []
-    decide = layer._decide
-    layer._decide = lambda *args: decisions.append(decide(*args)) or decisions[-1]
+    decisions = note_decisions(edit_layers(assistant)[0])
     rounds = []
     assistant.register_forward_pre_hook(lambda module, args, kwargs: rounds.append(kwargs), with_kwargs=True)
     assert torch.equal(generate(model, question, assistant_model=assistant), greedy)

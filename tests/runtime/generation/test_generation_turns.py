@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from dualedit import add_edit, remove_edit
-from generation_answers import edited_pair, first_logits, generate, longer, text_only
+from generation_answers import edited_pair, first_logits, generate, longer, note_decisions, text_only
 from tiny_models import LLAVA, WORDS, edit_layers, editor_of, store
 from transformers import DynamicCache, StaticCache
 
@@ -19,18 +19,22 @@ def words(generator, count=4, rows=1):
     return torch.randint(3, WORDS, (rows, count), generator=generator)
 
 
+class Routes:
+    """What the gate decides from here on, as lists that compare with lists."""
+
+    def __init__(self, model):
+        self.noted = note_decisions(edit_layers(model)[0])
+
+    def __eq__(self, other):
+        return [None if d.route is None else d.route.tolist() for d in self.noted] == other
+
+    def clear(self):
+        self.noted.clear()
+
+
 def decided(model):
     """What the gate decides from here on: a list that grows with each decision."""
-    layer, routes = edit_layers(model)[0], []
-    original = layer._decide
-
-    def note(*args):
-        decision = original(*args)
-        routes.append(None if decision.route is None else decision.route.tolist())
-        return decision
-
-    layer._decide = note
-    return routes
+    return Routes(model)
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
