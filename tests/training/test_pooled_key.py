@@ -17,9 +17,11 @@ from tiny_models import LLAVA, edit_layers, editor_of, store
 def test_fitting_whitens_what_varies_within_a_fact_and_moves_the_head_alone(method, seed):
     base, processor = load_embedded()
     if method == "dualedit":
-        model = inject_dualedit(base, 1, 1, mid_dim=32, num_heads=4, key="pooled", key_dim=256)
+        model = inject_dualedit(
+            base, text_layer=1, vis_layer=1, mid_dim=32, num_heads=4, key="pooled", key_dim=256
+        )
     else:
-        model = inject_balancedit(base, "layers.2.mlp.up_proj", key="pooled", key_dim=256)
+        model = inject_balancedit(base, layer="layers.2.mlp.up_proj", key="pooled", key_dim=256)
     samples = edit_samples(World(0), "train", 60, seed=seed % 1000)
     prompter = Prompter(processor)
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
@@ -50,7 +52,9 @@ def test_fitting_whitens_what_varies_within_a_fact_and_moves_the_head_alone(meth
 def test_a_pooled_key_tells_look_alikes_better_apart(seed):
     """Of a world that the model has never seen; fitted on another such world."""
     base, processor = load_embedded()
-    model = inject_dualedit(base, 1, 1, mid_dim=32, num_heads=4, key="pooled", key_dim=128)
+    model = inject_dualedit(
+        base, text_layer=1, vis_layer=1, mid_dim=32, num_heads=4, key="pooled", key_dim=128
+    )
     prompter = Prompter(processor)
     fit_pooled_key(model, prompter, edit_samples(World(100), "train", 150, seed=3), progress=False)
     router = edit_layers(model)[0].router("default")
@@ -83,7 +87,9 @@ def test_wordings_of_the_test_are_not_fitted_to():
 
 def test_layers_above_the_gate_do_not_run():
     base, processor = load_embedded()
-    model = inject_dualedit(base, 1, 2, mid_dim=16, num_heads=2, key="pooled", key_dim=16)
+    model = inject_dualedit(
+        base, text_layer=1, vis_layer=2, mid_dim=16, num_heads=2, key="pooled", key_dim=16
+    )
     ran = []
     for number, layer in enumerate(base.model.language_model.layers):
         layer.register_forward_hook(lambda *_, number=number: ran.append(number))

@@ -176,7 +176,8 @@ def test_a_model_whose_layers_do_not_run_alone_runs_whole(step, generator, monke
 def test_other_architectures_and_layers(family, layers, generator):
     """Rows made of raw ids: the layers on their own give what the whole model gives."""
     torch.manual_seed(0)
-    model = inject_dualedit(family.build(), *layers, mid_dim=16, num_heads=2, init_weights=False)
+    places = dict(zip(("text_layer", "vis_layer"), layers, strict=True))
+    model = inject_dualedit(family.build(), **places, mid_dim=16, num_heads=2, init_weights=False)
     step = TrainingStep(strengthen(model).eval())
     rows = family.questions(3, generator)
     ids = rows["input_ids"]
