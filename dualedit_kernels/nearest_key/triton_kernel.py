@@ -21,6 +21,7 @@ from ..triton_support import counters, on_device, power_of_two, processors
 
 FEW_KEYS = 8
 _MOST_PARTS = 1024
+_AT_ONCE = 2048  # minima of shares that the last block compares at a time
 
 
 def nearest_key(query: Tensor, keys: Tensor, radius: Tensor, metric: str) -> tuple[Tensor, Tensor]:
@@ -82,7 +83,7 @@ def _launch(
             LAST=last is not None,
             COSINE=metric == "cosine",
             ALONE=alone,
-            BP=min(power_of_two(parts), _MOST_PARTS, 2048 // tiles["BB"]),
+            BP=min(power_of_two(parts), _MOST_PARTS, _AT_ONCE // tiles["BB"]),
             **tiles,
         )
     return index, distance

@@ -240,14 +240,29 @@ def test_launches_that_are_added_are_seen(seed):
         triton_kernel.open_rows = opened
 
 
+@pytest.mark.parametrize("at_once", [2048, 16])
 @pytest.mark.parametrize("metric", METRICS)
 @on_triton
-def test_whichever_block_is_done_last(seed, metric):
-    """Blocks in random order, several tiles of queries, the same counters again and again."""
+def test_whichever_block_is_done_last(seed, metric, at_once):
+    """Blocks in random order, several tiles of queries, the same counters again and again.
+
+    at_once: with few, the last block compares in several steps, and a tie must not go to the last of them.
+    """
+    from dualedit_kernels.nearest_key import triton_kernel
+
     generator = torch.Generator().manual_seed(seed)
     query, keys = (torch.randn(n, 33, generator=generator) for n in (19, 90))
     keys[50:] = keys[:40]
     radius = torch.full((90,), torch.inf)
+    triton_kernel._AT_ONCE, processors = at_once, triton_kernel.processors
+    triton_kernel.processors = lambda tensor: 8
+    try:
+        _any_order(seed, query, keys, radius, metric)
+    finally:
+        triton_kernel._AT_ONCE, triton_kernel.processors = 2048, processors
+
+
+def _any_order(seed, query, keys, radius, metric):
     with backend.use_backend("triton"):
         want = nearest_key(query.to(DEVICE), keys.to(DEVICE), radius.to(DEVICE), metric)
     assert (want[0] < 50).all()
