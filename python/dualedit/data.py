@@ -8,27 +8,32 @@ thousands of samples hold no pictures in memory.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from PIL.Image import Image
 
-from .models.images import ImageSource, image_source, open_image, shown
+from .models.images import ImageSource, Picture, image_source, open_image, shown
+
+Given = Picture | Mapping[str, Any] | None
+_T = TypeVar("_T")
 
 
 class _LazyImage:
     """Keeps an image as it was given and opens it whenever it is asked for."""
 
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.name = name
+    def __get__(self, instance: object, owner: type | None = None) -> Image | None:
+        return open_image(instance.__dict__["image"])
 
-    def __get__(self, instance: object | None, owner: type | None = None) -> Image | None:
-        if instance is None:
-            raise AttributeError(self.name)  # tells dataclass that the field has no default
-        return open_image(instance.__dict__[self.name])
+    def __set__(self, instance: object, image: Given) -> None:
+        instance.__dict__["image"] = image_source(image)
 
-    def __set__(self, instance: object, image: Any) -> None:
-        instance.__dict__[self.name] = image_source(image)
+
+def _lazy(cls: type[_T]) -> type[_T]:
+    """Have a dataclass open its `image` when it is asked for; put on after `dataclass`, to be no default."""
+    setattr(cls, "image", _LazyImage())  # noqa: B010 (mypy knows no attribute of a class to come)
+    return cls
 
 
 class _Pictured:
@@ -54,15 +59,21 @@ class _Pictured:
         return f"{type(self).__name__}(image={shown(self.image_source)}{rest})"
 
 
+@_lazy
 @dataclass(frozen=True, eq=False, repr=False)
 class EditRequest(_Pictured):
     """One fact to correct: asked `prompt` about `image`, the model is to answer `target`."""
 
-    image: Image | None = _LazyImage()
+    image: Image | None
     prompt: str
     target: str
 
+    if TYPE_CHECKING:  # more is taken than given back
 
+        def __init__(self, image: Given, prompt: str, target: str) -> None: ...
+
+
+@_lazy
 @dataclass(frozen=True, eq=False, repr=False)
 class Probe(_Pictured):
     """One question; `answer` is what the data set holds to be right, or None if it says nothing.
@@ -71,10 +82,16 @@ class Probe(_Pictured):
     edits stored, a look-alike may have an edit of its own.
     """
 
-    image: Image | None = _LazyImage()
+    image: Image | None
     prompt: str
     answer: str | None = None
     fact: tuple[int, str] | None = None
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self, image: Given, prompt: str, answer: str | None = None, fact: tuple[int, str] | None = None
+        ) -> None: ...
 
 
 @dataclass(frozen=True)

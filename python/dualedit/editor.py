@@ -22,6 +22,7 @@ from .runtime.context import runtime_of
 from .tuners.adapter import EditAdapter, active_adapter
 
 Sample = tuple[Picture | None, str]
+Question = tuple[Image.Image | None, str]
 _ARGUMENTS = ("image", "prompt", "target", "rephrases", "negatives")  # of `edit`
 _OTHER_QUESTIONS = 2  # asked about an edit's image to see how far another question is
 
@@ -128,12 +129,11 @@ class Editor:
         prompt: str,
         rephrases: Sequence[str | Sample] | None,
         negatives: Sequence[Picture | Sample] | None,
-    ) -> tuple[list[Sample], list[Sample]]:
+    ) -> tuple[list[Question], list[Question]]:
         """What an edit has to recognise and what not: the given samples, or those made where there are none.
 
         Args:
             image, prompt, rephrases, negatives: as in `edit`, the image opened.
-            config: of the adapter that the edit goes to.
 
         Returns:
             positives and negatives, as (image, question) pairs.
@@ -229,8 +229,8 @@ class Editor:
         adapter = active_adapter(self.model)
         inputs = self.prompter.inputs(open_questions(questions))
         found = lookup_many(self.model, inputs)
-        edits = {i: edit_of(adapter, i) for i in {f.edit_id for f in found} - {None}}
-        return [Explanation(f.fired, edits.get(f.edit_id), f.distance, f.radius) for f in found]
+        edits = {f.edit_id: None if f.edit_id is None else edit_of(adapter, f.edit_id) for f in found}
+        return [Explanation(f.fired, edits[f.edit_id], f.distance, f.radius) for f in found]
 
     def answer(self, image: Picture | None, prompt: str, max_new_tokens: int = 20) -> str:
         """What the edited model answers: greedy generation, special tokens dropped."""
@@ -283,14 +283,15 @@ def generate_answers(
 ) -> list[str]:
     """Greedy answers to a batch of questions, in one `generate` of any Hugging Face VLM, edited or not."""
     opened = open_questions(questions)
-    base = unwrap(model)
+    asked: Any = model
+    base: Any = unwrap(model)
     place = base.get_input_embeddings().weight
     inputs = {
         name: value.to(place.device, base.dtype) if value.is_floating_point() else value.to(place.device)
         for name, value in prompter.inputs(opened).items()
     }
     with torch.no_grad():
-        tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        tokens = asked.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     length = inputs["input_ids"].shape[1]
     # Some models return the prompt in front of the answer, those fed with embeddings do not.
     if tokens.shape[1] >= length and torch.equal(tokens[:, :length], inputs["input_ids"]):

@@ -102,7 +102,7 @@ def load_edits(
     except BaseException as error:
         if not beside:
             remove_editors(base)
-        elif adapter_name in base.peft_config:
+        elif adapter_name in getattr(base, "peft_config", {}):
             remove_adapter(base, adapter_name)
         for parameter, flag in trainable.items():
             parameter.requires_grad_(flag)

@@ -23,9 +23,9 @@ def detect_format(records: Sequence[Mapping], source: str) -> str:
             return "okedit"
         if {"prompt", "target"} <= fields:
             return "jsonl"
-    fields = briefly(sorted(map(str, records[0])), 200)
+    named = briefly(sorted(map(str, records[0])), 200)
     raise ValueError(
-        f"{source}: format='auto' cannot tell the format of a row with the fields {fields}. Known are: "
+        f"{source}: format='auto' cannot tell the format of a row with the fields {named}. Known are: "
         "prompt and target (jsonl); question and rephrased_images or locality_image (okedit); src and alt "
         "(evqa), with src 'a photo of' (eic), with port_new or images in m.* folders (vlkeb), with "
         "knowledge_type (mmke). "

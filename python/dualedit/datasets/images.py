@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 
 from ..data import EditSample
-from ..models.images import ImageSource, open_image
+from ..models.images import ImageSource, open_image, rgb
 from .loading import LoadedSamples
 from .rows import Problem
 
@@ -29,7 +29,7 @@ def pixel_digest(source: ImageSource) -> str:
     Raises:
         ValueError: it cannot be opened.
     """
-    picture = open_image(source).convert("RGB")
+    picture = rgb(source)
     return hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).hexdigest()
 
 
@@ -49,9 +49,10 @@ def missing_images(samples: Sequence[EditSample], decode: bool = False) -> list[
                 continue
             if source not in reasons:
                 reasons[source] = _reason(source, decode)
-            if reasons[source] is not None:
+            reason = reasons[source]
+            if reason is not None:
                 file, index = ("samples", number) if loaded is None else (loaded.source, loaded.rows[number])
-                problems.append(Problem(file, index, field, reasons[source]))
+                problems.append(Problem(file, index, field, reason))
     return problems
 
 

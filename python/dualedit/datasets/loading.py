@@ -58,7 +58,7 @@ class LoadedSamples(Sequence[EditSample]):
     def __getitem__(self, index: int) -> EditSample: ...
     @overload
     def __getitem__(self, index: slice) -> LoadedSamples: ...
-    def __getitem__(self, index):
+    def __getitem__(self, index: int | slice) -> EditSample | LoadedSamples:
         if not isinstance(index, slice):
             return self.samples[index]
         return LoadedSamples(
@@ -152,7 +152,9 @@ def from_records(
     return _load(rows, source, format, finder, skip_bad, prompt_template, limit)
 
 
-def _roots(image_root, default: str) -> list:
+def _roots(
+    image_root: str | os.PathLike | Sequence[str | os.PathLike] | None, default: str
+) -> list[str | os.PathLike]:
     if image_root is None:
         return [default]
     roots = [image_root] if isinstance(image_root, (str, os.PathLike)) else list(image_root)
@@ -223,10 +225,11 @@ class _Reader:
 
     def read(self, raw: RawRow) -> None:
         """Add the row's sample, or say what is wrong with it."""
-        row = Row(raw.record, self.finder, self.template) if raw.problem is None else None
+        if raw.problem is not None:
+            self._refuse(raw, RowError("", raw.problem))
+            return
+        row = Row(raw.record, self.finder, self.template)
         try:
-            if row is None:
-                raise RowError("", raw.problem)
             sample = _BUILDERS[self.format](row, str(raw.index))
             if self.format in _NAMED and sample.id in self.ids:
                 raise RowError(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 
-class RawRow(NamedTuple):
+@dataclass(frozen=True)
+class RawRow:
     """A row as the file has it.
 
     Attributes:

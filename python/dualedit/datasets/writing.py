@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..data import EditSample, Probe
-from ..models.images import ImageSource, open_image
+from ..models.images import ImageSource, rgb
 from .images import pixel_digest
 from .own import KINDS
 
@@ -76,7 +76,7 @@ class _Images:
         if not file.is_file():
             self.folder.mkdir(parents=True, exist_ok=True)
             part = file.with_suffix(".part")
-            open_image(source).convert("RGB").save(part, format="PNG")
+            rgb(source).save(part, format="PNG")
             os.replace(part, file)
         return f"{self.folder.name}/{file.name}"
 
@@ -110,7 +110,7 @@ def _rephrase(probe: Probe, sample: EditSample, store: _Images) -> str | dict:
     return _filled(prompt=probe.prompt, image=store.path_of(probe.image_source), answer=probe.answer)
 
 
-def _other_image(probe: Probe, sample: EditSample, store: _Images) -> str | dict:
+def _other_image(probe: Probe, sample: EditSample, store: _Images) -> str | dict | None:
     image = store.path_of(probe.image_source)
     if probe.prompt == sample.request.prompt and probe.answer == sample.request.target:
         return image

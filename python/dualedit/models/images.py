@@ -71,6 +71,14 @@ def open_image(image: Any) -> Image | None:
         raise ValueError(f"image={shown(source)} cannot be read as an image: {error}") from error
 
 
+def rgb(source: ImageSource) -> Image:
+    """The picture behind a source, in RGB. Raises ValueError: as `open_image`, or there is none."""
+    image = open_image(source)
+    if image is None:
+        raise ValueError("image=None: there is no picture to open.")
+    return image.convert("RGB")
+
+
 def is_file(path: str) -> bool:
     """Whether a text is the path of a file; False for one that no file system takes as a name."""
     try:
