@@ -15,6 +15,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,7 +73,7 @@ def explain(family: str, device: str, dtype: torch.dtype) -> Choice:
     return _cache[key]
 
 
-def run(family: str, operator: str, main: Tensor, *args: object) -> object:
+def run(family: str, operator: str, main: Tensor, *args: Any) -> Any:
     """Call ``operator`` with the implementation chosen for the device and dtype of ``main``."""
     function = explain(family, main.device.type, main.dtype).implementation.functions[operator]
     if torch.is_autocast_enabled(main.device.type):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -120,22 +122,23 @@ def gated_edit_attention(
     recording = torch.is_grad_enabled() and any(t.requires_grad for t in (hidden, k, v, w_q, b_q, w_o, b_o))
     if recording and inplace:
         raise ValueError("inplace=True cannot record a gradient: use torch.no_grad() or inplace=False.")
-    fused = gate is not None and _check_gate(hidden, gate, start)
-    if gate is not None and not fused:
-        route = look_up(hidden, gate)
-    if not fused:
+    fused = gate if gate is not None and _check_gate(hidden, gate, start) else None
+    if fused is None:
+        route = route if gate is None else look_up(hidden, gate)
         checks.tensor("route", route, (hidden.shape[0],), (torch.int64,), hidden)
+        assert route is not None
         if not recording and checks.nothing_routed(route):
             return hidden, route
     k, v, w_q, b_q, w_o, b_o = (t.to(hidden.dtype) for t in (k, v, w_q, b_q, w_o, b_o))
     args = (k, v, start, length, w_q, b_q, w_o, b_o, num_heads, float(eps))
     ops = torch.ops.dualedit_kernels
-    if fused:
-        decide = (gate.last, gate.keys.detach(), gate.radius.detach(), gate.metric)
+    if fused is not None:
+        decide = (fused.last, fused.keys.detach(), fused.radius.detach(), fused.metric)
         if inplace:
             return hidden, ops.gated_edit_attention_gate_(hidden, span, *decide, *args)
-        out, route = ops.gated_edit_attention_gate(hidden, span, *decide, *args)
-        return (out if recording or not checks.nothing_routed(route) else hidden), route
+        out, opened = ops.gated_edit_attention_gate(hidden, span, *decide, *args)
+        return (out if recording or not checks.nothing_routed(opened) else hidden), opened
+    assert route is not None
     if not inplace:
         return ops.gated_edit_attention(hidden, span, route, *args), route
     ops.gated_edit_attention_(hidden, span, route, *args)
@@ -207,16 +210,16 @@ def decides_gate(hidden: Tensor, gate: Gate) -> bool:
     return backend.explain("nearest_key", device, dtype).implementation.name == attention.name
 
 
-def _forward(hidden: Tensor, *args: object) -> Tensor:
+def _forward(hidden: Tensor, *args: Any) -> Tensor:
     return backend.run("gated_edit_attention", "forward", hidden, hidden, *args)
 
 
-def _forward_(hidden: Tensor, *args: object) -> None:
+def _forward_(hidden: Tensor, *args: Any) -> None:
     backend.run("gated_edit_attention", "forward_", hidden, hidden, *args)
 
 
 def _gate(
-    hidden: Tensor, span: Tensor, last: Tensor, keys: Tensor, radius: Tensor, metric: str, *args: object
+    hidden: Tensor, span: Tensor, last: Tensor, keys: Tensor, radius: Tensor, metric: str, *args: Any
 ) -> tuple[Tensor, Tensor]:
     gate = Gate(last, keys, radius, metric)
     if decides_gate(hidden, gate):
@@ -226,7 +229,7 @@ def _gate(
 
 
 def _gate_(
-    hidden: Tensor, span: Tensor, last: Tensor, keys: Tensor, radius: Tensor, metric: str, *args: object
+    hidden: Tensor, span: Tensor, last: Tensor, keys: Tensor, radius: Tensor, metric: str, *args: Any
 ) -> Tensor:
     gate = Gate(last, keys, radius, metric)
     if decides_gate(hidden, gate):
@@ -236,28 +239,28 @@ def _gate_(
     return route
 
 
-def _backward(grad: Tensor, hidden: Tensor, *args: object) -> tuple[Tensor, ...]:
+def _backward(grad: Tensor, hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return backend.run("gated_edit_attention", "backward", hidden, grad, hidden, *args)
 
 
-def _fake_forward(hidden: Tensor, *args: object) -> Tensor:
+def _fake_forward(hidden: Tensor, *args: Any) -> Tensor:
     return torch.empty_like(hidden, memory_format=torch.contiguous_format)
 
 
-def _fake_forward_(hidden: Tensor, *args: object) -> None:
+def _fake_forward_(hidden: Tensor, *args: Any) -> None:
     return None
 
 
-def _fake_gate(hidden: Tensor, *args: object) -> tuple[Tensor, Tensor]:
+def _fake_gate(hidden: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     return _fake_forward(hidden), _fake_gate_(hidden)
 
 
-def _fake_gate_(hidden: Tensor, *args: object) -> Tensor:
+def _fake_gate_(hidden: Tensor, *args: Any) -> Tensor:
     return hidden.new_empty((hidden.shape[0],), dtype=torch.int64)
 
 
 def _fake_backward(
-    grad: Tensor, hidden: Tensor, span: Tensor, route: Tensor, *args: object
+    grad: Tensor, hidden: Tensor, span: Tensor, route: Tensor, *args: Any
 ) -> tuple[Tensor, ...]:
     k, v, _, _, w_q, b_q, w_o, b_o, _, _, needs = args
     grads = [
@@ -267,27 +270,27 @@ def _fake_backward(
     return tuple(grads)
 
 
-def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:11])
     ctx.num_heads, ctx.eps = inputs[11:]
 
 
 def _setup_gate_context(
-    ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor]
+    ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]
 ) -> None:
     _setup_context(ctx, (*inputs[:2], output[1], *inputs[6:]), output[0])
     ctx.mark_non_differentiable(output[1])
 
 
-def _autograd(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return _gradients(ctx, grad, 3)
 
 
-def _gate_autograd(ctx: torch.autograd.function.FunctionCtx, grad: Tensor, _: Tensor) -> tuple:
+def _gate_autograd(ctx: Any, grad: Tensor, _: Tensor) -> tuple:
     return _gradients(ctx, grad, 6)
 
 
-def _gradients(ctx: torch.autograd.function.FunctionCtx, grad: Tensor, memory: int) -> tuple:
+def _gradients(ctx: Any, grad: Tensor, memory: int) -> tuple:
     """Gradients of an operator's arguments, of which the one at ``memory`` is k."""
     wanted = (0, memory, *(memory + i for i in (1, 4, 5, 6, 7)))  # hidden, k, v, w_q, b_q, w_o, b_o
     needs = [ctx.needs_input_grad[i] for i in wanted]
@@ -300,7 +303,7 @@ def _gradients(ctx: torch.autograd.function.FunctionCtx, grad: Tensor, memory: i
     return tuple(result)
 
 
-def _reference_(hidden: Tensor, *args: object) -> None:
+def _reference_(hidden: Tensor, *args: Any) -> None:
     hidden.copy_(gated_edit_attention_reference(hidden, *args))
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -64,16 +66,19 @@ def routed_linear(
     Source: BalancEdit (arXiv:2505.01343), a codebook of layer weights chosen by nearest key.
     """
     checks.tensor("x", x, ("B", "L", "I"), checks.FLOATS, x)
-    if weight is None and base is None:
-        raise ValueError("weight and base are both None: pass the layer's weight, or its output as base.")
     if weight is not None:
         checks.tensor("weight", weight, ("O", x.shape[2]), checks.FLOATS, x)
-    out = weight.shape[0] if weight is not None else base.shape[-1]
+        out = weight.shape[0]
+    elif base is not None:
+        out = base.shape[-1]
+    else:
+        raise ValueError("weight and base are both None: pass the layer's weight, or its output as base.")
     if bias is not None:
         checks.tensor("bias", bias, (out,), checks.FLOATS, x)
     checks.tensor("index", index, (x.shape[0],), (torch.int64,), x)
     edits = _check_values(values, x, out)
     if base is None:
+        assert weight is not None
         base = _base(x, weight, bias, values, index)
     checks.tensor("base", base, (*x.shape[:2], out), checks.FLOATS, x)
     recording = torch.is_grad_enabled() and any(t.requires_grad for t in (x, base, *edits))
@@ -106,23 +111,23 @@ def _base(x: Tensor, weight: Tensor, bias: Tensor | None, values: LowRank | Full
     return F.linear(x, weight, bias)
 
 
-def _low_rank(base: Tensor, x: Tensor, *args: object) -> Tensor:
+def _low_rank(base: Tensor, x: Tensor, *args: Any) -> Tensor:
     return backend.run("routed_linear", "low_rank", x, base, x, *args)
 
 
-def _low_rank_backward(grad: Tensor, x: Tensor, *args: object) -> tuple[Tensor, ...]:
+def _low_rank_backward(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return backend.run("routed_linear", "low_rank_backward", x, grad, x, *args)
 
 
-def _full(base: Tensor, x: Tensor, *args: object) -> Tensor:
+def _full(base: Tensor, x: Tensor, *args: Any) -> Tensor:
     return backend.run("routed_linear", "full", x, base, x, *args)
 
 
-def _full_backward(grad: Tensor, x: Tensor, *args: object) -> tuple[Tensor, ...]:
+def _full_backward(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return backend.run("routed_linear", "full_backward", x, grad, x, *args)
 
 
-def _fake(base: Tensor, *args: object) -> Tensor:
+def _fake(base: Tensor, *args: Any) -> Tensor:
     return torch.empty_like(base, memory_format=torch.contiguous_format)
 
 
@@ -140,22 +145,22 @@ def _fake_full_backward(
     return tuple(t.new_empty(s if need else (0,)) for t, s, need in zip(likes, shapes, needs, strict=True))
 
 
-def _setup_low_rank(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
+def _setup_low_rank(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(*inputs[1:])
 
 
-def _autograd_low_rank(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _autograd_low_rank(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     needs = list(ctx.needs_input_grad[1:4])
     grads = torch.ops.dualedit_kernels.routed_low_rank_backward(grad, *ctx.saved_tensors, needs)
     return grad, *(g if need else None for g, need in zip(grads, needs, strict=True)), None
 
 
-def _setup_full(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
+def _setup_full(ctx: Any, inputs: tuple, output: Tensor) -> None:
     _, x, weight, _, index = inputs
     ctx.save_for_backward(x, weight, index)
 
 
-def _autograd_full(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _autograd_full(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     needs = list(ctx.needs_input_grad[:4])
     grads = torch.ops.dualedit_kernels.routed_full_backward(grad, *ctx.saved_tensors, needs)
     return *(g if need else None for g, need in zip(grads, needs, strict=True)), None
@@ -175,7 +180,10 @@ torch.library.register_autograd(
 torch.library.register_autograd(
     f"{NAMESPACE}::routed_full", _autograd_full, setup_context=_setup_full, lib=LIBRARY
 )
-_BACKWARD = {"low_rank_backward": eager.low_rank_backward, "full_backward": eager.full_backward}
+_BACKWARD: dict[str, Callable] = {
+    "low_rank_backward": eager.low_rank_backward,
+    "full_backward": eager.full_backward,
+}
 backend.register(
     "routed_linear",
     *triton_backend.implementations(),
