@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.common import Benchmark, Rival, arguments, bandwidth, captured, place, product_rate
-from dualedit_kernels import Gate, backend, fold_query, gated_edit_attention
+from dualedit_kernels import AttentionWeights, Gate, Slots, backend, fold_query, gated_edit_attention
 
 HIDDEN, MID, HEADS, IMAGE, TEXT, EDIT, EPS = 4096, 1024, 8, 576, 64, 620, 1e-5
 FLAGS = {1: ([True], [False]), 8: ([True, False, False, False] * 2, [False] * 8)}
@@ -187,13 +187,13 @@ def _ours(problem: Problem, k: Tensor, v: Tensor, inplace: bool = False):
     start, length = torch.tensor([0], device=device), torch.tensor([EDIT], device=device)
     last = torch.full((len(problem.hidden),), problem.hidden.shape[1] - 1, device=device)
     gate = Gate(last, problem.gate_key[None], torch.tensor([0.2], device=device), "cosine")
-    w_o, b_o = problem.w_out
+    slots = Slots(k, v, start, length)
+    weights = AttentionWeights(w_q, b_q, *problem.w_out, HEADS, EPS)
 
     def run() -> Tensor:
         return gated_edit_attention(
-            problem.hidden, problem.span, k, v, start, length, w_q, b_q, w_o, b_o, HEADS, EPS,
-            gate=gate, inplace=inplace,
-        )[0]  # fmt: skip
+            problem.hidden, problem.span, slots, weights, gate=gate, inplace=inplace
+        )[0]
 
     return run
 

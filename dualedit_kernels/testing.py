@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .gated_edit_attention.arguments import AttentionWeights, Slots
+
 
 def assert_as_exact(
     name: str, actual: Tensor, plain: Tensor, exact: Tensor, factor: float = 2.0, floor: float = 0.0
@@ -133,13 +135,25 @@ class AttentionCase:
             getattr(self, name).requires_grad_(True)
         return self
 
+    def with_tensors(self, *tensors: Tensor) -> AttentionCase:
+        """The same case with other differentiable tensors, in the order of `DIFFERENTIABLE`."""
+        return replace(self, **dict(zip(self.DIFFERENTIABLE, tensors, strict=True)))
+
     def args(self) -> tuple:
-        """Arguments in the order of the operator (after hidden: span, route, k, ...)."""
+        """Arguments of the registered operator, in its order (after hidden: span, route, k, ...)."""
         return tuple(getattr(self, name) for name in self.__dataclass_fields__)
 
     def public(self) -> dict[str, object]:
-        """Keyword arguments of the public function, routed by ``route``."""
-        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+        """Keyword arguments of the public function and of the reference, routed by ``route``."""
+        slots = Slots(self.k, self.v, self.start, self.length)
+        weights = AttentionWeights(self.w_q, self.b_q, self.w_o, self.b_o, self.num_heads, self.eps)
+        return {
+            "hidden": self.hidden,
+            "span": self.span,
+            "route": self.route,
+            "slots": slots,
+            "weights": weights,
+        }
 
 
 def attention_case(

@@ -83,8 +83,8 @@ def _check_attention(dtype: torch.dtype) -> None:
 
     for size in ATTENTIONS:
         case = _case(size).to(dtype)
-        plain = reference(*case.args())
-        exact = reference(*case.to(torch.float64).args())
+        plain = reference(**case.public())
+        exact = reference(**case.to(torch.float64).public())
         with torch.no_grad():
             got = gated_edit_attention(**case.public())[0]
             inplace = gated_edit_attention(**case.public() | {"hidden": case.hidden.clone()}, inplace=True)[0]

@@ -1,4 +1,4 @@
-"""What the implementations are given, in groups. Operators themselves take every tensor for itself."""
+"""The arguments of gated edit attention, in groups."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ class Gate:
 class Slots:
     """Cached keys and values of all edits, one after the other.
 
-    k, v: [T, M]. start, length: [N] int64, the rows of k and v that belong to each edit.
+    k, v: [T, M], of the hidden states' dtype, or cast to it.
+    start, length: [N] int64, the rows of k and v that belong to each edit. They are trusted:
+        start + length <= T.
     """
 
     k: Tensor
@@ -39,7 +41,13 @@ class Slots:
 
 @dataclass(frozen=True, eq=False)
 class AttentionWeights:
-    """Folded query projection w_q [M, D], b_q [M], output projection w_o [D, M], b_o [D], and their sizes."""
+    """The adapter's weights.
+
+    w_q [M, D], b_q [M]: query projection with LayerNorm's affine and the input projection folded in, see
+        `fold_query`.
+    w_o [D, M], b_o [D]: output projection.
+    num_heads: must divide M. eps: of the LayerNorm.
+    """
 
     w_q: Tensor
     b_q: Tensor
@@ -52,8 +60,3 @@ class AttentionWeights:
     def head(self) -> int:
         """Width of a head."""
         return self.w_q.shape[0] // self.num_heads
-
-
-def grouped(args: tuple) -> tuple[Slots, AttentionWeights]:
-    """The last arguments of the operators: k, v, start, length, w_q, b_q, w_o, b_o, num_heads, eps."""
-    return Slots(*args[:4]), AttentionWeights(*args[4:])

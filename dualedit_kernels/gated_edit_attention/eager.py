@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .arguments import AttentionWeights, Slots
 from .reference import at_least_fp32
 
 # Attention scores [rows, heads, queries, keys] that are alive at once.
@@ -115,47 +116,33 @@ class Chunk:
             total.index_add_(0, self.key_index.flatten(), rows.flatten(0, 1))
 
 
-def forward(hidden: Tensor, *args: object) -> Tensor:
+def forward(hidden: Tensor, span: Tensor, route: Tensor, slots: Slots, weights: AttentionWeights) -> Tensor:
     """Out of place: see `forward_`."""
     out = hidden.clone(memory_format=torch.contiguous_format)
-    forward_(out, *args)
+    forward_(out, span, route, slots, weights)
     return out
 
 
-def forward_(
-    hidden: Tensor,
-    span: Tensor,
-    route: Tensor,
-    k: Tensor,
-    v: Tensor,
-    start: Tensor,
-    length: Tensor,
-    w_q: Tensor,
-    b_q: Tensor,
-    w_o: Tensor,
-    b_o: Tensor,
-    num_heads: int,
-    eps: float,
-) -> None:
+def forward_(hidden: Tensor, span: Tensor, route: Tensor, slots: Slots, weights: AttentionWeights) -> None:
     """Change the open tokens of ``hidden`` in place: see `dualedit_kernels.gated_edit_attention`."""
-    plan = Plan.of(span, route, start, length)
+    plan = Plan.of(span, route, slots.start, slots.length)
     if plan is None:
         return
     flat = (
         hidden.view(-1, hidden.shape[-1]) if hidden.is_contiguous() else hidden.reshape(-1, hidden.shape[-1])
     )
     x = flat[plan.tokens]  # [P, D]
-    q = F.linear(F.layer_norm(x, x.shape[-1:], eps=eps), w_q, b_q)
+    q = F.linear(F.layer_norm(x, x.shape[-1:], eps=weights.eps), weights.w_q, weights.b_q)
     o = torch.empty_like(q)
-    for chunk in plan.chunks(num_heads):
+    for chunk in plan.chunks(weights.num_heads):
         block = F.scaled_dot_product_attention(
-            chunk.pad(q[chunk.tokens], num_heads),
-            chunk.memory(k, num_heads),
-            chunk.memory(v, num_heads),
+            chunk.pad(q[chunk.tokens], weights.num_heads),
+            chunk.memory(slots.k, weights.num_heads),
+            chunk.memory(slots.v, weights.num_heads),
             attn_mask=chunk.key_mask,
         )
         o[chunk.tokens] = chunk.unpad(block)
-    flat.index_copy_(0, plan.tokens, x.add_(F.linear(o, w_o, b_o)))
+    flat.index_copy_(0, plan.tokens, x.add_(F.linear(o, weights.w_o, weights.b_o)))
     if flat.data_ptr() != hidden.data_ptr():
         hidden.copy_(flat.view_as(hidden))
 
@@ -165,35 +152,28 @@ def backward(
     hidden: Tensor,
     span: Tensor,
     route: Tensor,
-    k: Tensor,
-    v: Tensor,
-    start: Tensor,
-    length: Tensor,
-    w_q: Tensor,
-    b_q: Tensor,
-    w_o: Tensor,
-    b_o: Tensor,
-    num_heads: int,
-    eps: float,
+    slots: Slots,
+    weights: AttentionWeights,
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
     """Gradients of (hidden, k, v, w_q, b_q, w_o, b_o); q and the softmax are recomputed.
 
     A gradient that is not needed comes back as an empty tensor.
     """
-    plan = Plan.of(span, route, start, length)
+    w_q, b_q, w_o, b_o = weights.w_q, weights.b_q, weights.w_o, weights.b_o
+    plan = Plan.of(span, route, slots.start, slots.length)
     d_hidden = grad.clone(memory_format=torch.contiguous_format) if needs[0] else hidden.new_empty(0)
     if plan is None:
-        tensors = zip((k, v, w_q, b_q, w_o, b_o), needs[1:], strict=True)
+        tensors = zip((slots.k, slots.v, w_q, b_q, w_o, b_o), needs[1:], strict=True)
         return d_hidden, *(torch.zeros_like(t) if need else t.new_empty(0) for t, need in tensors)
     wide = at_least_fp32(hidden.dtype)
     g = grad.reshape(-1, grad.shape[-1])[plan.tokens]  # [P, D]
     x = hidden.reshape(-1, hidden.shape[-1])[plan.tokens].to(wide)
-    normal, mean, scale = torch.native_layer_norm(x, x.shape[-1:], None, None, eps)
+    normal, mean, scale = torch.native_layer_norm(x, x.shape[-1:], None, None, weights.eps)
     normal = normal.to(g.dtype)
     q = F.linear(normal, w_q, b_q)
     d_o = g @ w_o
-    o, d_q, d_k, d_v = _attention_backward(plan, q, d_o, k, v, num_heads, needs)
+    o, d_q, d_k, d_v = _attention_backward(plan, q, d_o, slots, weights.num_heads, needs)
     if needs[0]:
         d_normal = (d_q @ w_q).to(wide)
         d_x = torch.ops.aten.native_layer_norm_backward(
@@ -215,12 +195,12 @@ def _attention_backward(
     plan: Plan,
     q: Tensor,
     d_o: Tensor,
-    k: Tensor,
-    v: Tensor,
+    slots: Slots,
     num_heads: int,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(o [P, M], d_q [P, M], d_k [T, M], d_v [T, M]) of q, d_o [P, M]; d_k, d_v are empty if not needed."""
+    k, v = slots.k, slots.v
     wide = at_least_fp32(q.dtype)
     o, d_q = torch.empty_like(q), torch.empty_like(q)
     d_k = torch.zeros_like(k, dtype=wide) if needs[1] else k.new_empty(0)

@@ -12,7 +12,7 @@ from ..library import LIBRARY, NAMESPACE
 from ..nearest_key.codes import METRICS
 from ..nearest_key.op import nearest_key
 from . import eager, triton_backend
-from .arguments import Gate
+from .arguments import AttentionWeights, Gate, Slots
 from .reference import gated_edit_attention_reference
 
 
@@ -65,16 +65,8 @@ def fold_query(
 def gated_edit_attention(
     hidden: Tensor,
     span: Tensor,
-    k: Tensor,
-    v: Tensor,
-    start: Tensor,
-    length: Tensor,
-    w_q: Tensor,
-    b_q: Tensor,
-    w_o: Tensor,
-    b_o: Tensor,
-    num_heads: int,
-    eps: float,
+    slots: Slots,
+    weights: AttentionWeights,
     route: Tensor | None = None,
     gate: Gate | None = None,
     inplace: bool = False,
@@ -88,12 +80,10 @@ def gated_edit_attention(
     Args:
         hidden: [B, L, D], the residual stream.
         span: [B, L] bool, the tokens an edit may change.
-        k, v: [T, M], cached keys and values of all edits, one after the other.
-        start, length: [N] int64, the rows of k and v that belong to each edit.
-        w_q: [M, D], b_q: [M], folded query projection (see `fold_query`).
-        w_o: [D, M], b_o: [D], output projection.
-        num_heads: number of heads; divides M. The scale is 1/sqrt(M/num_heads).
-        eps: of the LayerNorm.
+        slots: cached keys and values of all edits (k, v [T, M]), and which rows belong to each (start,
+            length [N]).
+        weights: folded query projection (w_q [M, D], b_q [M]; see `fold_query`), output projection
+            (w_o [D, M], b_o [D]), num_heads and eps. The scale is 1/sqrt(M/num_heads).
         route: [B] int64, the edit of each row or -1; exactly one of ``route`` and ``gate`` is given.
         gate: routes row b by ``nearest_key(hidden[b, gate.last[b]], ...)``, to the bit. On a GPU the first
             kernel decides it among up to 8 keys; among more, a lookup of one launch does.
@@ -114,23 +104,27 @@ def gated_edit_attention(
     Source: DualEdit (arXiv:2506.13638), edit cross-attention with a last-token gate, evaluated with cached
     K/V and folded weights.
     """
-    _check(hidden, span, k, v, start, length, w_q, b_q, w_o, b_o, num_heads)
+    _check(hidden, span, slots, weights)
     if (route is None) == (gate is None):
         raise ValueError(
             "exactly one of route and gate must be given: pass route=[B] int64, or gate=Gate(...)."
         )
-    recording = torch.is_grad_enabled() and any(t.requires_grad for t in (hidden, k, v, w_q, b_q, w_o, b_o))
+    memory = (slots.k, slots.v)
+    projections = (weights.w_q, weights.b_q, weights.w_o, weights.b_o)
+    recording = torch.is_grad_enabled() and any(
+        tensor.requires_grad for tensor in (hidden, *memory, *projections)
+    )
     if recording and inplace:
         raise ValueError("inplace=True cannot record a gradient: use torch.no_grad() or inplace=False.")
-    fused = gate if gate is not None and _check_gate(hidden, gate, start) else None
+    fused = gate if gate is not None and _check_gate(hidden, gate, slots) else None
     if fused is None:
         route = route if gate is None else look_up(hidden, gate)
         checks.tensor("route", route, (hidden.shape[0],), (torch.int64,), hidden)
         assert route is not None
         if not recording and checks.nothing_routed(route):
             return hidden, route
-    k, v, w_q, b_q, w_o, b_o = (t.to(hidden.dtype) for t in (k, v, w_q, b_q, w_o, b_o))
-    args = (k, v, start, length, w_q, b_q, w_o, b_o, num_heads, float(eps))
+    k, v, w_q, b_q, w_o, b_o = (tensor.to(hidden.dtype) for tensor in (*memory, *projections))
+    args = (k, v, slots.start, slots.length, w_q, b_q, w_o, b_o, weights.num_heads, float(weights.eps))
     ops = torch.ops.dualedit_kernels
     if fused is not None:
         decide = (fused.last, fused.keys.detach(), fused.radius.detach(), fused.metric)
@@ -145,44 +139,36 @@ def gated_edit_attention(
     return hidden, route
 
 
-def _check(
-    hidden: Tensor,
-    span: Tensor,
-    k: Tensor,
-    v: Tensor,
-    start: Tensor,
-    length: Tensor,
-    w_q: Tensor,
-    b_q: Tensor,
-    w_o: Tensor,
-    b_o: Tensor,
-    num_heads: int,
-) -> None:
+def _check(hidden: Tensor, span: Tensor, slots: Slots, weights: AttentionWeights) -> None:
     checks.tensor("hidden", hidden, ("B", "L", "D"), checks.FLOATS, hidden)
     rows, tokens, dim = hidden.shape
-    checks.tensor("w_q", w_q, ("M", dim), checks.FLOATS, hidden)
-    size = w_q.shape[0]
+    checks.tensor("weights.w_q", weights.w_q, ("M", dim), checks.FLOATS, hidden)
+    size = weights.w_q.shape[0]
     checks.tensor("span", span, (rows, tokens), (torch.bool,), hidden)
-    checks.tensor("k", k, ("T", size), checks.FLOATS, hidden)
-    checks.tensor("v", v, (k.shape[0], size), checks.FLOATS, hidden)
-    checks.tensor("start", start, ("N",), (torch.int64,), hidden)
-    checks.tensor("length", length, (start.shape[0],), (torch.int64,), hidden)
-    checks.tensor("b_q", b_q, (size,), checks.FLOATS, hidden)
-    checks.tensor("w_o", w_o, (dim, size), checks.FLOATS, hidden)
-    checks.tensor("b_o", b_o, (dim,), checks.FLOATS, hidden)
-    if num_heads < 1 or size % num_heads:
-        raise ValueError(f"num_heads={num_heads} does not divide M={size}: choose a divisor of w_q.shape[0].")
+    checks.tensor("slots.k", slots.k, ("T", size), checks.FLOATS, hidden)
+    checks.tensor("slots.v", slots.v, (slots.k.shape[0], size), checks.FLOATS, hidden)
+    checks.tensor("slots.start", slots.start, ("N",), (torch.int64,), hidden)
+    checks.tensor("slots.length", slots.length, (slots.start.shape[0],), (torch.int64,), hidden)
+    checks.tensor("weights.b_q", weights.b_q, (size,), checks.FLOATS, hidden)
+    checks.tensor("weights.w_o", weights.w_o, (dim, size), checks.FLOATS, hidden)
+    checks.tensor("weights.b_o", weights.b_o, (dim,), checks.FLOATS, hidden)
+    heads = weights.num_heads
+    if heads < 1 or size % heads:
+        raise ValueError(
+            f"weights.num_heads={heads} does not divide M={size}: choose a divisor of w_q.shape[0]."
+        )
 
 
-def _check_gate(hidden: Tensor, gate: Gate, start: Tensor) -> bool:
+def _check_gate(hidden: Tensor, gate: Gate, slots: Slots) -> bool:
     """Raise unless the gate is right; whether attention decides it too, in place of a lookup before it."""
     checks.tensor("gate.last", gate.last, (hidden.shape[0],), (torch.int64,), hidden)
     checks.tensor("gate.keys", gate.keys, ("N", hidden.shape[2]), checks.FLOATS, hidden)
     checks.tensor("gate.radius", gate.radius, (gate.keys.shape[0],), (torch.float32,), hidden)
     checks.choice("gate.metric", gate.metric, METRICS)
-    if gate.keys.shape[0] != start.shape[0]:
+    stored = slots.start.shape[0]
+    if gate.keys.shape[0] != stored:
         raise ValueError(
-            f"gate.keys has {gate.keys.shape[0]} keys, start has {start.shape[0]} slots: pass one per slot."
+            f"gate.keys has {gate.keys.shape[0]} keys, there are {stored} slots: pass one per slot."
         )
     if torch.compiler.is_compiling():
         return gate.codes is None  # the operator itself looks which implementation there is
@@ -210,12 +196,18 @@ def decides_gate(hidden: Tensor, gate: Gate) -> bool:
     return backend.explain("nearest_key", device, dtype).implementation.name == attention.name
 
 
-def _forward(hidden: Tensor, *args: Any) -> Tensor:
-    return backend.run("gated_edit_attention", "forward", hidden, hidden, *args)
+# A registered operator takes every tensor for itself, these ten last:
+# k, v, start, length, w_q, b_q, w_o, b_o, num_heads, eps.
+def _grouped(args: tuple) -> tuple[Slots, AttentionWeights]:
+    return Slots(*args[:4]), AttentionWeights(*args[4:10])
 
 
-def _forward_(hidden: Tensor, *args: Any) -> None:
-    backend.run("gated_edit_attention", "forward_", hidden, hidden, *args)
+def _forward(hidden: Tensor, span: Tensor, route: Tensor, *args: Any) -> Tensor:
+    return backend.run("gated_edit_attention", "forward", hidden, hidden, span, route, *_grouped(args))
+
+
+def _forward_(hidden: Tensor, span: Tensor, route: Tensor, *args: Any) -> None:
+    backend.run("gated_edit_attention", "forward_", hidden, hidden, span, route, *_grouped(args))
 
 
 def _gate(
@@ -223,7 +215,7 @@ def _gate(
 ) -> tuple[Tensor, Tensor]:
     gate = Gate(last, keys, radius, metric)
     if decides_gate(hidden, gate):
-        return backend.run("gated_edit_attention", "gate", hidden, hidden, span, gate, *args)
+        return backend.run("gated_edit_attention", "gate", hidden, hidden, span, gate, *_grouped(args))
     route = look_up(hidden, gate)
     return _forward(hidden, span, route, *args), route
 
@@ -233,14 +225,17 @@ def _gate_(
 ) -> Tensor:
     gate = Gate(last, keys, radius, metric)
     if decides_gate(hidden, gate):
-        return backend.run("gated_edit_attention", "gate_", hidden, hidden, span, gate, *args)
+        return backend.run("gated_edit_attention", "gate_", hidden, hidden, span, gate, *_grouped(args))
     route = look_up(hidden, gate)
     _forward_(hidden, span, route, *args)
     return route
 
 
-def _backward(grad: Tensor, hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    return backend.run("gated_edit_attention", "backward", hidden, grad, hidden, *args)
+def _backward(grad: Tensor, hidden: Tensor, span: Tensor, route: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    slots, weights = _grouped(args)
+    return backend.run(
+        "gated_edit_attention", "backward", hidden, grad, hidden, span, route, slots, weights, args[10]
+    )
 
 
 def _fake_forward(hidden: Tensor, *args: Any) -> Tensor:
@@ -303,8 +298,8 @@ def _gradients(ctx: Any, grad: Tensor, memory: int) -> tuple:
     return tuple(result)
 
 
-def _reference_(hidden: Tensor, *args: Any) -> None:
-    hidden.copy_(gated_edit_attention_reference(hidden, *args))
+def _reference_(hidden: Tensor, span: Tensor, route: Tensor, slots: Slots, weights: AttentionWeights) -> None:
+    hidden.copy_(gated_edit_attention_reference(hidden, span, route, slots, weights))
 
 
 for _name, _run, _fake in (

@@ -6,33 +6,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .arguments import AttentionWeights, Slots
+
 
 def gated_edit_attention_reference(
     hidden: Tensor,
     span: Tensor,
     route: Tensor,
-    k: Tensor,
-    v: Tensor,
-    start: Tensor,
-    length: Tensor,
-    w_q: Tensor,
-    b_q: Tensor,
-    w_o: Tensor,
-    b_o: Tensor,
-    num_heads: int,
-    eps: float,
+    slots: Slots,
+    weights: AttentionWeights,
 ) -> Tensor:
     """See `dualedit_kernels.gated_edit_attention`; the gate has been evaluated already (``route``)."""
     out = hidden.clone()
     for row, slot in enumerate(route.tolist()):
-        if slot < 0 or not int(length[slot]):
+        if slot < 0 or not int(slots.length[slot]):
             continue
-        first, last = int(start[slot]), int(start[slot] + length[slot])
+        first = int(slots.start[slot])
+        last = first + int(slots.length[slot])
         positions = span[row].nonzero().squeeze(1)  # [P]
         x = hidden[row, positions]  # [P, D]
-        q = F.linear(normalise(x, eps), w_q, b_q)  # [P, M]
-        o = attend(q, k[first:last], v[first:last], num_heads)  # [P, M]
-        out[row, positions] = x + F.linear(o, w_o, b_o)
+        q = F.linear(normalise(x, weights.eps), weights.w_q, weights.b_q)  # [P, M]
+        o = attend(q, slots.k[first:last], slots.v[first:last], weights.num_heads)  # [P, M]
+        out[row, positions] = x + F.linear(o, weights.w_o, weights.b_o)
     return out
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import triton_support
 from ..backend import Implementation
 from . import eager
-from .arguments import AttentionWeights, Gate, grouped
+from .arguments import AttentionWeights, Gate, Slots
 
 # Wider heads do not fit the registers of a tile: 16-bit, and fp32, whose exact products take twice the room.
 LARGEST_HEAD, LARGEST_HEAD_FP32 = 256, 128
@@ -33,52 +33,57 @@ def implementations() -> list[Implementation]:
     ]
 
 
-def _forward(hidden: Tensor, span: Tensor, route: Tensor, *args: object) -> Tensor:
-    slots, weights = grouped(args)
+def _forward(hidden: Tensor, span: Tensor, route: Tensor, slots: Slots, weights: AttentionWeights) -> Tensor:
     if _too_wide(hidden, weights):
-        return eager.forward(hidden, span, route, *args)
+        return eager.forward(hidden, span, route, slots, weights)
     from . import triton_kernel
 
     return triton_kernel.forward(hidden, span, route, None, slots, weights)[0]
 
 
-def _forward_(hidden: Tensor, span: Tensor, route: Tensor, *args: object) -> None:
-    slots, weights = grouped(args)
+def _forward_(hidden: Tensor, span: Tensor, route: Tensor, slots: Slots, weights: AttentionWeights) -> None:
     if _too_wide(hidden, weights):
-        return eager.forward_(hidden, span, route, *args)
+        return eager.forward_(hidden, span, route, slots, weights)
     from . import triton_kernel
 
     triton_kernel.forward_(hidden, span, route, None, slots, weights)
 
 
-def _gate(hidden: Tensor, span: Tensor, gate: Gate, *args: object) -> tuple[Tensor, Tensor]:
-    slots, weights = grouped(args)
+def _gate(
+    hidden: Tensor, span: Tensor, gate: Gate, slots: Slots, weights: AttentionWeights
+) -> tuple[Tensor, Tensor]:
     if _too_wide(hidden, weights):
         route = _looked_up(hidden, gate)
-        return eager.forward(hidden, span, route, *args), route
+        return eager.forward(hidden, span, route, slots, weights), route
     from . import triton_kernel
 
     return triton_kernel.forward(hidden, span, None, gate, slots, weights)
 
 
-def _gate_(hidden: Tensor, span: Tensor, gate: Gate, *args: object) -> Tensor:
-    slots, weights = grouped(args)
+def _gate_(hidden: Tensor, span: Tensor, gate: Gate, slots: Slots, weights: AttentionWeights) -> Tensor:
     if _too_wide(hidden, weights):
         route = _looked_up(hidden, gate)
-        eager.forward_(hidden, span, route, *args)
+        eager.forward_(hidden, span, route, slots, weights)
         return route
     from . import triton_kernel
 
     return triton_kernel.forward_(hidden, span, None, gate, slots, weights)
 
 
-def _backward(grad: Tensor, hidden: Tensor, span: Tensor, route: Tensor, *args: object) -> tuple[Tensor, ...]:
-    slots, weights = grouped(args[:-1])
+def _backward(
+    grad: Tensor,
+    hidden: Tensor,
+    span: Tensor,
+    route: Tensor,
+    slots: Slots,
+    weights: AttentionWeights,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
     if _too_wide(hidden, weights):
-        return eager.backward(grad, hidden, span, route, *args)
+        return eager.backward(grad, hidden, span, route, slots, weights, needs)
     from . import triton_backward
 
-    return triton_backward.backward(grad, hidden, span, route, slots, weights, args[-1])
+    return triton_backward.backward(grad, hidden, span, route, slots, weights, needs)
 
 
 def _looked_up(hidden: Tensor, gate: Gate) -> Tensor:

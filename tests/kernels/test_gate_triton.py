@@ -177,11 +177,10 @@ def launched(case, gate, name="gate"):
     """What the implementation launches, PyTorch's operators too."""
     torch.utils.deterministic.fill_uninitialized_memory = False  # which would be launches of its own
     entry = backend.explain("gated_edit_attention", DEVICE, case.hidden.dtype).implementation
-    slots = (case.k, case.v, case.start, case.length)
-    weights = (case.w_q, case.b_q, case.w_o, case.b_o, case.num_heads, case.eps)
+    groups = case.public()
     try:
         with Launches() as seen:
-            entry.functions[name](case.hidden, case.span, gate, *slots, *weights)
+            entry.functions[name](case.hidden, case.span, gate, groups["slots"], groups["weights"])
     finally:
         torch.utils.deterministic.fill_uninitialized_memory = True
     return seen.names

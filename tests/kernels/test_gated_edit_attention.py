@@ -53,7 +53,7 @@ def through_operator(case):
 
 
 def through_reference(case):
-    return gated_edit_attention_reference(*case.args())
+    return gated_edit_attention_reference(**case.public())
 
 
 def compare(case, dtype, generator, factor=2.0):
@@ -173,7 +173,7 @@ def test_gradcheck(implementation, generator, name):
     inputs = tuple(getattr(case, n) for n in case.DIFFERENTIABLE)
 
     def function(*tensors):
-        return gated_edit_attention(**case.public() | dict(zip(case.DIFFERENTIABLE, tensors, strict=True)))[0]
+        return gated_edit_attention(**case.with_tensors(*tensors).public())[0]
 
     assert torch.autograd.gradcheck(function, inputs)
 
@@ -247,8 +247,8 @@ def test_gate_as_an_operator(implementation, generator):
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def compiled(*tensors):
-        public = arguments | dict(zip(case.DIFFERENTIABLE, tensors, strict=True))
-        return gated_edit_attention(**public, gate=gate)
+        changed = case.with_tensors(*tensors)
+        return gated_edit_attention(**changed.public() | {"route": None}, gate=gate)
 
     out, found = compiled(*inputs)
     assert torch.equal(found, route)
@@ -264,7 +264,7 @@ def test_gate_as_an_operator(implementation, generator):
         ({"keys": torch.ones(3, 23)}, ValueError, "gate.keys has shape"),
         ({"radius": torch.ones(2)}, ValueError, "gate.radius has shape"),
         ({"metric": "dot"}, ValueError, "gate.metric='dot' is unknown"),
-        ({"keys": torch.ones(2, 24), "radius": torch.ones(2)}, ValueError, "2 keys, start has 3 slots"),
+        ({"keys": torch.ones(2, 24), "radius": torch.ones(2)}, ValueError, "2 keys, there are 3 slots"),
     ],
 )
 def test_errors_name_what_is_wrong_with_a_gate(generator, change, error, words):
@@ -311,7 +311,7 @@ def test_compiles_with_gradients(implementation, generator):
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def compiled(*tensors):
-        public = case.public() | dict(zip(case.DIFFERENTIABLE, tensors, strict=True))
+        public = case.with_tensors(*tensors).public()
         return gated_edit_attention(**public)[0] * 1.0
 
     out = compiled(*inputs)
@@ -355,4 +355,4 @@ def test_fold_query_is_the_chain(generator):
 def test_errors_name_the_argument(generator, change, error, words):
     case = attention_case(generator, **CASES["mixed"]).to(torch.float32)
     with pytest.raises(error, match=words):
-        gated_edit_attention(**case.public() | change)
+        gated_edit_attention(**replace(case, **change).public())

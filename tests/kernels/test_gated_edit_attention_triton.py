@@ -47,7 +47,7 @@ def through_operator(case):
 
 
 def through_reference(case):
-    return gated_edit_attention_reference(*case.args())
+    return gated_edit_attention_reference(**case.public())
 
 
 def gradients(case, function, cotangent):

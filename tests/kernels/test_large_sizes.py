@@ -5,6 +5,7 @@ that the tests run on small machines, too.
 """
 
 import mmap
+from dataclasses import replace
 
 import pytest
 import torch
@@ -56,11 +57,13 @@ def attend(generator, name, device):
     lengths, route = [3, 5], [1, -1, 0, 1]
     sizes = dict(rows=4, tokens=7, dim=24, mid=64, num_heads=2, lengths=lengths, route=route)
     case = attention_case(generator, **sizes).to(torch.bfloat16)
-    small = {n: t.to(device) if isinstance(t, torch.Tensor) else t for n, t in case.public().items()}
-    large = small | {"start": torch.tensor([100, rows - 5], device=device)}
+    tensors = {name: getattr(case, name) for name in case.__dataclass_fields__}
+    case = replace(case, **{n: t.to(device) for n, t in tensors.items() if isinstance(t, torch.Tensor)})
+    far = {"start": torch.tensor([100, rows - 5], device=device)}
     for part in "kv":
-        large[part] = zeros(rows, 64, device=device)
-        large[part][100:103], large[part][-5:] = small[part][:3], small[part][3:]
+        far[part] = zeros(rows, 64, device=device)
+        far[part][100:103], far[part][-5:] = getattr(case, part)[:3], getattr(case, part)[3:]
+    small, large = case.public(), replace(case, **far).public()
     with backend.use_backend(gated_edit_attention=name), torch.no_grad():
         found, want = gated_edit_attention(**large)[0], gated_edit_attention(**small)[0]
         inside = gated_edit_attention(**large | {"hidden": small["hidden"].clone()}, inplace=True)[0]

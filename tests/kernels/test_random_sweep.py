@@ -165,7 +165,7 @@ def attention(draw, dtypes, device):
         return [out.detach(), *torch.autograd.grad(out, leaves, cotangent, materialize_grads=True)]
 
     def reference(case):
-        return gated_edit_attention_reference(*case.args())
+        return gated_edit_attention_reference(**case.public())
 
     def operator(case):
         return gated_edit_attention(**case.public())[0]

@@ -8,7 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from dualedit_kernels import Gate, decides_gate, fold_query, gated_edit_attention, look_up
+from dualedit_kernels import (
+    AttentionWeights,
+    Gate,
+    Slots,
+    decides_gate,
+    fold_query,
+    gated_edit_attention,
+    look_up,
+)
 
 _ALIGNED = 64  # bytes, as PyTorch allocates
 
@@ -138,7 +146,8 @@ class EditCrossAttention(nn.Module):
             if route.device.type == "cpu" and not bool((route >= 0).any()):
                 return hidden, route
         w_q, b_q = self.query_weights() if edits.query is None else edits.query
-        return gated_edit_attention(
-            hidden, span, edits.k, edits.v, edits.start, edits.length, w_q, b_q, self.o_proj.weight,
-            self.o_proj.bias, num_heads=self.num_heads, eps=self.query_norm.eps, route=route, gate=gate,
-        )  # fmt: skip
+        slots = Slots(edits.k, edits.v, edits.start, edits.length)
+        weights = AttentionWeights(
+            w_q, b_q, self.o_proj.weight, self.o_proj.bias, self.num_heads, self.query_norm.eps
+        )
+        return gated_edit_attention(hidden, span, slots, weights, route=route, gate=gate)
