@@ -10,6 +10,7 @@
 # make compile-report   registers, spills and shared memory of every GPU kernel, without a GPU, by the oldest
 #              supported Triton (fetched once: 200 MB, kept in the user's cache folder) and the installed one
 # make bench   benchmarks of the operators and of models, results in benchmarks/results/local
+# make docs    the documentation as a site in site/, links checked
 # make readme  the demo, with its output put into README.md
 # make clean   remove what the above made, .venv included
 #
@@ -39,7 +40,7 @@ BENCHMARKS := $(patsubst benchmarks/bench_%.py,%,$(sort $(wildcard benchmarks/be
 
 ON_ALL_CORES := -n auto --dist worksteal
 
-.PHONY: setup demo test test-random test-all fast lint bench gpu compile-report readme clean
+.PHONY: setup demo test test-random test-all fast lint bench gpu compile-report docs readme clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -84,10 +85,16 @@ gpu: $(STAMP)
 compile-report: $(STAMP)
 	$(PY) -m benchmarks.gpu.compile_report
 
+# A virtual environment of its own: building pages needs neither torch nor the package.
+docs:
+	test -x $(VENV)-docs/bin/python || $(PYTHON) -m venv $(VENV)-docs
+	$(VENV)-docs/bin/python -m pip install -q "mkdocs-material<10" "mkdocstrings[python]"
+	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/python -m mkdocs build --strict
+
 readme: $(STAMP)
 	$(PY) -m dualedit.cli demo --json demo_output/demo.json --page demo_output/demo.html --readme README.md
 
 clean:
-	rm -rf $(VENV) build demo_output .pytest_cache .ruff_cache *.egg-info python/*.egg-info
+	rm -rf $(VENV) $(VENV)-docs build site demo_output .pytest_cache .ruff_cache *.egg-info python/*.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 	rm -f dualedit_kernels/*.so

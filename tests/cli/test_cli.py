@@ -420,18 +420,18 @@ def test_a_readme_without_blocks_is_refused_before_the_work(tmp_path, monkeypatc
     assert readme.read_text() == "nothing to fill"
 
 
-# ---------------------------------------------------------------------- the README
+# ---------------------------------------------------------------------- the quickstart
 
 
-def readme_blocks():
-    text = (Path(__file__).parents[2] / "README.md").read_text()
+def quickstart_blocks():
+    text = (Path(__file__).parents[2] / "docs" / "quickstart.md").read_text()
     return re.findall(r"<!-- runs -->\n```python\n(.*?)```", text, re.DOTALL)
 
 
 @pytest.mark.parametrize("number", range(2))
-def test_the_quickstarts_of_the_readme_run(number, tmp_path, monkeypatch, capsys):
-    blocks = readme_blocks()
+def test_the_quickstarts_run(number, tmp_path, monkeypatch, capsys):
+    blocks = quickstart_blocks()
     assert len(blocks) == 2
     monkeypatch.chdir(tmp_path)
-    exec(compile(blocks[number], "README.md", "exec"), {"__name__": "readme"})
+    exec(compile(blocks[number], "quickstart.md", "exec"), {"__name__": "quickstart"})
     assert "maria" in capsys.readouterr().out

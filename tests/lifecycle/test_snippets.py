@@ -1,4 +1,4 @@
-"""The README's snippets for LLaVA-1.5 and Qwen2.5-VL, word for word, with a tiny model of the same make."""
+"""Snippets of README and docs for LLaVA-1.5 and Qwen2.5-VL, word for word, with tiny models of the same make."""
 
 import re
 from pathlib import Path
@@ -12,26 +12,27 @@ from tiny_hub_models import LAYERS, make_llava, make_qwen
 from tiny_models import edit_layers, random_image, strengthen
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+ROOT = Path(__file__).resolve().parents[2]
+README, GUIDE = ROOT / "README.md", ROOT / "docs" / "models.md"
 LLAVA, QWEN = "llava-hf/llava-1.5-7b-hf", "Qwen/Qwen2.5-VL-7B-Instruct"
 MARK = "<!-- runs with a tiny model -->"
 
 
-def snippets():
-    """Model id to the snippet that names it."""
-    text = README.read_text(encoding="utf-8")
+def snippets(page):
+    """Model id to the snippet of a page that names it."""
+    text = page.read_text(encoding="utf-8")
     blocks = re.findall(re.escape(MARK) + r"\n```python\n(.*?)```", text, re.DOTALL)
     assert len(blocks) == text.count(MARK)
     return {re.search(r'^name = "(.*)"$', block, re.MULTILINE).group(1): block for block in blocks}
 
 
-def run(model_id, folder, monkeypatch, where):
+def run(model_id, folder, monkeypatch, where, page=GUIDE):
     """Run the snippet in `where`, with the model's name replaced and nothing else."""
-    code = snippets()[model_id]
+    code = snippets(page)[model_id]
     assert code.count(model_id) == 1
     monkeypatch.chdir(where)
     names = {}
-    exec(compile(code.replace(model_id, str(folder)), str(README), "exec"), names)
+    exec(compile(code.replace(model_id, str(folder)), str(page), "exec"), names)
     return names
 
 
@@ -66,8 +67,8 @@ def check_run(names, capsys, folder, where):
     return printed
 
 
-def test_both_snippets_are_there():
-    assert set(snippets()) == {LLAVA, QWEN}
+def test_all_snippets_are_there():
+    assert set(snippets(README)) == {LLAVA} and set(snippets(GUIDE)) == {LLAVA, QWEN}
 
 
 @pytest.mark.filterwarnings("ignore:The edit did not take", "ignore:The positive sample")
@@ -82,6 +83,15 @@ def test_llava(tmp_path, where, seed, monkeypatch, capsys):
     [layer] = edit_layers(names["model"])
     assert layer.layer_name == "model.language_model.layers.20.mlp.up_proj"
     assert (where / "llava-edits" / "README.md").is_file()
+
+
+@pytest.mark.filterwarnings("ignore:The edit did not take", "ignore:The positive sample")
+def test_readme(tmp_path, where, seed, monkeypatch, capsys):
+    folder = make_llava(tmp_path / "model", seed)
+    names = run(LLAVA, folder, monkeypatch, where, README)
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[0].endswith(" True") and "target='lenovo'" in printed
+    assert names["editor"].answer("computer.jpg", names["question"]) in printed
 
 
 def prepare_adapters(folder, where, name, seed, trained=True):
