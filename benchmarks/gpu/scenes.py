@@ -87,6 +87,7 @@ def _recording(scene: str, arch: int) -> Iterator[list[Launch]]:
     from triton.runtime.jit import JITFunction
 
     from dualedit_kernels import triton_support
+    from dualedit_kernels.gated_edit_attention import triton_backward as backward
     from dualedit_kernels.gated_edit_attention import triton_gate as gate
     from dualedit_kernels.gated_edit_attention import triton_kernel as attention
     from dualedit_kernels.nearest_key import triton_kernel as nearest
@@ -100,7 +101,7 @@ def _recording(scene: str, arch: int) -> Iterator[list[Launch]]:
     assert not triton_support.interpreting(), "the interpreter does not compile: unset TRITON_INTERPRET"
     patches = (
         (JITFunction, "run", run),
-        (attention, "generation", lambda tensor: arch // 10),
+        *((owner, "generation", lambda tensor: arch // 10) for owner in (attention, backward, routed)),
         (gate, "processors", lambda tensor: 132),
         (nearest, "processors", lambda tensor: 132),
         (routed, "processors", lambda tensor: 132),

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_support import on_device, power_of_two
+from ..triton_support import generation, on_device, power_of_two, room
 from .arguments import AttentionWeights, Slots
 from .triton_gate import rows_of, slot_of, span_of
 from .triton_kernel import attend
@@ -99,7 +99,7 @@ def attend_backward(
     delta = torch.empty_like(lse)
     attend(q, row, slots, o, num_heads, (d_o, lse, delta))
     shared = (q, *row, k, v, d_o, lse, delta)
-    sizes, memory_sizes = tiles(q.dtype, head), memory_tiles(q.dtype, head)
+    sizes, memory_sizes = tiles(q.dtype, head), memory_tiles(q.dtype, head, generation(q))
     with on_device(q):
         query_kernel[(triton.cdiv(tokens, sizes["BT"]) * num_heads, rows)](
             *shared, d_q, tokens, num_heads, head, count, head**-0.5, **sizes
@@ -121,10 +121,12 @@ def tiles(dtype: torch.dtype, head: int) -> dict[str, int]:
     return {"BT": 64, "BN": 64, "BH": size, "num_warps": 4 if size <= 32 else 8, "num_stages": 2}
 
 
-def memory_tiles(dtype: torch.dtype, head: int) -> dict[str, int]:
+def memory_tiles(dtype: torch.dtype, head: int, generation: int) -> dict[str, int]:
     """The same for d_k and d_v, whose two accumulators leave less room for tokens."""
     sizes = tiles(dtype, head)
-    return sizes | {"BT": min(32, sizes["BT"])} if sizes["BH"] > 64 else sizes
+    if sizes["BH"] > 64:
+        return sizes | {"BT": min(32, sizes["BT"])}
+    return sizes | room(generation) if sizes["BH"] == 64 else sizes
 
 
 @triton.jit(do_not_specialize=["tokens", "slots", "heads"])

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_support import generation, on_device, power_of_two
+from ..triton_support import generation, on_device, power_of_two, room
 from .arguments import AttentionWeights, Gate, Slots
 from .triton_gate import open_rows, slot_of, span_of
 
@@ -60,13 +60,13 @@ def _forward(
     row, mean, rstd = open_rows(hidden, span, route, gate, slots, w.eps)
     q = hidden.new_empty(rows, tokens, size)
     with on_device(hidden):
-        sizes = product_tiles(hidden.dtype, rows * tokens, size)
+        sizes = product_tiles(hidden.dtype, rows * tokens, size, generation(hidden))
         project_kernel[(triton.cdiv(tokens, sizes["BT"]) * triton.cdiv(size, sizes["BO"]), rows)](
             hidden, *row, mean, rstd, w.w_q.contiguous(), w.b_q.contiguous(), q, tokens, dim, size, count,
             **sizes,
         )  # fmt: skip
         attend(q, row, slots, q, w.num_heads)
-        sizes = product_tiles(hidden.dtype, rows * tokens, dim)
+        sizes = product_tiles(hidden.dtype, rows * tokens, dim, generation(hidden))
         output_kernel[(triton.cdiv(tokens, sizes["BT"]) * triton.cdiv(dim, sizes["BO"]), rows)](
             hidden, *row, q, w.w_o.contiguous(), w.b_o.contiguous(), out, tokens, size, dim, count,
             INPLACE=out is hidden, **sizes,
@@ -97,13 +97,13 @@ def attend(
         )  # fmt: skip
 
 
-def product_tiles(dtype: torch.dtype, tokens: int, outputs: int) -> dict[str, int]:
+def product_tiles(dtype: torch.dtype, tokens: int, outputs: int, generation: int) -> dict[str, int]:
     """Tile sizes of the two matrix products: BT tokens by BO outputs, BK elements at a time."""
     if dtype == torch.float32:
         return {"BT": 64, "BO": 64, "BK": 32, "num_warps": 8, "num_stages": 3}
     if triton.cdiv(tokens, 128) * triton.cdiv(outputs, 128) < 64:  # too few tiles to fill a GPU
         return {"BT": 64, "BO": 32, "BK": 128, "num_warps": 4, "num_stages": 4}
-    return {"BT": 128, "BO": 128, "BK": 64, "num_warps": 8, "num_stages": 3}
+    return {"BT": 128, "BO": 128, "BK": 64, "num_warps": 8, "num_stages": 3} | room(generation)
 
 
 def attention_tiles(dtype: torch.dtype, head: int, tokens: int, generation: int) -> dict[str, int]:
@@ -120,7 +120,8 @@ def attention_tiles(dtype: torch.dtype, head: int, tokens: int, generation: int)
     keys = 32 if size > 64 and generation < 9 else 64
     if tokens <= 64:
         return {"BT": 64, "BN": keys, "BH": size, "num_warps": 4, "num_stages": 2}
-    return {"BT": 128, "BN": keys, "BH": size, "num_warps": 8, "num_stages": 3}
+    tiles = {"BT": 128, "BN": keys, "BH": size, "num_warps": 8, "num_stages": 3}
+    return tiles | room(generation) if size == 64 else tiles
 
 
 @triton.jit(do_not_specialize=["tokens", "slots"])

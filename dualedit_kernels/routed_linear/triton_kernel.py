@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_support import on_device, power_of_two, processors
+from ..triton_support import generation, on_device, power_of_two, processors, room
 
 
 def low_rank(base: Tensor, x: Tensor, down: Tensor, up: Tensor, index: Tensor) -> Tensor:
@@ -70,12 +70,16 @@ def full_backward(
     return d_base, d_x, d_weight, d_bias
 
 
-def tiles(dtype: torch.dtype, tokens: int) -> dict[str, int]:
-    """Tile sizes of the products: BT tokens by BO outputs, BK elements at a time."""
+def tiles(dtype: torch.dtype, tokens: int, generation: int) -> dict[str, int]:
+    """Tile sizes of the products: BT tokens by BO outputs, BK elements at a time.
+
+    generation: major compute capability; see `triton_support.room`.
+    """
     if tokens <= 16:  # decoding
         # Reading the weight is all there is to it: narrow tiles make programs for every processor of a GPU.
-        size = 32 if dtype == torch.float32 else 128
-        return {"BT": 16, "BO": 64, "BK": size, "num_warps": 4, "num_stages": 3}
+        exact = dtype == torch.float32
+        stages = 2 if exact and generation >= 10 else 3  # a third spills there
+        return {"BT": 16, "BO": 64, "BK": 32 if exact else 128, "num_warps": 4, "num_stages": stages}
     if dtype == torch.float32:
         return {"BT": 64, "BO": 64, "BK": 32, "num_warps": 8, "num_stages": 3}
     if tokens <= 64:
@@ -93,13 +97,14 @@ def shrink_tiles(dtype: torch.dtype, tokens: int, rank: int) -> dict[str, int]:
     return {"BT": 16 if few else 64, "BR": rank_tile(rank), **size, "num_stages": 3}
 
 
-def expand_tiles(dtype: torch.dtype, tokens: int, rank: int) -> dict[str, int]:
+def expand_tiles(dtype: torch.dtype, tokens: int, rank: int, generation: int) -> dict[str, int]:
     """Tile sizes of the expansion: BT tokens by BO outputs, BR ranks at a time."""
     few, size = tokens <= 16, rank_tile(rank)
     wide = 64 if dtype == torch.float32 or size > 32 else 128
     ranks = min(32, size) if dtype == torch.float32 else size
     warps = 4 if few else 8
-    return {"BT": 16 if few else 64, "BO": wide, "BR": ranks, "num_warps": warps, "num_stages": 1}
+    sizes = {"BT": 16 if few else 64, "BO": wide, "BR": ranks, "num_warps": warps, "num_stages": 1}
+    return sizes | room(generation) if dtype == torch.float32 and not few else sizes
 
 
 def outer_tiles(dtype: torch.dtype, left: int, right: int) -> dict[str, int]:
@@ -151,7 +156,7 @@ def _expand(base: Tensor | None, inner: Tensor, up: Tensor, index: Tensor, out: 
     index = index.contiguous()
     rows, tokens, outputs = out.shape
     slots, _, rank = up.shape
-    sizes = expand_tiles(up.dtype, tokens, rank)
+    sizes = expand_tiles(up.dtype, tokens, rank, generation(out))
     grid = (triton.cdiv(tokens, sizes["BT"]) * triton.cdiv(outputs, sizes["BO"]), rows)
     base_or_none = out if base is None else base
     with on_device(out):
@@ -171,7 +176,7 @@ def _project(
     index = index.contiguous()
     rows, tokens, size = x.shape
     slots, outputs, _ = weight.shape
-    sizes = tiles(x.dtype, tokens)
+    sizes = tiles(x.dtype, tokens, generation(x))
     grid = (triton.cdiv(tokens, sizes["BT"]) * triton.cdiv(outputs, sizes["BO"]), rows)
     absent = out  # a pointer that is not read
     with on_device(x):

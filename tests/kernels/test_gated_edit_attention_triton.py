@@ -115,10 +115,10 @@ def test_large_tiles(seed, dtype):
 
     case = sample(seed, CASES["two tiles"], tokens=150)
     products, attention = triton_kernel.product_tiles, triton_kernel.attention_tiles
-    assert products(dtype, 150, 136)["BT"] == 64 and attention(dtype, 16, 150, 9)["BT"] == 128
-    triton_kernel.product_tiles = lambda dtype, tokens, outputs: products(dtype, 1 << 16, 1 << 12)
+    assert products(dtype, 150, 136, 9)["BT"] == 64 and attention(dtype, 16, 150, 9)["BT"] == 128
+    triton_kernel.product_tiles = lambda dtype, *_: products(dtype, 1 << 16, 1 << 12, 9)
     try:
-        assert triton_kernel.product_tiles(dtype, 1, 1)["BT"] == 128
+        assert triton_kernel.product_tiles(dtype, 1, 1, 9)["BT"] == 128
         compare(case, dtype, seed)
     finally:
         triton_kernel.product_tiles = products

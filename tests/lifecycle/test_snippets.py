@@ -1,4 +1,4 @@
-"""Snippets of README and docs for LLaVA-1.5 and Qwen2.5-VL, word for word, with tiny models of the same make."""
+"""Snippets of README and docs, word for word, with tiny models of the same make."""
 
 import re
 from pathlib import Path
