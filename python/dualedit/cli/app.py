@@ -368,3 +368,14 @@ def kernels() -> None:
     from dualedit_kernels.__main__ import report
 
     print(report())
+
+
+@app.command()
+def doctor(
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what is installed, whether it fits together, and what is missing; exit code 1 for a fault."""
+    from .doctor import show
+
+    with quiet():
+        raise typer.Exit(show(json))
