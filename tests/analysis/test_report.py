@@ -47,9 +47,10 @@ def test_the_table_by_hand(two_facts):
     assert [cell.split(" [")[0] for cell in cells] == [
         "DualEdit", "100.0", "100.0", "50.0", "100.0", "100.0", "50.0", "60.0", "90.0",
     ]  # fmt: skip
-    assert cells[3] == "50.0 [0.0, 100.0]" and cells[1] == "100.0 [100.0, 100.0]"
+    # Wilson of one of two: 0.5 ± z sqrt(0.125 + z²/16) / (1 + z²/2); of two of two: from 2 / (2 + z²).
+    assert cells[3] == "50.0 [9.5, 90.5]" and cells[1] == "100.0 [34.2, 100.0]"
     page = words_of(page_of(two_facts))
-    assert "50.0 [0.0, 100.0]" in page and "0.5 s 2 KiB" in page
+    assert "50.0 [9.5, 90.5]" in page and "0.5 s 2 KiB" in page
 
 
 @pytest.fixture(scope="module")

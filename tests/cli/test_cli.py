@@ -377,7 +377,7 @@ def test_demo_json(demo_files):
     assert list(rows) == ["rows"]
     assert [row["method"] for row in rows["rows"]] == ["dualedit", "balancedit"]
     for row in rows["rows"]:
-        assert list(row) == ["method", "scoring", "protocol", "edits", "n", "metrics", "stderr"]
+        assert list(row) == ["method", "scoring", "protocol", "edits", "n", "metrics", "stderr", "interval"]
         assert (row["scoring"], row["protocol"], row["edits"], row["n"]) == ("free", "single", 1, 3)
         assert set(row["metrics"]) == set(row["stderr"]) == set(TITLES)
         assert all(0 <= value <= 100 for value in row["metrics"].values())
@@ -408,7 +408,7 @@ def test_demo_fills_the_readme(demo_files):
     assert text.startswith("# Top\n<!-- generated: story -->\n```text\nQuestion: ")
     assert "outdated" not in text and "\nbetween\n" in text and text.endswith("bottom\n")
     row = json.loads(demo_files["json"].read_text())["rows"][1]
-    assert f"| BalancEdit | {row['metrics']['rel']:.1f} ± " in text
+    assert f"| BalancEdit | {row['metrics']['rel']:.1f} [" in text
 
 
 def test_a_readme_without_blocks_is_refused_before_the_work(tmp_path, monkeypatch, capsys):

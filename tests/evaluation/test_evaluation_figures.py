@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from dualedit.evaluation import METRICS, contains_match, difference, intervals, summarise
+from dualedit.evaluation import METRICS, contains_match, difference, intervals, summarise, wilson
 from dualedit.evaluation.forcing import token_accuracy
 from dualedit.evaluation.metrics import figures_of, retention
 
@@ -37,17 +37,40 @@ def _scores(rights):
     return [{"rel": [right]} for right in rights]
 
 
-def test_an_interval_holds_what_a_binomial_would_say(seed):
-    """The bootstrap of a proportion redraws a binomial: mean 75 and, for 40 facts, two deviations of 6.8."""
-    low, high = intervals(_scores([1.0] * 30 + [0.0] * 10), seed=seed, resamples=4000)["rel"]
-    assert low == pytest.approx(75 - 1.96 * 6.85, abs=3) and high == pytest.approx(75 + 1.96 * 6.85, abs=3)
+def test_wilson_as_tables_have_it():
+    """Of Brown, Cai and DasGupta (2001) and by the closed form for none wrong: n / (n + z²)."""
+    assert wilson(100.0, 100) == pytest.approx([100 * 100 / (100 + 1.959964**2), 100.0])
+    assert wilson(0.0, 10) == pytest.approx([0.0, 100 * 1.959964**2 / (10 + 1.959964**2)])
+    assert wilson(75.0, 40) == pytest.approx([59.81, 85.81], abs=0.01)
+
+
+def test_a_proportion_has_wilsons_interval_over_facts():
+    # Each fact one probe: of 40 facts; five probes that agree within each fact: still 40.
+    one = _scores([1.0] * 30 + [0.0] * 10)
+    alike = [{"rel": [right] * 5} for right in [1.0] * 30 + [0.0] * 10]
+    expected = wilson(75.0, 40)
+    for scores in (one, alike):
+        assert intervals(scores)["rel"] == pytest.approx(expected, abs=1e-9)
+    # Probes that have nothing to do with each other are worth more, up to their number.
+    rng = random.Random(3)
+    loose = [{"rel": [float(rng.random() < 0.75) for _ in range(5)]} for _ in range(400)]
+    low, high = intervals(loose)["rel"]
+    wide = wilson(figures_of(loose)["rel"], 400)
+    assert high - low < 0.6 * (wide[1] - wide[0])
+
+
+def test_all_right_is_not_certain():
+    scores = [{name: [1.0, 1.0] for name in METRICS[:7]} for _ in range(100)]
+    found = intervals(scores)
+    assert all(found[name] == pytest.approx([96.3, 100.0], abs=0.01) for name in METRICS)
 
 
 def test_intervals_are_drawn_alike_for_the_same_seed():
-    scores = _scores([random.Random(i).random() for i in range(30)])
+    rng = random.Random(7)
+    scores = [{name: [rng.random()] for name in METRICS[:7]} for _ in range(30)]
     assert intervals(scores, seed=3) == intervals(scores, seed=3)
-    assert intervals(scores, seed=3) != intervals(scores, seed=4)
-    nothing = intervals(scores)
+    assert intervals(scores, seed=3)["avg"] != intervals(scores, seed=4)["avg"]
+    nothing = intervals(_scores([0.5] * 30))
     assert nothing["hm"] is None and nothing["t_gen"] is None
     assert intervals(scores[:1]) == dict.fromkeys(METRICS)
 

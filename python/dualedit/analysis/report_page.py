@@ -272,9 +272,8 @@ def _measured(settings: Sequence[Setting]) -> str:
     return (
         f"<section><h2>How to read this</h2><dl>{lines}</dl><ul>"
         "<li>Figures are per cent right: a mean over facts of the mean over a fact's questions.</li>"
-        "<li>Below each is its 95% bootstrap interval over facts (or ± one standard error where the rows "
-        "hold no interval). Where every fact is right the interval is a point: the number of facts says how "
-        "sure that is. Bold is the highest of a column; where intervals overlap, that may be chance.</li>"
+        "<li>Below each is its 95% interval, Wilson's for proportions (or ± one standard error where the "
+        "rows hold none). Bold is the highest of a column; where intervals overlap, that may be chance.</li>"
         "<li>What must stay is compared with the unedited model's answer, right or wrong. A look-alike that "
         "was edited as well has to give its own new answer.</li></ul></section>"
     )

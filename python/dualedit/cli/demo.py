@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from ..evaluation import SingleResult
+    from ..evaluation import Row, SingleResult
     from .demo_story import Story
 
 _BLOCK = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -174,14 +174,14 @@ def conclude(console: Console, results: dict[str, SingleResult]) -> None:
     from .demo_story import untouched
 
     rows = [result.row for result in results.values()]
-    console.print(f"{rows[0].n} single edits: % right ± standard error, answers generated freely")
+    console.print(f"{rows[0].n} single edits: % right and 95% interval, answers generated freely")
     console.print(figures_table(results))
     same, closed = untouched(results)
     console.print(f"No gate, no change: {same} of {closed} answers where no edit fired are as before.")
 
 
 def figures_table(results: dict[str, SingleResult]) -> Table:
-    """Percentages with standard errors: a line a metric with its meaning, a column a method."""
+    """Percentages with their intervals: a line a metric with its meaning, a column a method."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
@@ -194,16 +194,18 @@ def figures_table(results: dict[str, SingleResult]) -> Table:
         table.add_column(NAMES[row.method], justify="right", no_wrap=True)
     table.add_column("", style="dim")
     for name, title in TITLES.items():
-        figures = (figure(row.metrics[name], row.stderr[name]) for row in rows)
+        figures = (figure(row, name) for row in rows)
         table.add_row(title, *figures, MEANINGS[name])
     return table
 
 
-def figure(value: float | None, error: float | None) -> str:
-    """A percentage as tables show it."""
+def figure(row: Row, name: str) -> str:
+    """A percentage as tables show it, with its 95% interval where there is one."""
+    value = row.metrics[name]
     if value is None:
         return "-"
-    return f"{value:.1f}" if error is None else f"{value:.1f} ± {error:.1f}"
+    pair = (row.interval or {}).get(name)
+    return f"{value:.1f}" if pair is None else f"{value:.1f} [{pair[0]:.1f}, {pair[1]:.1f}]"
 
 
 # ---------------------------------------------------------------------- in the README
@@ -247,6 +249,6 @@ def _figures_text(results: dict[str, SingleResult]) -> str:
     titles = " | ".join(TITLES.values())
     lines = [f"| {rows[0].n} edits | {titles} |", "|---" * (1 + len(TITLES)) + "|"]
     for row in rows:
-        cells = (figure(row.metrics[name], row.stderr[name]) for name in TITLES)
+        cells = (figure(row, name) for name in TITLES)
         lines.append(f"| {NAMES[row.method]} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

@@ -11,7 +11,7 @@ from html import escape
 from PIL import Image
 
 from dualedit.analysis.page_style import STYLE
-from dualedit.evaluation import SingleResult
+from dualedit.evaluation import Row, SingleResult
 
 from .demo_story import KINDS, MEANINGS, NAMES, TITLES, Moment, Story, brief, near, untouched
 
@@ -129,22 +129,25 @@ def _figures(results: Mapping[str, SingleResult]) -> str:
     head = "".join(f"<th scope=col>{NAMES[row.method]}</th>" for row in rows)
     lines = []
     for name, title in TITLES.items():
-        cells = "".join(_cell(row.metrics[name], row.stderr[name]) for row in rows)
+        cells = "".join(_cell(row, name) for row in rows)
         lines.append(f"<tr><th scope=row>{title}<small>{escape(MEANINGS[name])}</small></th>{cells}</tr>")
     same, closed = untouched(results)
     return (
         f"<section><h2>The same over {rows[0].n} edits</h2>"
-        "<p class=soft>Per cent right ± standard error; each edit is stored, asked about, taken back.</p>"
+        "<p class=soft>Per cent right and its 95% interval (Wilson's). Each edit is stored, asked about and "
+        "taken back.</p>"
         f"<table><thead><tr><td></td>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
         f"<p><b>No gate, no change:</b> where no edit fired, {same} of {closed} answers are exactly the "
         "unedited model's.</p></section>"
     )
 
 
-def _cell(value: float | None, error: float | None) -> str:
+def _cell(row: Row, name: str) -> str:
+    value = row.metrics[name]
     if value is None:
         return "<td>–</td>"
-    small = "" if error is None else f"<small>± {error:.1f}</small>"
+    pair = (row.interval or {}).get(name)
+    small = "" if pair is None else f"<small>{pair[0]:.1f} to {pair[1]:.1f}</small>"
     return f'<td><span class=bar style="--share:{value / 100:.3f}"></span>{value:.1f}{small}</td>'
 
 

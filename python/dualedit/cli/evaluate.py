@@ -135,7 +135,7 @@ def run(options: Options) -> None:
     forced = set(options.scorings) != {"free"}
     unedited = Unedited(samples, plan.more, forced, plan.max_new_tokens)
     figures = (*METRICS[:-2], *MORE_PROBED, *METRICS[-2:])
-    console.print("% right ± standard error, in the order " + " ".join(figures), soft_wrap=True)
+    console.print("% right and 95% interval, in the order " + " ".join(figures), soft_wrap=True)
     rows: dict[tuple[int, int], list[Row]] = {}
     for number, method in enumerate(open_methods(names, options.source)):
         for place, count in enumerate(counts):
@@ -156,7 +156,7 @@ def run(options: Options) -> None:
 
 def _tell(console, row: Row, figures: Sequence[str]) -> None:
     metrics = [*figures, *(["retention"] if "retention" in row.metrics else [])]
-    cells = "  ".join(figure(row.metrics[name], row.stderr[name]) for name in metrics)
+    cells = "  ".join(figure(row, name) for name in metrics)
     what = f"{row.method}, {SCORINGS[row.scoring]}, {row.edits} stored, {row.n} asked"
     console.print(f"{what}: {cells}", soft_wrap=True)
     if row.scoring == "free" and row.costs is not None:

@@ -19,6 +19,7 @@ from .metrics import (
     intervals,
     normalise,
     summarise,
+    wilson,
 )
 from .processes import Alone, Processes, join_processes
 from .protocols import PROTOCOLS, Plan
@@ -53,4 +54,5 @@ __all__ = [
     "join_processes",
     "normalise",
     "summarise",
+    "wilson",
 ]

@@ -51,7 +51,7 @@ class Row:
             the question; "published" token accuracy with a gate that sees the answer.
         protocol: "single" (one edit at a time), "batch" or "sequential".
         edits: how many edits were stored at once.
-        interval: 95% bootstrap intervals [low, high] of `metrics`.
+        interval: 95% intervals [low, high] of `metrics`, see `intervals`.
         contains, contains_interval: the figures with `contains_match` in place of `exact_match` (free
             generation), and their intervals.
         end: of the sequential protocol, the figures asked again after the last edit: "metrics", "stderr",
@@ -149,18 +149,67 @@ def summarise(samples: Sequence[Scores], more: Sequence[str] = ()) -> tuple[dict
 def intervals(
     samples: Sequence[Scores], more: Sequence[str] = (), seed: int = 0, resamples: int = 1000
 ) -> dict[str, list[float] | None]:
-    """95% bootstrap intervals [low, high] of the figures of `summarise`, by percentiles over facts.
+    """95% intervals [low, high] of the figures of `summarise`.
 
-    The same seed and number of facts draw the same facts, so methods that were asked the same questions are
-    compared in pairs. Where every fact is right, so is every redrawn one, and the interval is a point: read
-    the number of facts beside it. None for a figure that nobody asked for or fewer than two facts.
+    Proportions have Wilson's score interval (`wilson`), so that 100 of 100 is not certain. Probes of one fact
+    stand or fall together, so what counts is facts: a figure is worth as many independent answers as its
+    variance between facts says, at least the number of facts and at most the number of probes. "hm" and
+    "avg", which are no proportions, have bootstrap percentiles over facts; where every fact is right these
+    would be a point, and they have Wilson's interval of that many facts.
+
+    Args:
+        samples, more: as in `summarise`.
+        seed: the same one draws the same facts for every method.
+
+    Returns:
+        [low, high] in per cent by name; None for a figure that nobody asked for, or fewer than two facts.
     """
     names = (*PROBED, *more)
     figures = figures_of(samples, more)
-    if len(samples) < 2:
+    n = len(samples)
+    if n < 2:
         return dict.fromkeys(figures)
-    drawn = _weighted(_per_sample(samples, names), _draws(len(samples), seed, resamples), names)
-    return {name: None if value is None else _percentiles(drawn[name]) for name, value in figures.items()}
+    table = _per_sample(samples, names)
+    drawn = _weighted(table, _draws(n, seed, resamples), names)
+    found: dict[str, list[float] | None] = {}
+    for name, value in figures.items():
+        if value is None:
+            found[name] = None
+        elif name in names:
+            probes = sum(len(sample.get(name) or ()) for sample in samples)
+            found[name] = wilson(value, _worth(table[:, names.index(name)], probes))
+        else:
+            pair = _percentiles(drawn[name])
+            found[name] = pair if pair[0] < pair[1] else wilson(value, n)
+    return found
+
+
+def wilson(percent: float, count: float, z: float = 1.959964) -> list[float]:
+    """Wilson's score interval [low, high] of a proportion, in per cent.
+
+    Args:
+        percent: the proportion in per cent.
+        count: independent answers behind it, more than 0.
+        z: deviations of a normal distribution; the default gives 95 %.
+
+    Source: E. B. Wilson, Probable inference, the law of succession, and statistical inference, 1927.
+    """
+    share = min(max(percent / 100, 0.0), 1.0)
+    scale = 1 + z * z / count
+    middle = share + z * z / (2 * count)
+    spread = z * (share * (1 - share) / count + z * z / (4 * count * count)) ** 0.5
+    low, high = (middle - spread) / scale, (middle + spread) / scale
+    return [100 * min(max(low, 0.0), share), 100 * max(min(high, 1.0), share)]
+
+
+def _worth(means: np.ndarray, probes: int) -> float:
+    """How many independent answers a mean over facts is worth, from the facts' own means (NaN: not asked)."""
+    means = means[~np.isnan(means)]
+    share, facts = float(means.mean()), len(means)
+    variance = float(means.var(ddof=1)) / facts if facts > 1 else 0.0
+    if variance <= 0 or not 0 < share < 1:
+        return facts
+    return min(max(share * (1 - share) / variance, facts), max(probes, facts))
 
 
 def difference(

@@ -62,14 +62,14 @@ def evaluate_plainly(
     progress: bool,
     before: Sequence[Sequence[Asked]] | None,
 ) -> SingleResult:
-    """One scoring of a plan, with a row of figures and standard errors alone."""
+    """One scoring of a plan, with a row of exact-match figures alone."""
     check_fresh(editor, samples)
     unedited = Unedited(samples)
     if before is not None:
         unedited.fill(before)
     units = list(measure(EditorMethod(editor, method), samples, plan, unedited, progress=progress))
     (found,) = results_of(units, method, plan, len(samples))
-    return replace(found, row=replace(found.row, interval=None, contains=None, contains_interval=None))
+    return replace(found, row=replace(found.row, contains=None, contains_interval=None))
 
 
 def check_fresh(editor: Editor, samples: Sequence[EditSample]) -> None:
