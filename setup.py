@@ -145,6 +145,7 @@ def extension():
             "-g0",
             "-std=c++17",
             "-fvisibility=hidden",
+            "-ffp-contract=off",  # each instruction set rounds where its code says, and equal keys alike
             "-Wno-uninitialized",
             "-Wno-maybe-uninitialized",
         ]

@@ -6,22 +6,20 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include "cpu/nearest_key.h"
-#include "cpu/nearest_key_coarse.h"
 
 namespace dualedit {
 std::tuple<torch::stable::Tensor, torch::stable::Tensor> nearest_key(
     torch::stable::Tensor query, torch::stable::Tensor keys, torch::stable::Tensor radius, bool cosine, int64_t isa);
 std::tuple<torch::stable::Tensor, torch::stable::Tensor> nearest_key_coded(
     torch::stable::Tensor query, torch::stable::Tensor keys, torch::stable::Tensor radius, bool cosine, int64_t isa,
-    torch::stable::Tensor codes, torch::stable::Tensor scale, torch::stable::Tensor square,
-    torch::stable::Tensor error, torch::stable::Tensor centre, torch::stable::Tensor rows,
-    torch::stable::Tensor apart, torch::stable::Tensor tails);
+    torch::stable::Tensor codes, torch::stable::Tensor values, torch::stable::Tensor centre,
+    torch::stable::Tensor apart);
 void last_coded(int64_t* out);
 }  // namespace dualedit
 
 STABLE_TORCH_LIBRARY_IMPL(dualedit_kernels, CPU, library) {
   library.impl("nearest_key_cpp", TORCH_BOX(&dualedit::nearest_key));
-  library.impl("nearest_key_coded_cpp", TORCH_BOX(&dualedit::nearest_key_coded));
+  library.impl("nearest_key_codes_cpp", TORCH_BOX(&dualedit::nearest_key_coded));
 }
 
 #ifdef _WIN32
@@ -32,9 +30,6 @@ STABLE_TORCH_LIBRARY_IMPL(dualedit_kernels, CPU, library) {
 
 // The best instruction set of this processor, as in dualedit::Isa. Read by Python through ctypes.
 DUALEDIT_EXPORT int dualedit_best_isa() { return static_cast<int>(dualedit::best_isa()); }
-
-// How the coded lookup reads its codes with an instruction set.
-DUALEDIT_EXPORT const char* dualedit_coarse_name(int64_t isa) { return dualedit::coarse_name(isa); }
 
 // out[0]: distances that the last coded lookup of any thread computed exactly, out[1]: queries it gave up on. For
 // tests and benchmarks.

@@ -45,10 +45,9 @@ SCHEMAS = {
         " -> (Tensor base, Tensor x, Tensor weight, Tensor bias)"
     ),
     "nearest_key_cpp": "(Tensor query, Tensor keys, Tensor radius, bool cosine, int isa) -> (Tensor, Tensor)",
-    "nearest_key_coded_cpp": (
-        "(Tensor query, Tensor keys, Tensor radius, bool cosine, int isa, Tensor codes, Tensor scale,"
-        " Tensor square, Tensor error, Tensor centre, Tensor rows, Tensor apart, Tensor tails)"
-        " -> (Tensor, Tensor)"
+    "nearest_key_codes_cpp": (
+        "(Tensor query, Tensor keys, Tensor radius, bool cosine, int isa, Tensor codes, Tensor values,"
+        " Tensor centre, Tensor apart) -> (Tensor, Tensor)"
     ),
     "nearest_key_cuda": "(Tensor query, Tensor keys, Tensor radius, bool cosine) -> (Tensor, Tensor)",
 }

@@ -1,8 +1,5 @@
-// Nearest key on the CPU: chooses the instruction set, splits the keys over torch's threads, applies the radius.
-#include "cpu/nearest_key.h"
-
-#include "cpu/nearest_key_search.h"
-
+// Nearest key on the CPU: checks and packs the arguments, splits the keys over torch's threads, applies the radius.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -11,51 +8,9 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
-#include "cpu/target.h"
+#include "cpu/nearest_key_lookup.h"
 
 namespace dualedit {
-
-#ifdef DUALEDIT_X86
-DUALEDIT_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
-namespace avx512 {
-namespace {
-#define DUALEDIT_VECTOR "cpu/vector_avx512.h"
-#include "cpu/nearest_key_kernel.h"
-#undef DUALEDIT_VECTOR
-}  // namespace
-}  // namespace avx512
-DUALEDIT_TARGET_END
-DUALEDIT_TARGET("avx2,fma,f16c")
-namespace avx2 {
-namespace {
-#define DUALEDIT_VECTOR "cpu/vector_avx2.h"
-#include "cpu/nearest_key_kernel.h"
-#undef DUALEDIT_VECTOR
-}  // namespace
-}  // namespace avx2
-DUALEDIT_TARGET_END
-#endif
-
-namespace portable {
-namespace {
-#define DUALEDIT_VECTOR "cpu/vector_portable.h"
-#include "cpu/nearest_key_kernel.h"
-#undef DUALEDIT_VECTOR
-}  // namespace
-}  // namespace portable
-
-Isa best_isa() {
-#ifdef DUALEDIT_X86
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma")) {
-    return Isa::kAvx512;
-  }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
-    return Isa::kAvx2;
-  }
-#endif
-  return Isa::kPortable;
-}
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -68,24 +23,6 @@ Buffer aligned(int64_t floats) {
 }
 
 namespace {
-
-Scan scan_for(int64_t isa) {
-  STD_TORCH_CHECK(
-      isa >= 0 && isa <= static_cast<int>(best_isa()), "nearest_key: this processor lacks instruction set ", isa);
-#ifdef DUALEDIT_X86
-  if (isa == static_cast<int>(Isa::kAvx512)) return avx512::scan;
-  if (isa == static_cast<int>(Isa::kAvx2)) return avx2::scan;
-#endif
-  return portable::scan;
-}
-
-Few few_for(int64_t isa) {
-#ifdef DUALEDIT_X86
-  if (isa == static_cast<int>(Isa::kAvx512)) return avx512::few;
-  if (isa == static_cast<int>(Isa::kAvx2)) return avx2::few;
-#endif
-  return portable::few;
-}
 
 KeyType key_type(const Tensor& keys) {
   switch (keys.scalar_type()) {
@@ -118,52 +55,25 @@ Buffer pack(const float* query, int64_t batch, int64_t dim, int64_t stride, bool
   return packed;
 }
 
-// Lower ``nearest`` by keys 0..count, on torch's threads.
-void search(Scan scan, const Lookup& lookup, int64_t count, Nearest& nearest) {
+// Lower ``nearest`` by keys 0..count.
+void search(const Kernels& kernels, const Lookup& lookup, int64_t count, Nearest& nearest) {
   // Threads pay from about 2^17 multiply-adds each.
-  const double work = static_cast<double>(count) * lookup.dim * lookup.batch / (1 << 17);
-  int64_t parts = static_cast<int64_t>(torch::stable::get_num_threads());
-  if (work < parts) parts = work < 1 ? 1 : static_cast<int64_t>(work);
-  const int64_t share = ((count + parts - 1) / parts + kMaxBlock - 1) / kMaxBlock * kMaxBlock;
-  std::vector<Nearest> found(parts, nearest);
-  Buffer scratch = aligned(parts * kMaxBlock * lookup.stride);
-  auto work_on = [&](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; ++p) {
-      const int64_t last = (p + 1) * share < count ? (p + 1) * share : count;
-      float* own = scratch.get() + p * kMaxBlock * lookup.stride;
-      if (p * share < last) scan(lookup, p * share, last, found[p].squared.data(), found[p].index.data(), own);
-    }
-  };
-  if (parts == 1) {
-    work_on(0, 1);
-  } else {
-    torch::stable::parallel_for(0, parts, 1, work_on);
-  }
-  for (const Nearest& part : found) {
-    for (int64_t b = 0; b < lookup.batch; ++b) {
-      const bool tie = part.squared[b] == nearest.squared[b] && part.index[b] < nearest.index[b];
-      if (part.squared[b] < nearest.squared[b] || (tie && part.index[b] >= 0)) {
-        nearest.squared[b] = part.squared[b];
-        nearest.index[b] = part.index[b];
-      }
-    }
-  }
+  const double threads = static_cast<double>(count) * lookup.dim * lookup.batch / (1 << 17);
+  divide(count, threads, nearest, [&](int64_t begin, int64_t end, Nearest& own) {
+    kernels.scan(lookup, begin, end, own.squared.data(), own.index.data());
+  });
 }
 
-// Replace the coarse distance of each query's nearest key by the distance itself.
-void refine(Scan scan, const Lookup& lookup, Nearest& nearest) {
-  Buffer scratch = aligned(kMaxBlock * lookup.stride);
+// Replace the distance of each query's nearest key, which was computed from the heads, by that of the whole.
+void refine(const Kernels& kernels, const Lookup& lookup, Nearest& nearest) {
+  std::vector<Pair> pairs;
   for (int64_t b = 0; b < lookup.batch; ++b) {
-    const int64_t candidate = nearest.index[b];
-    nearest.squared[b] = std::numeric_limits<float>::infinity();
-    nearest.index[b] = -1;
-    if (candidate < 0) continue;
-    Lookup own = lookup;
-    own.query = lookup.query + b * lookup.stride;
-    own.batch = 1;
-    own.head = 0;
-    scan(own, candidate, candidate + 1, &nearest.squared[b], &nearest.index[b], scratch.get());
+    if (nearest.index[b] >= 0) pairs.push_back({b, nearest.index[b]});
   }
+  std::vector<float> squared(pairs.size());
+  kernels.measure(lookup, pairs.data(), static_cast<int64_t>(pairs.size()), 0, squared.data());
+  nearest = Nearest(lookup.batch);
+  for (size_t i = 0; i < pairs.size(); ++i) nearest.lower(pairs[i].query, squared[i], pairs[i].key);
 }
 
 // A tensor [size], without the dispatcher: a small lookup would feel it.
@@ -194,27 +104,46 @@ Arguments prepare(const Tensor& query, const Tensor& keys, const Tensor& radius,
   const bool ready = !cosine && dim == stride && reinterpret_cast<uintptr_t>(given) % 64 == 0;
   Buffer packed = ready ? nullptr : pack(given, batch, dim, stride, cosine);
   // The cosine metric needs the norm of a key first, so it reads all of it anyway.
-  const bool prune = !cosine && dim >= 8 * kHead && count >= 256;
-  const int64_t head = prune ? (dim / 32 < kHead ? kHead : dim / 32 / kHead * kHead) : 0;
+  const bool prune = !cosine && dim >= 512 && count >= 256;
+  const int64_t head = prune ? std::max<int64_t>(64, dim / 32 / 64 * 64) : 0;
+  STD_TORCH_CHECK(
+      isa >= 0 && isa <= static_cast<int>(best_isa()), "nearest_key: this processor lacks instruction set ", isa);
   const float* rows = ready ? given : packed.get();
-  const Lookup lookup{
-      rows, batch, dim, stride, keys.const_data_ptr(), dim, key_type(keys), cosine, batch == 1, head};
-  return {std::move(packed), lookup, count, scan_for(isa), few_for(isa)};
+  const Lookup lookup{rows, batch, dim, stride, keys.const_data_ptr(), dim, key_type(keys), cosine, head};
+  return {std::move(packed), lookup, count, kernels(static_cast<Isa>(isa))};
 }
 
-void look_up(Scan scan, const Lookup& lookup, int64_t count, Nearest& nearest) {
+void divide(
+    int64_t count, double threads, Nearest& nearest, const std::function<void(int64_t, int64_t, Nearest&)>& run) {
+  int64_t parts = static_cast<int64_t>(torch::stable::get_num_threads());
+  if (threads < parts) parts = threads < 1 ? 1 : static_cast<int64_t>(threads);
+  if (parts == 1) return run(0, count, nearest);
+  const int64_t share = (count + parts - 1) / parts;
+  std::vector<Nearest> found(parts, nearest);
+  torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) {
+      if (p * share < count) run(p * share, std::min(count, (p + 1) * share), found[p]);
+    }
+  });
+  for (const Nearest& part : found) {
+    for (size_t b = 0; b < part.index.size(); ++b) nearest.lower(b, part.squared[b], part.index[b]);
+  }
+}
+
+void look_up(const Kernels& kernels, const Lookup& lookup, int64_t count, Nearest& nearest) {
   // A first look at the heads alone finds a near key early, so that the others are soon given up. It is not worth
   // it for rows shorter than two pages, which memory delivers almost as slowly as whole, nor where reading all
   // keys is the whole cost: few queries and more keys than a cache holds.
   const int64_t row_bytes = lookup.dim * (lookup.type == KeyType::kFloat32 ? 4 : 2);
-  if (lookup.head > 0 && row_bytes >= 8192 && (lookup.batch >= 4 || fit_cache(lookup, count))) {
-    Lookup coarse = lookup;
-    coarse.dim = lookup.head;
-    coarse.head = 0;
-    search(scan, coarse, count, nearest);
-    refine(scan, lookup, nearest);
+  const bool cached = count <= (int64_t{32} << 20) / row_bytes;
+  if (lookup.head > 0 && row_bytes >= 8192 && (lookup.batch >= 4 || cached)) {
+    Lookup heads = lookup;
+    heads.dim = lookup.head;
+    heads.head = 0;
+    search(kernels, heads, count, nearest);
+    refine(kernels, lookup, nearest);
   }
-  search(scan, lookup, count, nearest);
+  search(kernels, lookup, count, nearest);
 }
 
 std::tuple<Tensor, Tensor> answer(
@@ -237,7 +166,7 @@ std::tuple<Tensor, Tensor> answer(
 std::tuple<Tensor, Tensor> nearest_key(Tensor query, Tensor keys, Tensor radius, bool cosine, int64_t isa) {
   const Arguments arguments = prepare(query, keys, radius, cosine, isa);
   Nearest nearest(arguments.lookup.batch);
-  look_up(arguments.scan, arguments.lookup, arguments.count, nearest);
+  look_up(arguments.kernels, arguments.lookup, arguments.count, nearest);
   return answer(query, radius, cosine, nearest);
 }
 

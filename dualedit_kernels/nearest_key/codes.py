@@ -5,7 +5,7 @@ activations, kept apart in fp32), each key is written as
 
     k_d = c_d + scale_p * code_d + residue_d,    code_d in -127..127,    ||residue||_2 <= error
 
-with a scale for each of 4 or 8 parts p of the dimensions: the largest value sets a scale, and of fewer
+with a scale for each of up to 16 parts p of the dimensions: the largest value sets a scale, and of fewer
 dimensions it is smaller. For a query q coded in the same way (error f) the distance of the decoded forms
 is off by at most error + f, by the triangle inequality. And scales are those of least squares, so that a
 residue is at a right angle to the form q' or k' that it is the residue of; then the squared distance is
@@ -26,12 +26,11 @@ from torch import Tensor
 from .. import checks
 
 METRICS = ("l2", "cosine")
-BLOCK = 16  # keys whose codes lie side by side, as in csrc/cpu/nearest_key_coarse.h
+BLOCK = 48  # keys whose codes lie side by side, as in csrc/cpu/nearest_key.h
 MOST_DIMENSIONS = 65536
 MOST_APART = 16
-_FEWEST_QUADS = 128  # of dimensions; shorter codes are not cut
 _FAR_LARGER = 8.0  # a dimension is kept apart from this multiple of the median dimension on
-_CHUNK = 1 << 16  # values that are encoded at once: their fp64 copies stay in the second-level cache
+_CHUNK = 1 << 18  # values that are encoded at once, as fp64 copies
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,14 +38,13 @@ class KeyCodes:
     """Codes of keys [N, D], made by `encode_keys`. Room for more keys may follow the N coded ones.
 
     Attributes:
-        codes: [N / 16, D / 4, 16, 4] uint8 (both rounded up), code + 128 of 4 dimensions of 16 keys together.
-        scale: [N / 16, parts, 16] fp32 of each part of each key.
-        square, error: [N / 16 * 16] fp32 of each key; square is the sum of (scale * code)^2. error is inf for
-            a key about which the codes say nothing (not finite, or too large or small for fp32 squares).
-        centre: [D] fp32, zero where a dimension is kept apart.
-        rows: [N / 16, P, 16] fp32, the keys at the dimensions kept apart.
-        tails: [N / 16, 4, 16] fp32, lengths of k - c behind a quarter and behind half of the dimensions, and
-            errors there: an exact distance can be given up at these places. None below 509 dimensions.
+        codes: [N / 48, D / 4, 48, 4] uint8 (both rounded up), code + 128 of 4 dimensions of 48 keys together.
+        values: [N / 48, parts + 5 + P, 48] fp32 of each key: the scale of each part; the length of
+            scale * code in all dimensions, and in those of the first part; error, inf for a key about which
+            the codes say nothing (not finite, or too large or small for fp32 squares); the length of k - c in
+            the second half of the parts, and the error there (0 with fewer than 4 parts); the key at the
+            dimensions kept apart.
+        centre: [D rounded up to 16] fp32, zero where a dimension is kept apart.
         apart: [P] int64, those dimensions.
         metric: of the lookup; codes for "cosine" are those of keys scaled to length 1.
         dtype: of the keys.
@@ -55,13 +53,9 @@ class KeyCodes:
     """
 
     codes: Tensor
-    scale: Tensor
-    square: Tensor
-    error: Tensor
+    values: Tensor
     centre: Tensor
-    rows: Tensor
     apart: Tensor
-    tails: Tensor
     metric: str
     dtype: torch.dtype
     count: int
@@ -72,8 +66,7 @@ class KeyCodes:
 
     def tensors(self) -> list[Tensor]:
         """The tensors in the order in which the operator takes them."""
-        values = [self.codes, self.scale, self.square, self.error, self.centre, self.rows]
-        return [*values, self.apart, self.tails]
+        return [self.codes, self.values, self.centre, self.apart]
 
     def nbytes(self) -> int:
         """Bytes of all tensors, room for more keys included."""
@@ -81,28 +74,37 @@ class KeyCodes:
 
     def select(self, rows: Tensor) -> KeyCodes:
         """Codes of the keys ``rows`` [n] (int64 indices), without encoding them again."""
-        count, blocks = len(rows), -(-len(rows) // BLOCK)
-        room = _room(self.codes, count, self.codes.shape[1] * 4, self.apart)
-        for new, old in zip(room[2:4], self.tensors()[2:4], strict=True):
-            new[:count] = old[rows]
-        block, place = rows.div(BLOCK, rounding_mode="floor"), rows % BLOCK
-        blocked = (self.codes, self.scale, self.rows, self.tails)
-        for new, old in zip((*room[:2], *room[4:]), blocked, strict=True):
-            flat = old.new_empty(blocks * BLOCK, old.shape[1], *old.shape[3:])
-            flat[:count] = old[block, :, place]
-            flat[count:] = 128 if new is room[0] else 0
-            new.copy_(flat.view(blocks, BLOCK, *flat.shape[1:]).transpose(1, 2))
-        return replace(
-            self,
-            codes=room[0],
-            scale=room[1],
-            square=room[2],
-            error=room[3],
-            rows=room[4],
-            tails=room[5],
-            count=count,
-            written=[count],
-        )
+        empty = self._emptied(0)
+        block, place = rows // BLOCK, rows % BLOCK
+        return empty._written(self.codes[block, :, place], self.values[block, :, place], len(rows))
+
+    def _emptied(self, room: int) -> KeyCodes:
+        """Codes of no keys, alike in all else, with room for some."""
+        blocks = -(-room // BLOCK)
+        codes = torch.full((blocks, *self.codes.shape[1:]), 128, dtype=torch.uint8, device=self.codes.device)
+        values = torch.zeros((blocks, *self.values.shape[1:]), device=self.codes.device)
+        return replace(self, codes=codes, values=values, count=0, written=[0])
+
+    def _written(self, quads: Tensor, values: Tensor, room: int = 0) -> KeyCodes:
+        """These codes with more keys behind them, in place if there is room.
+
+        Args:
+            quads: [n, D / 4, 4], what ``codes`` holds of each.
+            values: [n, parts + 5 + P].
+            room: for so many keys in all, where new room is made.
+        """
+        count = self.count + len(quads)
+        known = self
+        if count > self.codes.shape[0] * BLOCK or self.written[0] != self.count:
+            # Rows behind the known ones are free, unless other codes that grew from these have taken them.
+            known = self._emptied(max(room, count))
+            used = -(-self.count // BLOCK)
+            known.codes[:used], known.values[:used] = self.codes[:used], self.values[:used]
+        number = torch.arange(self.count, count, device=quads.device)
+        block, place = number // BLOCK, number % BLOCK
+        known.codes[block, :, place], known.values[block, :, place] = quads, values
+        known.written[0] = count
+        return replace(known, count=count)
 
 
 def encode_keys(keys: Tensor, metric: str = "l2", known: KeyCodes | None = None) -> KeyCodes:
@@ -116,8 +118,8 @@ def encode_keys(keys: Tensor, metric: str = "l2", known: KeyCodes | None = None)
             encoded about twice, however many steps there are. ``known`` stays valid.
 
     Returns:
-        codes of all rows; about D + 56 bytes a key (D + 40 below 2045 dimensions, D + 12 below 509), and
-            up to 64 more where activations are massive.
+        codes of all rows; about D + 84 bytes a key (D + 24 for 128 dimensions or fewer), and up to 64 more
+            where activations are massive.
 
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape, device or value.
@@ -131,9 +133,13 @@ def encode_keys(keys: Tensor, metric: str = "l2", known: KeyCodes | None = None)
         if known is not None:
             first = keys[: known.count] if isinstance(known, KeyCodes) else keys
             check_codes("known", known, first, metric)
-            if len(keys) <= 2 * known.chosen:
-                return _extended(known, keys)
-        return _encoded(keys, metric)
+        if known is None or len(keys) > 2 * known.chosen:
+            known, room = _none(keys, metric), len(keys)
+        else:
+            room = 2 * len(keys)
+        for chunk in _chunks(keys[known.count :]):
+            known = known._written(*_encoded(known, chunk), room)
+        return known
 
 
 def check_codes(name: str, codes: object, keys: Tensor, metric: str) -> None:
@@ -152,83 +158,33 @@ def check_codes(name: str, codes: object, keys: Tensor, metric: str) -> None:
             )
 
 
-def _encoded(keys: Tensor, metric: str) -> KeyCodes:
-    centre, apart = _centre(keys, metric)
-    empty = _room(keys, 0, keys.shape[1], apart)
-    tensors = (*empty[:4], centre, empty[4], apart, empty[5])
-    codes = KeyCodes(*tensors, metric, keys.dtype, 0, keys.shape[1], len(keys))
-    return _extended(codes, keys, exactly=True)
+def part_of(dim: int) -> int:
+    """Dimensions of each part but the last, as in csrc/cpu/nearest_key.h."""
+    return 128 if dim <= 2048 else -(-dim // 1024) * 64
 
 
-def _extended(known: KeyCodes, keys: Tensor, exactly: bool = False) -> KeyCodes:
-    """Codes of ``keys``, whose first rows ``known`` holds; written behind them where there is room."""
-    count, blocks = len(keys), -(-len(keys) // BLOCK)
-    # Rows behind the known ones are free unless other codes that grew from the same ones have taken them.
-    if blocks > known.codes.shape[0] or known.written[0] != known.count:
-        room = _room(keys, count if exactly else 2 * count, known.dim, known.apart)
-        used = -(-known.count // BLOCK)
-        for new, old in zip(room, [*known.tensors()[:4], known.rows, known.tails], strict=True):
-            size = used * (BLOCK if new.ndim == 1 else 1)
-            new[:size] = old[:size]
-        known = replace(
-            known,
-            codes=room[0],
-            scale=room[1],
-            square=room[2],
-            error=room[3],
-            rows=room[4],
-            tails=room[5],
-            written=[0],
-        )
-    known.written[0] = count
-    step = max(BLOCK, _CHUNK // known.dim // BLOCK * BLOCK)
-    first = known.count
-    while first < count:
-        last = min(count, first // step * step + step)  # chunks end where blocks end
-        _write(known, keys[first:last], first)
-        first = last
-    return replace(known, count=count)
-
-
-def _room(like: Tensor, count: int, dim: int, apart: Tensor) -> list[Tensor]:
-    """codes, scale, square, error, rows and tails of keys about which nothing is known, where ``like`` is."""
-    device, quads, blocks = like.device, -(-dim // 4), -(-count // BLOCK)
-    return [
-        torch.full((blocks, quads, BLOCK, 4), 128, dtype=torch.uint8, device=device),
-        torch.zeros(blocks, len(_parts(dim)), BLOCK, device=device),
-        torch.zeros(blocks * BLOCK, device=device),
-        torch.full((blocks * BLOCK,), torch.inf, device=device),
-        torch.zeros(blocks, len(apart), BLOCK, device=device),
-        torch.zeros(blocks, 4 if quads >= _FEWEST_QUADS else 0, BLOCK, device=device),
-    ]
-
-
-def _parts(dim: int) -> list[int]:
-    """Dimensions of each part, as in csrc/cpu/nearest_key_coarse.h."""
-    quads = -(-dim // 4)
-    parts = 1 if quads < _FEWEST_QUADS else 4 if quads < 4 * _FEWEST_QUADS else 8
-    size = quads // (4 * parts) * 16
-    return [size] * (parts - 1) + [dim - size * (parts - 1)]
-
-
-def _chunks(keys: Tensor) -> list[Tensor]:
-    return list(keys.split(max(1, _CHUNK // keys.shape[1]))) if len(keys) else []
-
-
-def _centre(keys: Tensor, metric: str) -> tuple[Tensor, Tensor]:
-    """Mean [D] of the keys in fp32, zero at the dimensions to keep apart, and those dimensions [P]."""
-    total = torch.zeros(keys.shape[1], dtype=torch.float64, device=keys.device)
+def _none(keys: Tensor, metric: str) -> KeyCodes:
+    """Codes of none of the keys, with the centre and the dimensions apart of all of them."""
+    dim, device = keys.shape[1], keys.device
+    total = torch.zeros(dim, dtype=torch.float64, device=device)
     largest, fine = torch.zeros_like(total), 0
     for chunk in _chunks(keys):
         values, usable, _ = _values(chunk, metric)
         total += values.sum(0)
         largest = torch.maximum(largest, values.abs().amax(0))
         fine += int(usable.sum())
-    centre = (total / max(fine, 1)).float()
     far = (largest > _FAR_LARGER * largest.median()).nonzero()[:, 0]
     apart = far[largest[far].argsort(descending=True)[:MOST_APART]].sort().values
+    centre = torch.zeros(-(-dim // 16) * 16, device=device)
+    centre[:dim] = total / max(fine, 1)
     centre[apart] = 0.0
-    return centre, apart
+    codes = torch.empty((0, -(-dim // 4), BLOCK, 4), dtype=torch.uint8, device=device)
+    values = torch.empty((0, -(-dim // part_of(dim)) + 5 + len(apart), BLOCK), device=device)
+    return KeyCodes(codes, values, centre, apart, metric, keys.dtype, 0, dim, len(keys))
+
+
+def _chunks(keys: Tensor) -> list[Tensor]:
+    return list(keys.split(max(1, _CHUNK // keys.shape[1]))) if len(keys) else []
 
 
 def _values(chunk: Tensor, metric: str) -> tuple[Tensor, Tensor, float]:
@@ -243,51 +199,36 @@ def _values(chunk: Tensor, metric: str) -> tuple[Tensor, Tensor, float]:
     else:
         usable = (squares <= 1e37) & (squares >= 1e-25)
         values = values / squares.sqrt()[:, None]
-        rounding = (chunk.shape[1] / 16 + 32) * 6.1e-8
+        rounding = (chunk.shape[1] / 8 + 32) * 6.1e-8
     return torch.where(usable[:, None], values, 0.0), usable, rounding
 
 
-def _write(codes: KeyCodes, chunk: Tensor, first: int) -> None:
-    """Encode the keys first, first+1, .. of which ``chunk`` [n, D] consists, all in fp64."""
-    values, usable, rounding = _values(chunk, codes.metric)
-    size = len(chunk)
-    at = slice(first, first + size)
-    rows = values[:, codes.apart].float()
-    values = values - codes.centre
-    values[:, codes.apart] = 0.0
-    code, held, square, left = [], [], 0.0, []
-    for part in values.split(_parts(codes.dim), 1):
+def _encoded(codes: KeyCodes, chunk: Tensor) -> tuple[Tensor, Tensor]:
+    """The quads [n, D / 4, 4] and values [n, parts + 5 + P] of the keys chunk [n, D], computed in fp64."""
+    keys, usable, rounding = _values(chunk, codes.metric)
+    apart = keys[:, codes.apart]
+    keys = keys - codes.centre[: codes.dim]
+    keys[:, codes.apart] = 0.0
+    quads = torch.full((len(chunk), codes.codes.shape[1] * 4), 128, dtype=torch.uint8, device=chunk.device)
+    scales, lengths, left = [], [], []
+    for part, code in zip(keys.split(part_of(codes.dim), 1), quads.split(part_of(codes.dim), 1), strict=True):
         scale = (part.abs().amax(1) / 127).float()
         # Smaller scales would lose precision in products: all of such a part is residue.
         steps = torch.where(scale >= 1e-15, scale, torch.inf).double()[:, None]
         own = (part / steps).round_().clamp_(-127, 127)
         fitted = ((part * own).sum(1) / own.square().sum(1)).float()  # NaN where all codes are zero
-        held.append(torch.where(fitted >= 1e-15, fitted, 0.0))
-        decoded = own * held[-1].double()[:, None]
-        square = square + decoded.square().sum(1)
+        scales.append(torch.where(fitted >= 1e-15, fitted, 0.0))
+        decoded = own * scales[-1].double()[:, None]
+        lengths.append(torch.linalg.vector_norm(decoded, dim=1))
         left.append((part - decoded).square().sum(1))
-        code.append(own)
-    left = torch.stack(left, 1)
+        code[:, : own.shape[1]] = own + 128
+    cut = len(left) if len(left) < 4 else len(left) // 2  # as in csrc/cpu/nearest_key.h
+    tail = torch.linalg.vector_norm(keys[:, cut * part_of(codes.dim) :], dim=1)
     # 1e-15: fp64 itself rounds. 1e-6: the conversion to fp32 does.
-    doubt = torch.linalg.vector_norm(values, dim=1) * 1e-15 + rounding
-    error = (left.sum(1).sqrt() + doubt) * (1 + 1e-6)
-    number = torch.arange(first, first + size, device=chunk.device)
-    block, place = number.div(BLOCK, rounding_mode="floor"), number % BLOCK
-    padded = torch.full((size, codes.codes.shape[1] * 4), 128, dtype=torch.uint8, device=chunk.device)
-    padded[:, : codes.dim] = (torch.cat(code, 1) + 128).to(torch.uint8)
-    quads = padded.view(size, -1, 4)
-    if first % BLOCK == 0 and size % BLOCK == 0:  # much faster than by index
-        together = quads.view(-1, BLOCK, *quads.shape[1:]).transpose(1, 2)
-        codes.codes[first // BLOCK : (first + size) // BLOCK] = together
-    else:
-        codes.codes[block, :, place] = quads
-    codes.rows[block, :, place] = rows
-    codes.scale[block, :, place] = torch.stack(held, 1)
-    codes.square[at] = square.float()
-    codes.error[at] = torch.where(usable, error, torch.inf).float()
-    parts = left.shape[1]
-    for i, behind in enumerate([parts // 4, parts // 2] if parts > 1 else []):
-        rest = values[:, sum(_parts(codes.dim)[:behind]) :]
-        codes.tails[block, i, place] = torch.linalg.vector_norm(rest, dim=1).float()
-        tail = (left[:, behind:].sum(1).sqrt() + doubt) * (1 + 1e-6)
-        codes.tails[block, 2 + i, place] = torch.where(usable, tail, torch.inf).float()
+    doubt = torch.linalg.vector_norm(keys, dim=1) * 1e-15 + rounding
+    left = torch.stack(left, 1)
+    errors = [(parts.sum(1).sqrt() + doubt) * (1 + 1e-6) for parts in (left, left[:, cut:])]
+    error, tail_error = (torch.where(usable, error, torch.inf) for error in errors)
+    length = torch.linalg.vector_norm(torch.stack(lengths, 1), dim=1)
+    values = torch.stack([*scales, length, lengths[0], error, tail, tail_error], 1)
+    return quads.view(len(chunk), -1, 4), torch.cat([values, apart], 1).float()

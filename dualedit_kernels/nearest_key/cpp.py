@@ -11,14 +11,14 @@ from torch import Tensor
 from .. import library
 from ..backend import Implementation
 
-# Instruction sets as numbered in csrc/cpu/nearest_key.h, best first.
-_SETS = {"avx512": 2, "avx2": 1, "portable": 0}
+# Instruction sets as numbered in csrc/cpu/nearest_key.h, best first, and how they read codes.
+_SETS = {"avx512": (2, "AVX512-VNNI"), "avx2": (1, "AVX2"), "portable": (0, "plain C++")}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Below, coding the queries costs more than the keys do.
 FEWEST_KEYS = 64
 # Overloads are looked up once: lookups among few keys take microseconds.
 _PLAIN = torch.ops.dualedit_kernels.nearest_key_cpp.default
-_CODED = torch.ops.dualedit_kernels.nearest_key_coded_cpp.default
+_CODED = torch.ops.dualedit_kernels.nearest_key_codes_cpp.default
 
 
 def implementations() -> list[Implementation]:
@@ -28,9 +28,9 @@ def implementations() -> list[Implementation]:
             f"cpp-{name}",
             {"nearest_key": partial(_run, number), "nearest_key_coded": partial(_run_coded, number)},
             partial(_refuses, number),
-            f"C++ register tiles of exact differences; codes of keys are read with {_coarse(number)}",
+            f"C++ register tiles of exact differences; codes of keys are read with {reader}",
         )
-        for name, number in _SETS.items()
+        for name, (number, reader) in _SETS.items()
     ]
 
 
@@ -59,14 +59,6 @@ def _run_coded(
 def _rows(query: Tensor) -> Tensor:
     # A conversion that changes nothing still takes a microsecond.
     return (query if query.dtype == torch.float32 else query.to(torch.float32)).contiguous()
-
-
-def _coarse(isa: int) -> str:
-    if library.COMPILED is None:
-        return "what the processor has"
-    name = ctypes.CDLL(str(library.COMPILED)).dualedit_coarse_name
-    name.restype, name.argtypes = ctypes.c_char_p, (ctypes.c_int64,)
-    return name(isa).decode()
 
 
 def _refuses(isa: int, device: str, dtype: torch.dtype) -> str | None:

@@ -7,6 +7,7 @@ import torch
 
 from dualedit_kernels import KeyCodes, backend, encode_keys, library, nearest_key
 from dualedit_kernels.nearest_key import cpp
+from dualedit_kernels.nearest_key.codes import part_of
 from dualedit_kernels.testing import assert_nearest
 
 IMPLEMENTATIONS = [
@@ -292,49 +293,49 @@ def test_bounds_that_are_no_use(generator, implementation):
     assert cpp.last_coded()[1] == 5
 
 
-def parts_of(dim):
-    return {77: [77], 530: [128] * 3 + [146], 2061: [256] * 7 + [269]}[dim]
+def unblocked(tensor, count):
+    """Of [blocks, F, 48, ...]: the rows of keys [count, F, ...]."""
+    return tensor.transpose(1, 2).flatten(0, 1)[:count]
 
 
 @pytest.mark.parametrize("metric", ["l2", "cosine"])
-@pytest.mark.parametrize("dim", [77, 530, 2061])
-def test_codes_hold_what_they_promise(generator, metric, dim):
-    """||key - decoded key|| <= error, in float64."""
+@pytest.mark.parametrize("dim, parts", [(77, 1), (530, 5), (2061, 11)])
+def test_codes_hold_what_they_promise(generator, metric, dim, parts):
+    """|key - decoded key| <= error, in float64."""
     keys = torch.randn(90, dim, generator=generator) * torch.rand(90, 1, generator=generator)
     keys[:, 4] *= 300
     keys[11] = 0.0
     keys[12] = torch.nan
     codes = encode_keys(keys, metric)
-    value = codes.codes.permute(0, 2, 1, 3).reshape(96, -1)[:90, :dim].double() - 128
-    sizes = parts_of(dim)
-    assert codes.scale.shape == (6, len(sizes), 16)
-    scale = codes.scale.transpose(1, 2).reshape(96, -1)[:90].double()
-    value = value * scale.repeat_interleave(torch.tensor(sizes), 1)
-    decoded = value + codes.centre
-    decoded[:, codes.apart] = codes.rows.transpose(1, 2).reshape(96, len(codes.apart))[:90].double()
+    assert codes.codes.shape == (2, -(-dim // 4), 48, 4)
+    assert codes.values.shape == (2, parts + 5 + len(codes.apart), 48)
+    scale, lengths, apart = unblocked(codes.values, 90).double().split([parts, 5, len(codes.apart)], 1)
+    length, head, error, tail, tail_error = lengths.unbind(1)
+    part = part_of(dim)
+    assert part * (parts - 1) < dim <= part * parts
+    value = unblocked(codes.codes, 90).flatten(1)[:, :dim].double() - 128
+    value *= scale.repeat_interleave(part, 1)[:, :dim]
+    decoded = value + codes.centre[:dim]
+    decoded[:, codes.apart] = apart
     exact = keys.double()
     if metric == "cosine":
         exact = exact / exact.norm(dim=1, keepdim=True)
-    error = (exact - decoded).norm(dim=1)
-    known = codes.error[:90].isfinite()
+    known = error.isfinite()
     assert known.tolist() == [i != 12 and (metric == "l2" or i != 11) for i in range(90)]
-    assert (error[known] <= codes.error[:90][known]).all()
-    torch.testing.assert_close(codes.square[:90].double(), value.square().sum(1), rtol=1e-7, atol=0)
+    left, centred = (exact - decoded)[known], (exact - codes.centre[:dim])[known]
+    centred[:, codes.apart] = 0.0
+    assert (left.norm(dim=1) <= error[known]).all()
+    torch.testing.assert_close(length, value.norm(dim=1), rtol=1e-7, atol=0)
+    torch.testing.assert_close(head, value[:, :part].norm(dim=1), rtol=1e-7, atol=0)
     # Right angles: a part of the bounds holds only with them.
-    for rest, own in zip((exact - decoded).split(sizes, 1), value.split(sizes, 1), strict=True):
-        assert ((rest * own).sum(1)[known].abs() <= 1e-7 * own.square().sum(1)[known]).all()
+    for rest, own in zip(left.split(part, 1), value[known].split(part, 1), strict=True):
+        assert ((rest * own).sum(1).abs() <= 1e-7 * own.square().sum(1)).all()
+    cut = part * (parts // 2 if parts >= 4 else parts)  # what is behind it
+    torch.testing.assert_close(tail[known], centred[:, cut:].norm(dim=1), rtol=1e-6, atol=0)
+    assert (left[:, cut:].norm(dim=1) <= tail_error[known]).all()
+    assert (tail_error[known] <= error[known]).all()
     assert codes.apart.tolist() == [4] or metric == "cosine"
     assert not codes.centre[codes.apart].any()
-    assert codes.error[90:].isinf().all()
-    assert codes.tails.shape[1] == (4 if dim > 508 else 0)
-    cuts = [sum(sizes[: len(sizes) // share]) for share in (4, 2)] if dim > 508 else []
-    for i, cut in enumerate(cuts):
-        length, own = codes.tails[:, [i, 2 + i]].transpose(1, 2).reshape(96, 2)[:90][known].double().unbind(1)
-        behind = (exact - codes.centre)[known]
-        behind[:, codes.apart] = 0.0
-        torch.testing.assert_close(length, behind[:, cut:].norm(dim=1), rtol=1e-6, atol=0)
-        assert ((exact - decoded)[known][:, cut:].norm(dim=1) <= own).all()
-        assert (own <= codes.error[:90][known]).all()
 
 
 @pytest.mark.parametrize("metric", ["l2", "cosine"])
@@ -371,7 +372,8 @@ def test_codes_of_some_of_the_keys(generator, metric):
             same(query, keys[rows], metric, some)
         longer = torch.cat([keys[rows], keys[:33]])
         same(query, longer, metric, encode_keys(longer, metric, some))
-        assert torch.equal(some.error[:count], codes.error[rows]) and some.error[count:].isinf().all()
+        assert torch.equal(unblocked(some.values, count), unblocked(codes.values, 300)[rows])
+        assert torch.equal(unblocked(some.codes, count), unblocked(codes.codes, 300)[rows])
     same(query, keys, metric, codes)
 
 
@@ -431,7 +433,7 @@ def test_errors_of_encoding(arguments, error, words):
 def test_opcheck_and_compile(generator):
     query, keys = torch.randn(4, 12, generator=generator), torch.randn(90, 12, generator=generator)
     codes, radius = encode_keys(keys), torch.ones(90)
-    assert isinstance(codes, KeyCodes) and codes.nbytes() < 90 * (12 + 12) * 1.3 + 12 * 4
+    assert isinstance(codes, KeyCodes) and codes.nbytes() == 96 * (12 + 6 * 4) + 16 * 4
     operator = torch.ops.dualedit_kernels.nearest_key.default
     torch.library.opcheck(operator, (query, keys, radius, "l2", codes.tensors()))
     compiled = torch.compile(nearest_key, fullgraph=True, backend="aot_eager")

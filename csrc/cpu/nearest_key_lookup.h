@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstdlib>
+#include <functional>
 #include <limits>
 #include <memory>
 #include <tuple>
@@ -26,22 +27,23 @@ Buffer aligned(int64_t floats);
 struct Nearest {
   explicit Nearest(int64_t batch) : squared(batch, std::numeric_limits<float>::infinity()), index(batch, -1) {}
 
+  // Ties go to the lowest index; NaN is never nearer.
+  void lower(int64_t b, float value, int64_t key) {
+    if (!(value < squared[b] || (value == squared[b] && key < index[b])) || key < 0) return;
+    squared[b] = value;
+    index[b] = key;
+  }
+
   std::vector<float> squared;
   std::vector<int64_t> index;
 };
-
-// Whether ``count`` keys may stay in the last-level cache.
-inline bool fit_cache(const Lookup& lookup, int64_t count) {
-  return count <= (int64_t{32} << 20) / (lookup.dim * (lookup.type == KeyType::kFloat32 ? 4 : 2));
-}
 
 // Checked and packed arguments.
 struct Arguments {
   Buffer packed;  // the queries of ``lookup``, unless those that were given serve
   Lookup lookup;
   int64_t count;
-  Scan scan;
-  Few few;
+  Kernels kernels;
 };
 
 // query [B, D] fp32, keys [N, D] fp32, bf16 or fp16, radius [N] fp32, all contiguous on the CPU; isa as in Isa.
@@ -49,8 +51,13 @@ Arguments prepare(
     const torch::stable::Tensor& query, const torch::stable::Tensor& keys, const torch::stable::Tensor& radius,
     bool cosine, int64_t isa);
 
+// Lower ``nearest`` by the units 0..count, split over as many of torch's threads as pay: ``run`` is given a range of
+// them and what its thread knows.
+void divide(
+    int64_t count, double threads, Nearest& nearest, const std::function<void(int64_t, int64_t, Nearest&)>& run);
+
 // Lower ``nearest`` by all keys.
-void look_up(Scan scan, const Lookup& lookup, int64_t count, Nearest& nearest);
+void look_up(const Kernels& kernels, const Lookup& lookup, int64_t count, Nearest& nearest);
 
 // index [B] int64 (-1 outside the radius) and distance [B] fp32.
 std::tuple<torch::stable::Tensor, torch::stable::Tensor> answer(
