@@ -16,12 +16,15 @@ def nearest_key_reference(query: Tensor, keys: Tensor, radius: Tensor, metric: s
     size 1e3, against which a nearest distance of about 1 drowns in rounding (even the argmin goes wrong).
     """
     dtype = torch.float64 if torch.float64 in (query.dtype, keys.dtype) else torch.float32
-    query = _unit(query.to(dtype)) if metric == "cosine" else query.to(dtype)
+    # In one layout, whatever the arguments have: sums over strided rows add up in another order for some of
+    # the keys, and equal keys would not be equally near.
+    query = query.to(dtype).contiguous()
+    query = _unit(query) if metric == "cosine" else query
     best = torch.full((query.shape[0],), torch.inf, dtype=dtype, device=query.device)
     index = torch.full((query.shape[0],), -1, dtype=torch.int64, device=query.device)
     rows = max(1, _BLOCK // max(1, query.numel()))
     for first in range(0, keys.shape[0] if query.numel() else 0, rows):
-        block = keys[first : first + rows].to(dtype)
+        block = keys[first : first + rows].to(dtype).contiguous()
         if metric == "cosine":
             block = _unit(block)
         squared = (query[:, None, :] - block[None, :, :]).square().sum(-1)

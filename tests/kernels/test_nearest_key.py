@@ -96,6 +96,24 @@ def test_ties_go_to_the_lowest_index(generator):
         assert index.tolist() == [first] * 9
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("strided", ["query", "keys", "both"])
+def test_ties_of_strided_inputs_go_to_the_lowest_index(generator, dtype, strided):
+    def laid_out(rows, name):
+        return rows.t().contiguous().t() if strided in (name, "both") else rows
+
+    for count, dim in ((2, 7), (2, 257), (5, 40)):
+        keys = torch.randn(count, dim, generator=generator, dtype=dtype).repeat(3, 1)
+        query = keys[[0, 1] * 8] + torch.randn(16, dim, generator=generator, dtype=dtype)
+        radius = torch.full((3 * count,), torch.inf)
+        try:
+            index, _ = nearest_key(laid_out(query, "query"), laid_out(keys, "keys"), radius)
+        except RuntimeError as error:  # a forced implementation says what it cannot do
+            assert "cannot run" in str(error)
+            return
+        assert (index < count).all()
+
+
 @pytest.mark.parametrize("metric", ["l2", "cosine"])
 def test_nothing_to_find(metric):
     index, distance = nearest_key(torch.ones(3, 8), torch.empty(0, 8), torch.empty(0), metric)
