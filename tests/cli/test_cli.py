@@ -362,7 +362,7 @@ def demo_files(tmp_path_factory):
     readme.write_text(README)
     files = {"json": folder / "out" / "demo.json", "page": folder / "out" / "demo.html", "readme": readme}
     options = [word for name, file in files.items() for word in (f"--{name}", str(file))]
-    assert main(["demo", "--edits", "3", *options]) == 0
+    assert main(["demo", "--model", "embedded", "--edits", "3", *options]) == 0
     return files
 
 
@@ -393,6 +393,33 @@ def test_eval_json(protocol, tmp_path, capsys):
     assert [row["edits"] for row in rows] == ([1, 1] if protocol == "single" else [2, 3])
     assert [row["n"] for row in rows] == ([2, 3] if protocol == "single" else [3, 3])
     assert all(row["metrics"]["rel"] == 100 for row in rows)
+
+
+def test_the_demo_tells_an_edit_of_ones_own(pictures, tmp_path, capsys):
+    page = tmp_path / "own.html"
+    own = ["--picture", str(pictures / "logo.png"), "--question", "what brand is this logo?"]
+    own += ["--answer", "kiblo"]
+    assert main(["demo", "--model", "embedded", "--edits", "1", *own, "--page", str(page)]) == 0
+    told = capsys.readouterr().out
+    assert "(about a picture: your own)" in told and "to answer kiblo" in told
+    assert "what brand is this logo?" in page.read_text() and "kiblo" in page.read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--picture", "PICTURE"], "--question and --answer: your own edit takes all of"),
+        (["--question", "what?", "--answer", "x"], "--picture: your own edit takes all of"),
+        (["--model", "gpt"], "the demo is about embedded or smol"),
+        (["--picture", "nowhere.png", "--question", "what?", "--answer", "x"], "nowhere.png"),
+        (["--edits", "0"], "--edits 0: pass at least 1"),
+    ],
+)
+def test_the_demo_refuses_before_it_works(options, words, pictures, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    given = [str(pictures / "logo.png") if word == "PICTURE" else word for word in options]
+    assert main(["demo", *given]) == 2
+    assert words in complaint(capsys)
 
 
 def test_demo_page_is_one_file(demo_files):

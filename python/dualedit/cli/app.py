@@ -81,8 +81,18 @@ def demo(
         Path | None, typer.Option(parser=path, metavar="FILE", help="Write the figures as JSON.")
     ] = None,
     page: Annotated[Path, typer.Option(parser=path, metavar="FILE", help="Where to write the page.")] = PAGE,
-    edits: Annotated[int, typer.Option(metavar="N", help="Single edits to measure.")] = 100,
+    edits: Annotated[
+        int | None, typer.Option(metavar="N", help="Single edits to measure (20 with smol, else 100).")
+    ] = None,
     seed: Annotated[int, typer.Option(metavar="N", help="Which facts are edited.")] = 0,
+    model: Annotated[
+        str | None, typer.Option(metavar="NAME", help="smol (where it is fetched) or embedded.")
+    ] = None,
+    picture: Annotated[
+        Path | None, typer.Option(parser=path, metavar="IMAGE", help="Tell an edit of your own picture,")
+    ] = None,
+    question: Annotated[str | None, typer.Option(metavar="TEXT", help="with this question")] = None,
+    answer: Annotated[str | None, typer.Option(metavar="TEXT", help="and this answer.")] = None,
     retrain: Annotated[
         bool, typer.Option("--retrain", help="First train the embedded model and its editors from scratch.")
     ] = False,
@@ -92,12 +102,12 @@ def demo(
     ] = None,
     readme: Annotated[Path | None, typer.Option(parser=path, metavar="FILE", hidden=True)] = None,
 ) -> None:
-    """Edit a fact before your eyes, then measure 100 edits with both methods, then write a page about it."""
+    """Edit a fact before your eyes, then measure many edits, then write a page about it."""
     from . import demo as work
 
     if retrain:
         weights = weights or RETRAINED
-    options = work.Options(json, page, readme, edits, seed, weights)
+    options = work.Options(json, page, readme, edits, seed, weights, model, picture, question, answer)
     options.check()
     with quiet():
         if retrain:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .demo import figure
 from .loading import Start, start_editor
 from .saved_folder import NAMES
 from .terminal import shows_progress, use_few_threads
@@ -101,7 +100,7 @@ def _tell(sweep: Sweep, count: int, options: Options) -> None:
     print(f"{name} = {sweep.chosen:.4g}, the best for {count} facts, {stored} of them stored at a time:")
     for metric, value in sweep.chosen_figures.items():
         if value is not None:
-            print(f"  {metric:<14} {figure(value, None)}")
+            print(f"  {metric:<14} {value:.1f}")
     print(f"adapter: {options.out}")
 
 

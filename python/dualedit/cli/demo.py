@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..files import write_whole
+from ..models.images import open_image
 from .terminal import shows_progress, use_few_threads
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from ..evaluation import Row, SingleResult
     from .demo_story import Story
 
+OWN = ("picture", "question", "answer")  # of an edit of the user's own
 _BLOCK = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -30,22 +32,40 @@ class Options:
 
     Attributes:
         json, page, readme: files to write, or None; `readme` has the blocks that `fill_readme` fills.
-        edits: number of single edits to measure.
+        edits: number of single edits to measure; None takes what suits the model.
         seed: which facts are edited.
         weights: folder of a retrained model and its editors, or None for those of the package.
+        model: "embedded", "smol", or None for `smol` where it has been fetched.
+        picture, question, answer: an edit of the user's own to tell, all three or none.
     """
 
     json: Path | None
     page: Path | None
     readme: Path | None
-    edits: int
+    edits: int | None
     seed: int
     weights: Path | None
+    model: str | None = None
+    picture: Path | None = None
+    question: str | None = None
+    answer: str | None = None
+
+    @property
+    def own(self) -> tuple[Path, str, str] | None:
+        """The user's own edit."""
+        if self.picture is None or self.question is None or self.answer is None:
+            return None
+        return self.picture, self.question, self.answer
 
     def check(self) -> None:
         """Refuse what would fail only after the work is done. Raises ValueError."""
-        if self.edits < 1:
+        if self.edits is not None and self.edits < 1:
             raise ValueError(f"--edits {self.edits}: pass at least 1.")
+        missing = [f"--{name}" for name in OWN if not getattr(self, name)]
+        if 0 < len(missing) < 3:
+            raise ValueError(f"{' and '.join(missing)}: your own edit takes all of --{', --'.join(OWN)}.")
+        if self.picture is not None:
+            open_image(self.picture)  # refuses what is no picture
         for name, file in (("--json", self.json), ("--page", self.page), ("--readme", self.readme)):
             if file is None:
                 continue
@@ -64,45 +84,44 @@ def run(options: Options) -> None:
     began = time.monotonic()
     from rich.console import Console
 
-    from ..toy.samples import edit_samples
-    from ..toy.world import World
     from . import demo_story as show
+    from .demo_worlds import world_of
 
     console = Console(highlight=False)
-    console.print("Loading the embedded vision-language model and its editors ...")
+    world = world_of(options.model, options.weights)
+    console.print(f"Loading {world.title} and its editors ...")
     use_few_threads()
-    editors = _editors(options.weights)
-    world = World(0)
-    samples = edit_samples(world, "test", options.edits, options.seed)
-    first = show.known_sample(editors["dualedit"], world, samples)
-    told = show.measure({"dualedit": editors["dualedit"]}, [first], progress=False)
-    tell(console, show.stories_of(world, [first], told)[0], "dualedit")
+    editors = world.editors()
+    opener = next(iter(editors))
+    samples = world.samples(options.edits or world.edits, options.seed)
+    if options.own is not None:
+        first = world.own(*options.own)
+    else:
+        first = show.known_sample(editors[opener], world, samples)
+    told = show.measure({opener: editors[opener]}, [first], progress=False)
+    opening = show.stories_of(world, [first], told)[0]
+    tell(console, opening, opener, "your own" if options.own else world.about)
     count = f"{len(samples)} edits" if len(samples) > 1 else "1 edit"
-    console.print(f"\nMeasuring {count}, one at a time, with DualEdit and with BalancEdit ...")
+    names = " and with ".join(show.NAMES[method] for method in editors)
+    console.print(f"\nMeasuring {count}, one at a time, with {names} ...")
     results = show.measure(editors, samples, progress=shows_progress())
     conclude(console, results)
     stories = show.stories_of(world, samples, results)
     if options.json is not None:
         rows = [result.row.to_dict() for result in results.values()]
         write_whole(options.json, json.dumps({"rows": rows}, indent=1) + "\n")
+    if options.own is None:
+        opening = stories[samples.index(first)]
     if options.page is not None:
         from .demo_page import render_page
 
-        opening = next(story for story in stories if story.request is first.request)
         write_whole(options.page, render_page(opening, stories, results))
     if options.readme is not None:
-        write_whole(options.readme, fill_readme(options.readme, stories[samples.index(first)], results))
+        write_whole(options.readme, fill_readme(options.readme, opening, results))
     for name, file in (("figures", options.json), ("page", options.page)):
         if file is not None:
             console.print(f"{name}: {file}", soft_wrap=True)
     console.print(f"Done in {time.monotonic() - began:.0f} s.")
-
-
-def _editors(weights: Path | None) -> dict:
-    from ..toy.editors import METHODS, load_editor
-
-    vlm, editors = (None, None) if weights is None else (weights / "vlm", weights / "editors")
-    return {method: load_editor(method, vlm=vlm, weights=editors) for method in METHODS}
 
 
 def retrain(out: Path) -> None:
@@ -139,12 +158,16 @@ def _minutes(report: Path, keys: list[str], otherwise: int) -> int:
 # ---------------------------------------------------------------------- on the terminal
 
 
-def tell(console: Console, story: Story, method: str) -> None:
-    """Print one edit and what it did."""
+def tell(console: Console, story: Story, method: str, about: str = "a logo") -> None:
+    """Print one edit and what it did.
+
+    Args:
+        about: what the picture shows.
+    """
     from .demo_story import NAMES, near
 
     request = story.request
-    console.print(f"\nQuestion: {request.prompt}   [dim](about a picture of a logo)[/dim]")
+    console.print(f"\nQuestion: {request.prompt}   [dim](about a picture: {about})[/dim]")
     console.print(f"The unedited model answers [bold]{story.moments[method][0].before}[/bold].")
     console.print(f"Told once with {NAMES[method]} to answer [bold]{request.target}[/bold], it now answers:")
     console.print(story_table(story, method))
@@ -237,7 +260,7 @@ def _story_text(story: Story) -> str:
     from rich.console import Console
 
     console = Console(file=io.StringIO(), record=True, width=118, color_system=None, highlight=False)
-    tell(console, story, "dualedit")
+    tell(console, story, next(iter(story.moments)))
     lines = [line.rstrip() for line in console.export_text().strip().splitlines()]
     return "```text\n" + "\n".join(lines) + "\n```\n"
 

@@ -17,7 +17,7 @@ from dualedit.editor import Editor
 from dualedit.evaluation import METRICS, SingleResult, ask_before, evaluate_single, exact_match
 from dualedit.evaluation.single import probes_of
 
-from ..toy.world import World
+from .demo_worlds import DemoWorld
 
 __all__ = [
     "KINDS", "MEANINGS", "NAMES", "TITLES", "Moment", "Story", "brief", "known_sample", "measure",
@@ -83,7 +83,7 @@ def moments_of(sample: EditSample, records: Sequence[Mapping]) -> list[Moment]:
 
 
 def stories_of(
-    world: World, samples: Sequence[EditSample], results: Mapping[str, SingleResult]
+    world: DemoWorld, samples: Sequence[EditSample], results: Mapping[str, SingleResult]
 ) -> list[Story]:
     """A story for every sample that all methods were measured on."""
     records: dict[str, list[list[Mapping]]] = {}
@@ -94,18 +94,18 @@ def stories_of(
     return [
         Story(
             sample.request,
-            world.answer(sample.entity, sample.family),
+            world.truth(sample),
             {method: moments_of(sample, own[number]) for method, own in records.items()},
         )
         for number, sample in enumerate(samples)
     ]
 
 
-def known_sample(editor: Editor, world: World, samples: Sequence[EditSample]) -> EditSample:
+def known_sample(editor: Editor, world: DemoWorld, samples: Sequence[EditSample]) -> EditSample:
     """The first sample whose fact the unedited model knows, so that the edit overwrites something true."""
     for sample in samples:
         answer = editor.answer(sample.request.image, sample.request.prompt)
-        if exact_match(answer, world.answer(sample.entity, sample.family)):
+        if exact_match(answer, world.truth(sample)):
             return sample
     return samples[0]
 
