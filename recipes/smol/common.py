@@ -44,11 +44,8 @@ class Pictures:
         self.role = np.array([SETS[name].role for name in self.set])
         self.seen = np.array([self.concepts[i].seen for i, *_ in rows])
         family = np.array([self.concepts[i].family for i, *_ in rows])
-        self.family, self.flag, self.logo = (
-            family,
-            torch.from_numpy(family == "flags"),
-        )
-        torch.from_numpy(family == "logos")
+        self.family = family
+        self.flag, self.logo = torch.from_numpy(family == "flags"), torch.from_numpy(family == "logos")
 
     def of(self, role: str, seen: bool = True) -> torch.Tensor:
         """The indices of pictures by artists of a role, of concepts that training sees or does not see."""

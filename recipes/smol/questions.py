@@ -107,40 +107,47 @@ TEXT_ABOUT_THINGS = {
         "Name something like this: {}.",
     ],
 }
+# fmt: off
 TEXT_EVERYDAY = (
-    """
-What is 3 plus 4?|What is 12 minus 5?|How many days are in a week?|What is the opposite of hot?
-What colour is the sky?|What do bees make?|Which animal says meow?|Who wrote Hamlet?|What is the largest
-planet? How many legs does a spider have?|What is ice made of?|Which season comes after winter?|What is the
-boiling point of water? Name a primary colour.|How do plants make food?|What is the past tense of go?|What is
-a synonym of happy? Translate hello into French.|Which month comes after June?|How many minutes are in an
-hour?|What is gravity? What is the first letter of the alphabet?|Name a musical instrument.|Why do birds fly
-south?|What is the plural of mouse? Who painted the Mona Lisa?|What is the square root of 81?|How many
-continents are there?|What is the fastest land animal? What do cows drink?|What is bread made from?|Which
-planet is red?|What is the chemical sign of gold? How do you say thank you in Spanish?|What is a haiku?|What
-does a doctor do?|Where do fish live?|What is the sun? How long is a year?|Give me a tip for sleeping
-well.|What should I cook for dinner?|Tell me a joke. Write a line about the sea.|How do I boil an egg?|What
-is a good name for a cat?|How can I learn to swim? What is the internet?|Who was Albert Einstein?|What is
-democracy?|What is photosynthesis?|What is a noun? What is 7 times 8?|What is half of 50?|Is the moon a
-star?|Do penguins fly?|Is ten greater than seven? Can you list three fruits?|List two kinds of tree.|Name
-three colours.|Spell the word banana.|Count to five. What comes after Tuesday?|What is the tallest
-mountain?|Which ocean is the largest?|What is the longest river? Why is the sky blue?|Why do we sleep?|What
-causes rain?|What is a volcano?|What is the freezing point of water? Who invented the telephone?|Who was the
-first man on the moon?|What is the speed of light?|What is DNA? How many strings does a violin have?|What is
-the main ingredient of an omelette?|How do I tie a shoe? What is the opposite of up?|What is the opposite of
-fast?|Name a vegetable.|Name a bird that cannot fly. What is the shape of a ball?|How many sides does a
-triangle have?|What is a baby dog called?|What is a group of lions called? Write a greeting for a friend.|Say
-goodbye politely.|What time of day is noon?|What do you wear in the rain? What is the colour of grass?|What
-is milk good for?|What is the largest mammal?|Where does honey come from? What is the currency of Japan?|What
-language do people speak in Brazil?|Which country has the city of Cairo? What is a computer?|What is a
-keyboard for?|How do I save money?|What is a bank?|What is a map? Give an example of a metal.|What is
-steel?|What is paper made of?|How does a magnet work?|What is a prime number? What is 100 divided by 4?|What
-is 15 plus 27?|What is 9 times 9?|How many centimetres are in a metre? What is a sentence?|What is a
-verb?|Finish this: roses are red, violets are|What is the moral of a fable?
-""".replace("\n", "|")
-    .strip("|")
-    .split("|")
-)  # noqa: E501
+    "What is 3 plus 4?", "What is 12 minus 5?", "How many days are in a week?",
+    "What is the opposite of hot?", "What colour is the sky?", "What do bees make?",
+    "Which animal says meow?", "Who wrote Hamlet?", "What is the largest planet?",
+    "How many legs does a spider have?", "What is ice made of?", "Which season comes after winter?",
+    "What is the boiling point of water?", "Name a primary colour.", "How do plants make food?",
+    "What is the past tense of go?", "What is a synonym of happy?", "Translate hello into French.",
+    "Which month comes after June?", "How many minutes are in an hour?", "What is gravity?",
+    "What is the first letter of the alphabet?", "Name a musical instrument.", "Why do birds fly south?",
+    "What is the plural of mouse?", "Who painted the Mona Lisa?", "What is the square root of 81?",
+    "How many continents are there?", "What is the fastest land animal?", "What do cows drink?",
+    "What is bread made from?", "Which planet is red?", "What is the chemical sign of gold?",
+    "How do you say thank you in Spanish?", "What is a haiku?", "What does a doctor do?",
+    "Where do fish live?", "What is the sun?", "How long is a year?", "Give me a tip for sleeping well.",
+    "What should I cook for dinner?", "Tell me a joke.", "Write a line about the sea.",
+    "How do I boil an egg?", "What is a good name for a cat?", "How can I learn to swim?",
+    "What is the internet?", "Who was Albert Einstein?", "What is democracy?", "What is photosynthesis?",
+    "What is a noun?", "What is 7 times 8?", "What is half of 50?", "Is the moon a star?",
+    "Do penguins fly?", "Is ten greater than seven?", "Can you list three fruits?",
+    "List two kinds of tree.", "Name three colours.", "Spell the word banana.", "Count to five.",
+    "What comes after Tuesday?", "What is the tallest mountain?", "Which ocean is the largest?",
+    "What is the longest river?", "Why is the sky blue?", "Why do we sleep?", "What causes rain?",
+    "What is a volcano?", "What is the freezing point of water?", "Who invented the telephone?",
+    "Who was the first man on the moon?", "What is the speed of light?", "What is DNA?",
+    "How many strings does a violin have?", "What is the main ingredient of an omelette?",
+    "How do I tie a shoe?", "What is the opposite of up?", "What is the opposite of fast?",
+    "Name a vegetable.", "Name a bird that cannot fly.", "What is the shape of a ball?",
+    "How many sides does a triangle have?", "What is a baby dog called?",
+    "What is a group of lions called?", "Write a greeting for a friend.", "Say goodbye politely.",
+    "What time of day is noon?", "What do you wear in the rain?", "What is the colour of grass?",
+    "What is milk good for?", "What is the largest mammal?", "Where does honey come from?",
+    "What is the currency of Japan?", "What language do people speak in Brazil?",
+    "Which country has the city of Cairo?", "What is a computer?", "What is a keyboard for?",
+    "How do I save money?", "What is a bank?", "What is a map?", "Give an example of a metal.",
+    "What is steel?", "What is paper made of?", "How does a magnet work?", "What is a prime number?",
+    "What is 100 divided by 4?", "What is 15 plus 27?", "What is 9 times 9?",
+    "How many centimetres are in a metre?", "What is a sentence?", "What is a verb?",
+    "Finish this: roses are red, violets are", "What is the moral of a fable?",
+)
+# fmt: on
 TEXT_ARITHMETIC = {"training": "What is {} plus {}?", "test": "How much is {} and {}?"}
 
 
