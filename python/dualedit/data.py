@@ -79,13 +79,15 @@ class Probe(_Pictured):
     """One question; `answer` is what the data set holds to be right, or None if it says nothing.
 
     `fact` names the (entity, family) that a question is about, where that could be an edited one: with many
-    edits stored, a look-alike may have an edit of its own.
+    edits stored, a look-alike may have an edit of its own. `kind` splits a figure further: beside "v_gen",
+    "v_gen_artist" is given of the probes of kind "artist".
     """
 
     image: Image | None
     prompt: str
     answer: str | None = None
     fact: tuple[int, str] | None = None
+    kind: str = ""
 
     if TYPE_CHECKING:
 

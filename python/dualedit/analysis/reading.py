@@ -15,12 +15,12 @@ from typing import Any
 
 from ..evaluation import PROTOCOLS, SCORINGS, Row
 from ..evaluation.journal import MARK, VERSION
-from ..evaluation.metrics import METRICS, MORE_PROBED, PROBED
+from ..evaluation.metrics import BY_KIND, METRICS, MORE_PROBED, PROBED
 
 Key = tuple[str, str, int]
 _WANTED = "dualedit eval wrote with --records or --json, or a folder of it"
 _PHASES = ("after", "end")
-_FIGURES = (*METRICS, *MORE_PROBED, "retention")
+_FIGURES = (*METRICS, *MORE_PROBED, *BY_KIND, "retention")
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,7 @@ def _faults(unit: Any) -> Iterator[tuple[str, str]]:
 
 _NUMBER = (int, float)
 _OPTIONAL = {
-    "image": str, "answer": str, "correct": bool, "contains": bool, "fired": bool, "edit": str,
+    "image": str, "kind": str, "answer": str, "correct": bool, "contains": bool, "fired": bool, "edit": str,
     "edit_prompt": str, "distance": _NUMBER, "radius": _NUMBER, "teacher_forced": _NUMBER,
     "published": _NUMBER,
 }  # fmt: skip

@@ -176,7 +176,7 @@ def ask(
         scorings: names of `SCORINGS`.
 
     Returns:
-        a record a probe, as JSON holds it: "metric", "prompt", "image" (in words), "expected", "before",
+        a record a probe, as JSON holds it: "metric", "kind", "prompt", "image" (in words), "expected", "before",
         "answer", "correct" (exact match), "contains", "fired", "edit" and "edit_prompt" (target and question
         of the nearest edit), "distance", "radius", and the token accuracies "teacher_forced" and "published";
         None for what was not measured.
@@ -193,6 +193,7 @@ def ask(
         records.append(
             {
                 "metric": a.metric,
+                "kind": a.probe.kind,
                 "prompt": a.probe.prompt,
                 "image": None if a.probe.image_source is None else shown(a.probe.image_source),
                 "expected": expected,

@@ -11,6 +11,11 @@ import numpy as np
 PROBED = ("rel", "t_gen", "v_gen", "t_loc", "m_loc", "hard_image", "hard_question")
 METRICS = (*PROBED, "hm", "avg")
 MORE_PROBED = ("no_image", "same_image", "portability")
+# Figures of one kind of a metric's probes, where a benchmark tells kinds apart (`Probe.kind`).
+BY_KIND = (
+    "v_gen_view", "v_gen_artist", "hard_image_random", "hard_image_nearest", "hard_image_same_artist",
+    "portability_in_words",
+)  # fmt: skip
 _HM = ("t_gen", "v_gen", "hard_image")
 _AVG = ("rel", "t_gen", "v_gen", "t_loc", "m_loc")
 

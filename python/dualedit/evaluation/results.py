@@ -89,7 +89,7 @@ def _result(
     after: list[Mapping], end: list[Mapping], name: str, plan: Plan, count: int, scoring: str
 ) -> SingleResult:
     field = _SCORE[scoring]
-    more = MORE_PROBED if plan.more else ()
+    more = (*(MORE_PROBED if plan.more else ()), *_kinds(after))
     scores = [_scores(unit, field) for unit in after]
     contains = [_scores(unit, "contains") for unit in after] if scoring == "free" else None
     kinder = None if contains is None else figures_of(contains, more)
@@ -118,8 +118,21 @@ def _scores(unit: Mapping, field: str) -> Scores:
     scores: dict[str, list[float]] = {}
     for probe in unit["probes"]:
         if probe[field] is not None:
-            scores.setdefault(probe["metric"], []).append(probe[field])
+            for name in _figures(probe):
+                scores.setdefault(name, []).append(probe[field])
     return scores
+
+
+def _figures(probe: Mapping) -> list[str]:
+    """What a probe counts for: its metric, and the finer figure of its kind, such as "v_gen_artist"."""
+    kind = probe.get("kind")
+    return [probe["metric"], *([f"{probe['metric']}_{kind}"] if kind else [])]
+
+
+def _kinds(units: Sequence[Mapping]) -> list[str]:
+    """The finer figures that there are, in the order in which they were asked."""
+    found = (name for unit in units for probe in unit["probes"] for name in _figures(probe)[1:])
+    return list(dict.fromkeys(found))
 
 
 def _costs(after: list[Mapping]) -> dict[str, float | None]:
