@@ -11,14 +11,14 @@ KERNELS = ROOT / "dualedit_kernels"
 
 # From the bottom up. Rooms of one level do not import each other, except as listed.
 LEVELS = [
-    {"files", "models", "smol", "when_imported"},
+    {"files", "models", "when_imported"},
     {"data", "runtime"},
     {"memory"},
     {"tuners"},
     {"editing", "storage"},
     {"editor"},
     {"training", "evaluation", "analysis", "baselines", "datasets"},
-    {"toy"},
+    {"toy", "smol"},
     {"cli"},
 ]
 WITHIN_A_LEVEL = {("baselines", "evaluation"), ("training", "evaluation"), ("evaluation", "datasets"),

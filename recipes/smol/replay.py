@@ -42,6 +42,22 @@ def generate(model, tokenizer, prompts, tokens=24, sample=False, batch=96):
     return out
 
 
+@torch.inference_mode()
+def last_states(model, rows, batch=32):
+    """The last hidden states of every position of each row of ids, float16 [T, D]."""
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    out = [None] * len(rows)
+    for start in range(0, len(order), batch):
+        part = order[start : start + batch]
+        width = max(len(rows[i]) for i in part)
+        # Padded on the right, where nothing before it looks.
+        ids = torch.tensor([rows[i] + [0] * (width - len(rows[i])) for i in part])
+        states = model.model(input_ids=ids).last_hidden_state.half()
+        for i, found in zip(part, states, strict=True):
+            out[i] = found[: len(rows[i])].clone()
+    return out
+
+
 def main(asked: int = 240, seed: int = 0):
     torch.set_num_threads(1)
     torch.manual_seed(seed)
@@ -61,10 +77,7 @@ def main(asked: int = 240, seed: int = 0):
     for prompt, answer in zip(prompts, answers, strict=True):
         p = tokenizer(prompt, add_special_tokens=False)["input_ids"]
         rows.append((p + answer[:-1], len(p)))
-    states = []
-    with torch.inference_mode():
-        for ids, _ in rows:
-            states.append(model.model(input_ids=torch.tensor([ids])).last_hidden_state[0].half())
+    states = last_states(model, [ids for ids, _ in rows])
     save(WORK / "replay.pt", ids=[r[0] for r in rows], prompt=[r[1] for r in rows], states=states)
     print(f"{len(rows)} texts, {sum(len(r[0]) for r in rows)} tokens, {time.time() - start:.0f} s")
 

@@ -117,7 +117,9 @@ def demo(
 
 @app.command(name="eval")
 def eval_(
-    benchmark: Annotated[str, typer.Option(metavar="NAME", help="Questions: embedded.")] = "embedded",
+    benchmark: Annotated[
+        str, typer.Option(metavar="NAME", help="Questions: embedded, or pictures.")
+    ] = "embedded",
     methods: Annotated[
         str | None,
         typer.Option(
@@ -178,6 +180,15 @@ def eval_(
     world_seed: Annotated[
         int, typer.Option(metavar="N", help="Another world, of brands that the model has never seen.")
     ] = 0,
+    family: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B", help="Of pictures: flags, animals, food, places, objects, logos (all of them)."
+        ),
+    ] = None,
+    unseen: Annotated[
+        bool, typer.Option("--unseen", help="Of pictures: things that the model's training has not seen.")
+    ] = False,
     weights: Annotated[
         Path | None, typer.Option(parser=path, metavar="DIR", help="What demo --retrain wrote.")
     ] = None,
@@ -190,7 +201,9 @@ def eval_(
     options = work.Options(
         methods, chosen, protocol, None if edits is None else work.numbers(edits, "--edits"), asked,
         Source(model, adapter, layer, weights, "published" in chosen, published_threshold),
-        work.Facts(benchmark, data, format, images, skip_bad, seed, world_seed), json, records,
+        work.Facts(
+            benchmark, data, format, images, skip_bad, seed, world_seed, work.names(family), unseen
+        ), json, records,
     )  # fmt: skip
     options.check()
     with quiet(), named(**READ):

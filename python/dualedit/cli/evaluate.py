@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..data import EditSample
     from ..evaluation import Row
 
-BENCHMARKS = ("embedded",)
+BENCHMARKS = ("embedded", "pictures")
 PROTOCOLS = ("single", "batch", "sequential")
 SCORINGS = {
     "free": "free generation",
@@ -41,6 +41,8 @@ class Facts:
         seed: which facts are drawn.
         world_seed: of the embedded benchmark, another number, other brands: ones that the embedded model has
             never seen.
+        families: of the benchmark `pictures`, which things the facts are about; None for all.
+        unseen: of the benchmark `pictures`, things that the model's training has not seen.
     """
 
     benchmark: str = "embedded"
@@ -50,6 +52,13 @@ class Facts:
     skip_bad: bool = False
     seed: int = 0
     world_seed: int = 0
+    families: tuple[str, ...] | None = None
+    unseen: bool = False
+
+    @property
+    def pictures(self) -> bool:
+        """Whether the facts are those of the benchmark `pictures`."""
+        return self.data is None and self.benchmark == "pictures"
 
 
 @dataclass(frozen=True)
@@ -89,8 +98,12 @@ class Options:
             raise ValueError(f"--scoring {given}: choose from {', '.join(SCORINGS)}, or all.")
         if min(self.edits or (1,)) < 1 or (self.asked or 1) < 1:
             raise ValueError("--edits and --asked: pass numbers of at least 1.")
-        if self.source.model is not None and self.facts.data is None:
+        if self.source.model is not None and self.facts.data is None and not self.facts.pictures:
             raise ValueError("--model: the embedded benchmark is about the embedded model; pass --data too.")
+        if self.facts.pictures and self.source.model is None:
+            raise ValueError("--benchmark pictures: pass --model smol, or a model of your own.")
+        if (self.facts.families or self.facts.unseen) and not self.facts.pictures:
+            raise ValueError("--family and --unseen are for --benchmark pictures.")
         for option, file in (("--json", self.json), ("--records", self.records)):
             if file is not None and file.is_dir():
                 raise ValueError(f"{option} {file} is a folder: pass a file.")
@@ -104,6 +117,11 @@ def numbers(text: str, option: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise ValueError(f"{option} {text}: pass whole numbers, such as 1,10,100.") from None
+
+
+def names(text: str | None) -> tuple[str, ...] | None:
+    """Names from "flags,logos"; None for None."""
+    return None if text is None else tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def scorings(text: str) -> tuple[str, ...]:
@@ -178,6 +196,8 @@ def _taken(options: Options, count: int, asked: int | None, there: int) -> int:
 def _samples(options: Options, console) -> tuple[Sequence[EditSample], tuple[int, ...]]:
     """All facts that are needed, and how many of them each row takes from their beginning."""
     facts = options.facts
+    if facts.pictures:
+        return _of_pictures(options)
     if facts.data is None:
         from ..toy.samples import edit_samples
         from ..toy.world import ATTRIBUTES, World
@@ -199,6 +219,31 @@ def _samples(options: Options, console) -> tuple[Sequence[EditSample], tuple[int
     if max(counts) > len(loaded):
         raise ValueError(f"--edits {max(counts)}: {facts.data} has {len(loaded)} facts.")
     return draw(loaded, max(counts), facts.seed), counts
+
+
+def _of_pictures(options: Options) -> tuple[Sequence[EditSample], tuple[int, ...]]:
+    facts, counts = options.facts, options.edits or (_EDITS,)
+    benchmark, split = pictures(facts.seed, facts.families, facts.unseen)
+    there = len(benchmark.facts(split))
+    if max(counts) > there:
+        raise ValueError(f"--edits {max(counts)}: there are {there} such facts.")
+    asked = options.asked or _ASKED
+    count = min(there, max(_taken(options, count, asked, there) for count in counts))
+    return benchmark.samples(split, count), counts
+
+
+def pictures(seed: int, families: Sequence[str] | None, unseen: bool):
+    """The benchmark `pictures` and the split that figures are from.
+
+    Raises ValueError for a family that there is not, and where the pictures have not been fetched.
+    """
+    from ..smol import FAMILIES, load_concepts
+    from ..smol.benchmark import Pictures
+
+    unknown = set(families or ()) - set(FAMILIES)
+    if unknown:
+        raise ValueError(f"--family {','.join(families)}: choose from {', '.join(FAMILIES)}.")
+    return Pictures(load_concepts(), seed, families or FAMILIES), "unseen" if unseen else "test"
 
 
 def draw(samples: Sequence[EditSample], count: int, seed: int) -> list[EditSample]:

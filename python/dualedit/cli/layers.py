@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import first_line
+from .loading import SMOL, is_smol
 
 if TYPE_CHECKING:
     from torch import nn
@@ -34,10 +35,14 @@ def _folder(model: str) -> Path:
 
         return WEIGHTS
     folder = Path(model)
+    if is_smol(folder):
+        from ..smol import smol_folder
+
+        return smol_folder()
     if not (folder / "config.json").is_file():
         what = "holds no config.json" if folder.is_dir() else "is no folder"
         raise ValueError(
-            f"MODEL {model} {what}: pass a local folder of a Hugging Face model, or {EMBEDDED[0]}."
+            f"MODEL {model} {what}: pass a local folder of a Hugging Face model, {EMBEDDED[0]} or {SMOL}."
         )
     return folder
 

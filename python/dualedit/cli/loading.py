@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ..editor import Editor
 
 METHODS = tuple(name.lower() for name in NAMES)
+SMOL = "smol"
 
 
 @dataclass(frozen=True)
@@ -37,14 +38,21 @@ class Start:
             raise ValueError(f"--method {self.method}: choose one of {', '.join(METHODS)}.")
 
 
+def is_smol(model: Path | None) -> bool:
+    """Whether `--model` means what `dualedit fetch smol` brings: a model's folder of that name goes first."""
+    return model is not None and str(model) == SMOL and not (model / "config.json").is_file()
+
+
 def load_base(model: Path | None, device: str | None = None) -> tuple[Any, Any]:
-    """The base model in eval mode and its processor: the embedded one, or a local Hugging Face folder.
+    """The base model in eval mode and its processor: the embedded one, the fetched `smol`, or a local Hugging
+    Face folder.
 
     Args:
         device: where a folder's model goes; None takes the GPU if there is one.
 
     Raises:
-        ValueError: no such folder, or nothing that transformers loads as a vision-language model.
+        ValueError: no such folder, nothing that transformers loads as a vision-language model, or `smol`
+            where it has not been fetched.
     """
     import torch
 
@@ -53,6 +61,12 @@ def load_base(model: Path | None, device: str | None = None) -> tuple[Any, Any]:
 
         use_few_threads()
         return load_embedded()
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if is_smol(model):
+        from ..smol import load_smol
+
+        loaded, processor = load_smol()
+        return loaded.to(device), processor
     if not (model / "config.json").is_file():
         what = "holds no config.json" if model.is_dir() else "is no folder"
         raise ValueError(f"--model {model} {what}: pass a folder with a Hugging Face vision-language model.")
@@ -63,7 +77,6 @@ def load_base(model: Path | None, device: str | None = None) -> tuple[Any, Any]:
         loaded = AutoModelForImageTextToText.from_pretrained(model, dtype="auto", local_files_only=True)
     except (ValueError, OSError, ImportError, KeyError, AttributeError) as error:
         raise ValueError(f"--model {model} cannot be loaded: {first_line(error)}") from error
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return loaded.eval().to(device), processor
 
 
@@ -119,6 +132,10 @@ def start_editor(model: Path | None, start: Start) -> Editor:
 
         use_few_threads()
         return load_editor(start.method or "dualedit")
+    if is_smol(model) and start.method in (None, "balancedit") and not (start.adapter or start.layer):
+        from ..smol.editors import load_editor as load_smol_editor
+
+        return load_smol_editor()
     if start.method == "balancedit" or (start.method is None and start.layer):
         if start.adapter or not start.layer:
             raise ValueError("--method balancedit takes --layer (as layers.20.mlp.up_proj) and no --adapter.")

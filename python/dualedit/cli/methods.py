@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .loading import Start, load_base, start_editor
+from .loading import Start, is_smol, load_base, start_editor
 
 if TYPE_CHECKING:
     from ..evaluation import Method
@@ -102,7 +102,7 @@ def _lacks(name: str, source: Source) -> str | None:
         return None
     if name in ("dualedit", "visedit") and source.adapter is None:
         return "DualEdit's adapters have to be trained for a model first; pass them with --adapter DIR"
-    if name == "balancedit" and source.layer is None:
+    if name == "balancedit" and source.layer is None and not is_smol(source.model):
         return "pass the linear layer to edit with --layer NAME (as layers.20.mlp.up_proj)"
     return None
 

@@ -21,7 +21,8 @@ Edits = Annotated[
 Model = Annotated[
     Path | None,
     typer.Option(
-        "--model", "-m", parser=path, metavar="DIR", help="Local Hugging Face model (else the embedded one)."
+        "--model", "-m", parser=path, metavar="DIR",
+        help="Local Hugging Face model, or smol (else the embedded one).",
     ),
 ]
 NoModel = Annotated[

@@ -80,6 +80,8 @@ def samples_again(arguments: Mapping[str, Any]) -> Sequence[EditSample] | str:
     if not isinstance(seed, int) or not isinstance(data, str | None):
         return "The records do not say which facts were asked about, so that pictures are missing."
     if data is None:
+        if arguments.get("--benchmark") == "pictures":
+            return _pictures(arguments, seed)
         world = arguments.get("--world-seed")
         if arguments.get("--benchmark") != "embedded" or not isinstance(world, int):
             return "The records are about a benchmark that is not known here, so that pictures are missing."
@@ -104,6 +106,20 @@ class _World(Sequence):
         from ..toy.samples import edit_sample
 
         return edit_sample(self._world, "test", place, self._seed)
+
+
+def _pictures(arguments: Mapping[str, Any], seed: int) -> Sequence[EditSample] | str:
+    from .evaluate import pictures
+
+    counts = arguments.get("--edits")
+    try:
+        benchmark, split = pictures(seed, arguments.get("--families"), bool(arguments.get("--unseen")))
+        facts = benchmark.facts(split)
+        asked = max(counts) if isinstance(counts, list) and counts else 0
+        asked = max(asked, arguments.get("--asked") or 0)
+        return benchmark.samples(split, min(len(facts), asked) or None)
+    except (ValueError, TypeError) as error:
+        return f"The benchmark's pictures are not to be had ({error})."
 
 
 def _own(arguments: Mapping[str, Any], seed: int) -> Sequence[EditSample] | str:

@@ -176,10 +176,10 @@ def ask(
         scorings: names of `SCORINGS`.
 
     Returns:
-        a record a probe, as JSON holds it: "metric", "kind", "prompt", "image" (in words), "expected", "before",
-        "answer", "correct" (exact match), "contains", "fired", "edit" and "edit_prompt" (target and question
-        of the nearest edit), "distance", "radius", and the token accuracies "teacher_forced" and "published";
-        None for what was not measured.
+        a record a probe, as JSON holds it: "metric", "kind", "prompt", "image" (in words), "expected",
+        "before", "answer", "correct" (exact match), "contains", "fired", "edit" and "edit_prompt"
+        (target and question of the nearest edit), "distance", "radius", and the token accuracies
+        "teacher_forced" and "published"; None for what was not measured.
     """
     if not asked:
         return []

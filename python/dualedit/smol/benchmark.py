@@ -1,4 +1,4 @@
-"""The benchmark `pictures`: facts about things that several artists drew, and the questions that measure them.
+"""The benchmark `pictures`: facts about things that several artists drew, and what measures them.
 
 Facts are counterfactual: the new answer is another thing's or a few words of everyday life. A concept belongs
 to one split for each seed. Pictures of the edits themselves are by artists of the split's own role, so that a
@@ -7,6 +7,7 @@ test edit shows a drawing that neither the model nor an editor has seen.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,8 +28,8 @@ _OTHERS = {
     "test": ("validation", "training"), "unseen": ("validation", "training"),
 }  # fmt: skip
 _THUMB = 24  # pixels of a side where pictures are compared
-# Mean difference of two thumbnails, of 1, below which two pictures are taken for the same (in a round cut, the
-# flags of Jordan and Palestine).
+# Mean difference of two thumbnails, of 1, below which two pictures are taken for the same: in a round cut,
+# the flags of Jordan and Palestine.
 _TWINS = 0.012
 _CARDS = ("flags", "logos")
 
@@ -75,8 +76,8 @@ class Pictures:
 
         generality: "t_gen"; "v_gen" of kind "view" (the same drawing) and "artist" (another's). locality:
         "hard_image" of kind "random" (another thing of the subgroup), "nearest" (by pixels, by the artist of
-        the first other picture) and "same_artist" (by pixels, the edit's own artist); "hard_question", "m_loc",
-        "t_loc". portability: "in_words", the same question about the thing's name, without a picture.
+        the first other picture) and "same_artist" (by pixels, by the edit's own artist); "hard_question",
+        "m_loc", "t_loc". portability: "in_words", the same question about the thing's name, with no picture.
         Whether that has to change is open; it counts where it does.
 
         Raises:
@@ -138,13 +139,15 @@ class Pictures:
             elif concept.by_role("training"):
                 result["training"].append(entity)
         total = sum(map(len, testable.values()))
+        test, validation = min(_TEST, 0.3 * total), min(_VALIDATION, 0.1 * total)
         for found in testable.values():
             order = [found[i] for i in rng.permutation(len(found))]
-            count = -(-_TEST * len(order) // total) if total > _TEST else len(order) // 2
+            share = len(order) / max(1, total)
+            count = math.ceil(test * share)
             result["test"] += order[:count]
             rest = order[count:]
             known = [e for e in rest if self.concepts[e].by_role("validation")]
-            chosen = set(known[: -(-_VALIDATION * len(order) // total)])
+            chosen = set(known[: math.ceil(validation * share)])
             result["validation"] += sorted(chosen)
             result["training"] += [
                 e for e in rest if e not in chosen and self.concepts[e].by_role("training")
@@ -197,11 +200,12 @@ class Pictures:
             ]
         first = others[0] if others else own
         found: list[tuple[str, int, str]] = []
-        drawn = [e for e in alike if first in self.concepts[e].pictures and self._apart(entity, e, own, first)]
-        if drawn:
-            found.append(("random", _pick(drawn, rng), first))
+        drawn = {name: [e for e in alike if name in self.concepts[e].pictures] for name in (first, own)}
+        apart = [e for e in drawn[first] if self._apart(entity, e, own, first)]
+        if apart:
+            found.append(("random", _pick(apart, rng), first))
         for kind, name in (("nearest", first), ("same_artist", own)):
-            nearest = self._nearest(entity, own, [e for e in alike if name in self.concepts[e].pictures], name)
+            nearest = self._nearest(entity, own, drawn[name], name)
             if nearest is not None:
                 found.append((kind, nearest, name))
         return [

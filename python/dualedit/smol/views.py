@@ -16,8 +16,8 @@ def view(image: Image.Image, rng: np.random.Generator, as_card: bool) -> bytes:
     Args:
         image: a drawing on white, RGB, square.
         rng: decides everything that varies.
-        as_card: keep the white around the drawing and lay it on the new ground as a card, for flags and logos,
-            whose own white would be taken for the ground.
+        as_card: keep the white around the drawing and lay it on the new ground as a card, for flags and
+            logos, whose own white would be taken for the ground.
     """
     side = image.width
     ground = tuple(int(x) for x in rng.integers(40, 256, 3))

@@ -1,0 +1,30 @@
+"""`smol` with an editor on it, ready to edit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..editor import Editor
+from ..storage import load_edits
+from ..tuners import inject_balancedit
+from .model import load_smol
+
+METHODS = ("balancedit",)
+EDITORS = Path(__file__).parent / "weights" / "editors"
+# Chosen on validation concepts drawn by validation artists; see recipes/smol/README.md.
+BALANCEDIT = {"layer": "layers.20.mlp.up_proj", "key": "last", "alpha": 0.2}
+
+
+def load_editor(method: str = "balancedit") -> Editor:
+    """The fetched model with one editor, without edits.
+
+    Raises:
+        ValueError: an unknown method, or `smol` is not in the cache.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method={method!r}: choose one of {METHODS}.")
+    base, processor = load_smol()
+    folder = EDITORS / method
+    if (folder / "adapter_config.json").is_file():
+        return Editor(load_edits(base, folder), processor)
+    return Editor(inject_balancedit(base, **BALANCEDIT), processor)
