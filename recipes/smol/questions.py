@@ -166,7 +166,7 @@ def text_questions(concepts, part: str, count: int, seed: int = 0) -> list[str]:
         half = 0 if part == "validation" else 1
         everyday, pool, more, sums = (x[half::2] for x in (everyday, pool, more, sums))
     rng = random.Random(seed)
-    rest = count - len(everyday)
+    rest = max(0, count - len(everyday))
     pool = rng.sample(pool, min(len(pool), int(rest * 0.45))) + rng.sample(sums, int(rest * 0.05))
     pool += rng.sample(more, min(len(more), rest - len(pool)))
     result = everyday + pool

