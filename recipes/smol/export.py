@@ -20,8 +20,8 @@ def main():
     reader = torch.load(WORK / "reader.pt", weights_only=True)
     weights = {f"projector.{k}": v for k, v in reader["projector"].items()}
     weights |= {f"tower.{k}": v for k, v in tower["tower"].items() if tuned(k) and is_parameter(k)}
-    for module, (b, a) in reader["deltas"].items():
-        weights[f"lora.{module}.a"], weights[f"lora.{module}.b"] = a, b
+    for layer, parts in reader["neurons"].items():
+        weights |= {f"neurons.{layer}.{name}": value for name, value in parts.items()}
     weights = {k: v.half().contiguous() for k, v in weights.items()}
     WEIGHTS.parent.mkdir(exist_ok=True)
     save_file(weights, WEIGHTS)

@@ -16,6 +16,7 @@ from collections import Counter
 import torch
 from common import base
 from dualedit.smol import load_concepts, load_smol
+from dualedit.smol.model import widen
 from PIL import Image
 from questions import ABOUT_PICTURES, text_questions
 
@@ -95,9 +96,9 @@ def main(role: str, limit: int, texts: int, seen: bool, seed: int):
         questions = [(None, q) for q in text_questions(concepts, part, texts, seed)]
         own = answers(model, processor, questions, tokens=24)
         language, _ = base()
-        model.model.language_model.load_state_dict(
-            {k: v for k, v in language.model.state_dict().items() if "embed" not in k}, strict=False
-        )
+        state = {k: v for k, v in language.model.state_dict().items() if "embed" not in k}
+        widen(state, model.config.text_config, {})
+        model.model.language_model.load_state_dict(state, strict=False)
         before = answers(model, processor, questions, tokens=24)
         same = sum(a == b for a, b in zip(own, before, strict=True))
         result["text"] = {"right": same, "count": len(questions)}

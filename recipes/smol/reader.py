@@ -1,11 +1,10 @@
-"""Step 3: the projector learns to point at names, then a LoRA in the upper layers learns to answer questions.
+"""Step 3: the projector learns to point at names, then adapters in the upper layers learn to answer.
 
 Each sequence is one picture and several questions about it; a block mask keeps the questions from seeing
 each other. Features are those of augmented pictures, mixed a little with another picture's. The loss is
-cross-entropy at answer positions. Beside it, texts of the model as it came are replayed (`replay.py`): the
-distribution at every answer position has to stay. The LoRA's inputs are whitened by what plain text puts
-into them, so that it answers to directions that text does not use. What the frozen lower layers make of a
-batch is kept and used again.
+cross-entropy at answer positions. Gates keep the adapters from texts without a picture (`lean.py`); they are
+fitted in closed form to pictures and to texts of the model as it came (`replay.py`). What the frozen lower
+layers make of a batch is kept and used again.
 
     python recipes/smol/reader.py --minutes 50
 """
@@ -19,7 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from common import SIDE, WORK, Pictures, augment, language_model, load_parts, name_embeddings, save
-from lean import LeanLlama
+from lean import LeanLlama, signature
 from lite import Lite
 from questions import ABOUT_PICTURES, KINDS
 from torch import nn
@@ -31,26 +30,8 @@ TOKENS = (SIDE // 32) ** 2
 SHOWN = 8  # image tokens of a sequence in training, drawn at random, at their own positions
 
 
-def whiten_by_text(lean, embed, replay, texts: int = 120) -> None:
-    """`whiten = U sqrt(m / (l + m)) U'`: `U l U'` is the second moment of inputs on text, m its median."""
-    moments = {}
-
-    def add(j, x):
-        x = x.float().flatten(0, -2)
-        moments[j] = moments.get(j, 0) + x.T @ x
-
-    with torch.no_grad():
-        for start in range(0, texts, 12):
-            part = replay["ids"][start : start + 12]
-            width = min(map(len, part))
-            ids = torch.tensor([row[:width] for row in part])
-            mask = torch.full((width, width), torch.finfo(BF).min, dtype=BF).triu(1)[None, None]
-            positions = torch.arange(width)[None].expand(len(part), -1)
-            lean.upper(lean.lower(F.embedding(ids, embed), mask, positions), mask, positions, add)
-    for j, moment in moments.items():
-        values, vectors = torch.linalg.eigh(moment)
-        middle = values.median().clamp_min(1e-6)
-        lean.whiten[j] = (vectors * (middle / (values.clamp_min(0) + middle)).sqrt()) @ vectors.T
+SIGN = 4.0  # length of the signature that the projector adds to every image token
+GATE_PICTURES, GATE_TEXTS = 256, 512  # sequences that the gates are fitted to
 
 
 def questions_of(concept) -> dict[str, str]:
@@ -145,7 +126,7 @@ class Packer:
 
 
 def main(
-    minutes: float, pictures: int, texts: int, rate: float, projector_minutes: float, seed: int, bench: bool
+    minutes: float, pictures: int, rate: float, projector_minutes: float, seed: int, bench: bool
 ):
     torch.set_num_threads(1)
     torch.manual_seed(seed)
@@ -204,7 +185,11 @@ def main(
 
     checkpoint = WORK / "reader.pt"
     state = {"seconds": 0.0, "step": 0, "tokens": 0}
-    if not bench and not checkpoint.exists():
+    mark = signature(embedding)
+    aligned = WORK / "projector.pt"
+    if not bench and aligned.exists():
+        projector.load_state_dict(torch.load(aligned, weights_only=True)["projector"])
+    elif not bench:
         pooled = torch.cat([feature[v, :].float().mean(1) for v in range(len(feature))])
         target = names[y] * norm + centre
         start_projector(projector, pooled, target.repeat(len(feature), 1))
@@ -232,25 +217,14 @@ def main(
                     projector_report(),
                     flush=True,
                 )
-        save(WORK / "projector.pt", projector=projector.state_dict())
-    lean = LeanLlama(model.model, SPLIT)
-    whiten_by_text(lean, model.model.embed_tokens.weight, replay)
-    print(
-        f"LoRA {sum(p.numel() for p in lean.parameters() if p.requires_grad) / 1e6:.2f} M parameters",
-        flush=True,
-    )
-    lora = [*lean.a, *lean.b]
-    optimiser = torch.optim.AdamW(lora, lr=rate, weight_decay=0.01, betas=(0.9, 0.98))
-    if checkpoint.exists() and not bench:
-        saved = torch.load(checkpoint, weights_only=True)
-        projector.load_state_dict(saved["projector"])
-        with torch.no_grad():
-            for p, value in zip(lora, saved["lora"], strict=True):
-                p.copy_(value)
-        lean.whiten = saved["whiten"]
-        optimiser.load_state_dict(saved["optimiser"])
-        state = saved["state"]
+        save(aligned, projector=projector.state_dict())
     projector.requires_grad_(False)
+    with torch.no_grad():
+        projector.linear_2.bias.add_(SIGN * mark)
+    lean = LeanLlama(model.model, SPLIT)
+    adapters = [*lean.a, *lean.b]
+    print(f"adapters of {sum(p.numel() for p in adapters) / 1e6:.2f} M parameters", flush=True)
+    optimiser = torch.optim.AdamW(adapters, lr=rate, weight_decay=0.01, betas=(0.9, 0.98))
     packer = Packer(model, tokenizer)
     by_concept = {}
     for i, c in enumerate(y.tolist()):
@@ -283,11 +257,11 @@ def main(
                     right.setdefault(k, []).append(v)
         return " ".join(f"{k} {100 * np.mean(v):.0f}" for k, v in sorted(right.items()))
 
-    def fresh():
-        """A new batch: what the lower layers make of pictures with questions and of texts."""
+    def pictured(count):
+        """Sequences about pictures drawn at random, and their image tokens [count, SHOWN, 576]."""
         index, sequences = [], []
         shown = sorted(rng.sample(range(TOKENS), SHOWN))
-        for c in rng.choices(pool, weights, k=pictures):
+        for c in rng.choices(pool, weights, k=count):
             asked = list(questions_of(concepts[c]).items())
             if concepts[c].family not in ("flags", "logos") and rng.random() < 0.6:
                 asked = [asked[0]]  # the name more often than the kind
@@ -295,30 +269,59 @@ def main(
             pairs = [(rng.choice(ABOUT_PICTURES[k][:-1]), a) for k, a in asked[:4]]
             index.append(rng.choice(by_concept[c]))
             sequences.append(packer.sequence(pairs, shown))
-        z = projector(draw(torch.tensor(index))[:, shown])
-        kept = []
-        for b, i in enumerate(rng.sample(range(len(replay["ids"])), texts)):
-            ids, first = replay["ids"][i][:56], replay["prompt"][i]
-            sequences.append((ids, list(range(len(ids))), [1] * len(ids), []))
-            kept += [(pictures + b, t, i) for t in range(max(0, first - 1), len(ids))]
-        x, mask, positions, places, labels = packer.batch(sequences, z)
-        base = torch.stack([replay["states"][i][t] for _, t, i in kept]).to(BF)
-        text = torch.tensor([(b, t) for b, t, _ in kept])
-        return lean.lower(x, mask, positions), mask, positions, places, labels, text, base
+        return sequences, projector(draw(torch.tensor(index))[:, shown])
 
-    def step(x, mask, positions, places, labels, text, base):
+    def fresh():
+        """A new batch: what the lower layers make of pictures with questions."""
+        x, mask, positions, places, labels = packer.batch(*pictured(pictures))
+        return lean.lower(x, mask, positions), mask, positions, places, labels
+
+    def gate_batches():
+        """Batches for `fit_gates`: which positions are behind a picture, and which are text without one."""
+        for _ in range(0, GATE_PICTURES, 32):
+            sequences, z = pictured(32)
+            x, mask, positions, _, _ = packer.batch(sequences, z)
+            on = torch.zeros(x.shape[:2], dtype=torch.bool)
+            for b, (tokens, *_) in enumerate(sequences):
+                on[b, len(packer.before) : len(tokens)] = True
+            off = torch.zeros_like(on)
+            yield x, mask, positions, on, off
+        order = sorted(rng.sample(range(len(replay["ids"])), GATE_TEXTS), key=lambda i: len(replay["ids"][i]))
+        for start in range(0, GATE_TEXTS, 32):
+            rows = [replay["ids"][i] for i in order[start : start + 32]]
+            sequences = [(row, list(range(len(row))), [1] * len(row), []) for row in rows]
+            x, mask, positions, _, _ = packer.batch(sequences, ())
+            off = torch.zeros(x.shape[:2], dtype=torch.bool)
+            for b, row in enumerate(rows):
+                off[b, len(packer.before) : len(row)] = True
+            yield x, mask, positions, torch.zeros_like(off), off
+
+    if checkpoint.exists() and not bench:
+        saved = torch.load(checkpoint, weights_only=True)
+        with torch.no_grad():
+            for p, value in zip(adapters, saved["adapters"], strict=True):
+                p.copy_(value)
+        optimiser.load_state_dict(saved["optimiser"])
+        state = saved["state"]
+    fitted = WORK / "gates.pt"
+    if fitted.exists():
+        saved = torch.load(fitted, weights_only=True)
+        lean.gates, lean.marks = saved["gates"], saved["marks"]
+    else:
+        with torch.no_grad():
+            for line in lean.fit_gates(list(gate_batches()), mark):
+                print(line, flush=True)
+        save(fitted, gates=lean.gates, marks=lean.marks)
+
+    def step(x, mask, positions, places, labels):
         h = lean.upper(x, mask, positions)
         answers = F.linear(h[places[:, 0], places[:, 1]], packer.embed).float()
         loss = F.cross_entropy(answers, labels)
-        with torch.no_grad():
-            base = F.linear(base, packer.embed).float().log_softmax(-1)
-        own = F.linear(h[text[:, 0], text[:, 1]], packer.embed).float().log_softmax(-1)
-        divergence = F.kl_div(own, base, log_target=True, reduction="batchmean")
         optimiser.zero_grad()
-        (loss + 2 * divergence).backward()
-        nn.utils.clip_grad_norm_(lora, 1.0)
+        loss.backward()
+        nn.utils.clip_grad_norm_(adapters, 1.0)
         optimiser.step()
-        return loss.item(), divergence.item()
+        return loss.item()
 
     total, last, logs, batches = minutes * 60, time.process_time(), [], []
     next_report = state["seconds"] + 300
@@ -339,10 +342,9 @@ def main(
         state["step"] += 1
         state["tokens"] += batch[0].shape[0] * batch[0].shape[1]
         if state["step"] % 10 == 0:
-            a, b = np.mean(logs[-10:], 0)
             speed = state["tokens"] / state["seconds"]
             print(
-                f"step {state['step']} {state['seconds']:.0f} s loss {a:.3f} text {b:.4f} "
+                f"step {state['step']} {state['seconds']:.0f} s loss {np.mean(logs[-10:]):.3f} "
                 f"{speed:.0f} tokens/s",
                 flush=True,
             )
@@ -352,9 +354,8 @@ def main(
             save(
                 checkpoint,
                 projector=projector.state_dict(),
-                lora=[p.data for p in lora],
-                whiten=lean.whiten,
-                deltas=lean.deltas(),
+                adapters=[p.data for p in adapters],
+                neurons=lean.neurons(),
                 optimiser=optimiser.state_dict(),
                 state=state,
             )
@@ -369,7 +370,6 @@ if __name__ == "__main__":
     )
     parser.add_argument("--minutes", type=float, default=45, help="of CPU")
     parser.add_argument("--pictures", type=int, default=24)
-    parser.add_argument("--texts", type=int, default=6)
     parser.add_argument("--rate", type=float, default=6e-4)
     parser.add_argument("--projector-minutes", type=float, default=2)
     parser.add_argument("--seed", type=int, default=0)
@@ -378,7 +378,6 @@ if __name__ == "__main__":
     main(
         given.minutes,
         given.pictures,
-        given.texts,
         given.rate,
         given.projector_minutes,
         given.seed,

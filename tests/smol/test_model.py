@@ -49,14 +49,36 @@ def test_the_image_token_is_never_said_and_takes_sixteen_places(smol):
     assert torch.equal(head[image], head[twin])
 
 
-def test_layers_that_are_not_trained_are_those_of_the_package(smol):
-    model, _ = smol
+@pytest.fixture(scope="module")
+def language():
     files = {p.use: fetch.cache_dir() / "smol" / "downloads" / p.file for p in fetch.PACKAGES}
-    language, tokenizer = read_language_model(files["language"])
-    ours, theirs = model.model.language_model.layers[0], language.model.layers[0]
-    for (name, a), (_, b) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
-        assert torch.equal(a, b.half().float()), name
-    assert tokenizer("Hello there")["input_ids"] == smol[1].tokenizer("Hello there")["input_ids"]
+    return read_language_model(files["language"])
+
+
+def test_every_weight_of_the_language_model_is_the_packages_and_its_tokens_too(smol, language):
+    model, processor = smol
+    theirs, tokenizer = language
+    ours = dict(model.model.language_model.named_parameters())
+    for name, value in theirs.model.named_parameters():
+        part = ours[name][tuple(slice(size) for size in value.shape)]
+        assert torch.equal(part, value.half().float()), name
+    assert tokenizer("Hello there")["input_ids"] == processor.tokenizer("Hello there")["input_ids"]
+
+
+def test_texts_are_answered_as_by_the_language_model_as_it_came(smol, language):
+    model, processor = smol
+    theirs, _ = language
+    theirs = theirs.half().float()  # as the folder keeps it
+    for question in ("What is 3 plus 4?", "What is the capital of Kenya?", "Name a bird that cannot fly."):
+        text = processor.apply_chat_template(
+            [{"role": "user", "content": [{"type": "text", "text": question}]}], add_generation_prompt=True
+        )
+        inputs = processor(text=text, return_tensors="pt", add_special_tokens=False)
+        own = model.generate(**inputs, max_new_tokens=16, do_sample=False)
+        as_it_came = theirs.generate(
+            **inputs, max_new_tokens=16, do_sample=False, pad_token_id=2, eos_token_id=2
+        )
+        assert torch.equal(own, as_it_came), question
 
 
 def test_concepts_are_many_have_pictures_and_no_name_twice():

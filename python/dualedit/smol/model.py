@@ -1,11 +1,12 @@
 """Assemble `smol` with stock classes: SmolLM2-135M-Instruct, EfficientNet-Lite0 and what was trained here.
 
 The language model and the tower come from registry packages (`fetch.py`). This package ships the projector,
-the tuned upper two thirds of the tower and a LoRA of the language model's upper layers in fp16; the LoRA is
-merged on assembly.
+the tuned upper two thirds of the tower and further neurons of the language model's MLPs in fp16. A gate keeps
+those neurons from texts without a picture, which are answered as by the language model as it came.
 """
 
 import contextlib
+import copy
 import io
 import math
 import re
@@ -159,9 +160,8 @@ def assemble(language, tokenizer, tower, weights: dict[str, torch.Tensor] | None
         tokenizer: its tokenizer; the image token is added to it.
         tower: an `EfficientNetModel`; its weights are copied.
         weights: what was trained, as `weights/smol.safetensors` holds it: `projector.NAME` and `tower.NAME`
-        replace,
-            `lora.MODULE.a` [R, in] and `lora.MODULE.b` [out, R] are added to MODULE's weight as `b @ a`.
-            None for a projector that is not trained.
+            replace, `neurons.LAYER.NAME` go behind the neurons of a layer's MLP (gate and up [R, D] with
+            biases [R], down [D, R]). None for a projector that is not trained.
 
     Returns:
         `(model, processor)`, the model in float32 and eval mode.
@@ -171,16 +171,24 @@ def assemble(language, tokenizer, tower, weights: dict[str, torch.Tensor] | None
 
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
     image_id = tokenizer.convert_tokens_to_ids(IMAGE)
+    further = neurons_of(weights or {})
+    text_config = copy.deepcopy(language.config)
+    if further:
+        text_config.intermediate_size += max(len(parts["gate"]) for parts in further.values())
+        text_config.mlp_bias = True
     config = FastVlmConfig(
         vision_config=tower_config(),
-        text_config=language.config,
+        text_config=text_config,
         image_token_index=image_id,
         image_seq_length=math.prod([SIDE // 32] * 2),
         tie_word_embeddings=True,
     )
     model = FastVlmForConditionalGeneration(config).eval()
     model.model.vision_tower.load_state_dict(tower.state_dict())
-    model.model.language_model.load_state_dict(language.model.state_dict())
+    state = language.model.state_dict()
+    if further:
+        widen(state, text_config, further)
+    model.model.language_model.load_state_dict(state)
     model.tie_weights()
     if len(tokenizer) > language.config.vocab_size:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
@@ -215,18 +223,45 @@ def assemble(language, tokenizer, tower, weights: dict[str, torch.Tensor] | None
     return model, processor
 
 
+def neurons_of(weights: dict[str, torch.Tensor]) -> dict[int, dict[str, torch.Tensor]]:
+    """The further neurons by layer and by name, in float32."""
+    result: dict[int, dict[str, torch.Tensor]] = {}
+    for name, value in weights.items():
+        if name.startswith("neurons."):
+            _, layer, part = name.split(".")
+            result.setdefault(int(layer), {})[part] = value.float()
+    return result
+
+
+def widen(state: dict[str, torch.Tensor], config, further: dict[int, dict[str, torch.Tensor]]) -> None:
+    """Put further neurons behind those of a `LlamaModel`'s state, in place; layers without any get zeros."""
+    for layer in range(config.num_hidden_layers):
+        parts = further.get(layer, {})
+        mlp = f"layers.{layer}.mlp"
+        for name in ("gate", "up", "down"):
+            across = int(name == "down")  # the dimension of neurons
+            own = state[f"{mlp}.{name}_proj.weight"]
+            shape = list(own.shape)
+            count = shape[across]
+            shape[across] = config.intermediate_size
+            whole = own.new_zeros(shape)
+            whole.narrow(across, 0, count).copy_(own)
+            bias = own.new_zeros(shape[0])
+            if parts:
+                whole.narrow(across, count, parts[name].shape[across]).copy_(parts[name])
+                if not across:
+                    bias[count : count + len(parts[name])] = parts[f"{name}_bias"]
+            state[f"{mlp}.{name}_proj.weight"], state[f"{mlp}.{name}_proj.bias"] = whole, bias
+
+
 @torch.no_grad()
 def apply_weights(model, weights: dict[str, torch.Tensor]) -> None:
-    """Put what was trained into an assembled model in place; see `assemble`."""
+    """Put the trained projector and tower into an assembled model in place; see `assemble`."""
     parts = {"projector": model.model.multi_modal_projector, "tower": model.model.vision_tower}
     for name, value in weights.items():
         part, rest = name.split(".", 1)
         if part in parts:
             parts[part].get_parameter(rest).copy_(value)
-        elif rest.endswith(".b"):
-            module = rest.removesuffix(".b")
-            a = weights[f"lora.{module}.a"]
-            model.model.language_model.get_parameter(f"{module}.weight").add_(value.float() @ a.float())
 
 
 def write_model(language_wheel: Path, tower_wheel: Path, folder: Path) -> None:

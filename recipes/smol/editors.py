@@ -1,0 +1,95 @@
+"""Step 6: BalancEdit on `smol`: its key fitted on training concepts, its alpha set on validation concepts.
+
+Pictures are by training and validation artists alone. The key's linear maps are fitted in closed form
+(`dualedit.training.fit_pooled_key`), so that what artists and wordings of one fact differ in counts little.
+
+    python recipes/smol/editors.py      # writes python/dualedit/smol/weights/editors/balancedit
+"""
+
+import argparse
+import json
+import time
+
+import torch
+from dualedit.data import Probe
+from dualedit.editor import Editor
+from dualedit.smol import load_concepts, load_smol
+from dualedit.smol.benchmark import Pictures
+from dualedit.smol.editors import BALANCEDIT, EDITORS
+from dualedit.storage import save_edits
+from dualedit.training import fit_pooled_key, measure_curve, sweep_alpha
+from dualedit.training.calibration import with_alpha
+from dualedit.training.pooled_key import read_questions
+from dualedit.tuners import inject_balancedit
+from dualedit.tuners.adapter import active_adapter
+
+WEIGHTS = (0.5, 1.0, 1.5, 3.0, 6.0)  # of the pictures' cosine against the questions', to choose from
+
+
+def auc(near, far) -> float:
+    """How often a distance of `near` is below one of `far`, in per cent."""
+    near, far = torch.tensor(near), torch.tensor(far)
+    less = (near[:, None] < far).double().mean() + 0.5 * (near[:, None] == far).double().mean()
+    return 100 * float(less)
+
+
+def key_distances(model, prompter, samples):
+    """For each weight, by kind of question: distances to the edit's key."""
+    adapter = active_adapter(model)
+    router = next(layer.router(adapter.name) for layer in adapter.layers.values())
+    found = {weight: {} for weight in WEIGHTS}
+    for sample in samples:
+        probes = [("rel", Probe(sample.request.image_source, sample.request.prompt))]
+        for name, group in (*sample.generality.items(), *sample.locality.items()):
+            probes += [(f"{name}_{p.kind}" if p.kind else name, p) for p in group]
+        read = read_questions(model, prompter, [p for _, p in probes])
+        for weight in WEIGHTS:
+            router.image_weight.data.fill_(weight)
+            keys = router(read.last, read.pictured)
+            apart = (keys - keys[:1]).norm(dim=1).tolist()
+            for (name, _), distance in zip(probes[1:], apart[1:], strict=True):
+                found[weight].setdefault(name, []).append(distance)
+    return found
+
+
+def main(facts: int, choose: int, calibrate: int, seed: int):
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    base, processor = load_smol()
+    model = inject_balancedit(base, **BALANCEDIT)
+    editor = Editor(model, processor)
+    benchmark, start = Pictures(load_concepts(), seed), time.time()
+    fit_pooled_key(model, editor.prompter, benchmark.samples("training", facts))
+    print(f"key fitted, {time.time() - start:.0f} s", flush=True)
+    samples = benchmark.samples("validation", choose)
+    best = (0.0, WEIGHTS[0])
+    for weight, kinds in key_distances(model, editor.prompter, samples).items():
+        same = kinds["v_gen_artist"]
+        others = [name for name in kinds if name.startswith("hard_")]
+        told = {name: round(auc(same, kinds[name]), 1) for name in (*others, "m_loc", "t_loc")}
+        score = sum(told[name] for name in others) / len(others)
+        best = max(best, (score, weight))
+        print(f"weight {weight}: AUC of other artists' pictures against", told, flush=True)
+    adapter = active_adapter(model)
+    router = next(layer.router(adapter.name) for layer in adapter.layers.values())
+    router.image_weight.data.fill_(best[1])
+    curve = measure_curve(editor, samples[:calibrate], together=max(1, calibrate // 2), progress=False)
+    sweep = sweep_alpha(curve)
+    with_alpha(editor, sweep.chosen)
+    print(f"image weight {best[1]}, alpha {sweep.chosen}, {time.time() - start:.0f} s", flush=True)
+    print(json.dumps(sweep.chosen_figures), flush=True)
+    for alpha, figures in list(zip(sweep.values, sweep.figures, strict=True))[::10]:
+        print(alpha, {k: None if v is None else round(v, 1) for k, v in figures.items()}, flush=True)
+    save_edits(model, EDITORS / "balancedit")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--facts", type=int, default=600, help="training facts for the key")
+    parser.add_argument("--choose", type=int, default=100, help="validation facts for the key's weight")
+    parser.add_argument("--calibrate", type=int, default=40, help="validation facts for alpha")
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    main(given.facts, given.choose, given.calibrate, given.seed)
