@@ -31,6 +31,7 @@ SHOWN = 8  # image tokens of a sequence in training, drawn at random, at their o
 
 
 SIGN = 4.0  # length of the signature that the projector adds to every image token
+BLURRED, BLUR = 0.65, 0.8  # share of sequences whose tokens are a name's, and how far they are off
 GATE_PICTURES, GATE_TEXTS = 256, 512  # sequences that the gates are fitted to
 
 
@@ -257,6 +258,17 @@ def main(
                     right.setdefault(k, []).append(v)
         return " ".join(f"{k} {100 * np.mean(v):.0f}" for k, v in sorted(right.items()))
 
+    def blurred(z, label):
+        """Image tokens [B, T, 576], most of them replaced: a name's own embedding, off by as much as other
+        pictures of the batch are off theirs and by a part of another name. The tower knows its training
+        pictures by heart; what a reader can trust in new ones is which name their tokens are nearest to."""
+        exact = (names[label] * norm + centre + SIGN * mark)[:, None]
+        other = torch.randperm(len(z))
+        off = (z - exact)[other] * (1 + BLUR * torch.rand(len(z), 1, 1))
+        towards = 0.4 * torch.rand(len(z), 1, 1) * (exact[torch.randperm(len(z))] - exact)
+        made = exact + off + towards
+        return torch.where(torch.rand(len(z), 1, 1) < BLURRED, made, z)
+
     def pictured(count):
         """Sequences about pictures drawn at random, and their image tokens [count, SHOWN, 576]."""
         index, sequences = [], []
@@ -269,7 +281,7 @@ def main(
             pairs = [(rng.choice(ABOUT_PICTURES[k][:-1]), a) for k, a in asked[:4]]
             index.append(rng.choice(by_concept[c]))
             sequences.append(packer.sequence(pairs, shown))
-        return sequences, projector(draw(torch.tensor(index))[:, shown])
+        return sequences, blurred(projector(draw(torch.tensor(index))[:, shown]), y[torch.tensor(index)])
 
     def fresh():
         """A new batch: what the lower layers make of pictures with questions."""
