@@ -172,6 +172,7 @@ setup(
         "dualedit": ["py.typed"]
         + [f"toy/weights/**/*.{end}" for end in ("safetensors", "json", "txt", "jinja")]
         + ["training/launch/*.yaml", "smol/weights/*.safetensors"]
+        + [f"smol/weights/editors/*/*.{end}" for end in ("safetensors", "json")],
     },
     ext_modules=EXTENSIONS,
     cmdclass=COMMANDS,

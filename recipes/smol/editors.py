@@ -16,7 +16,7 @@ from dualedit.editor import Editor
 from dualedit.smol import load_concepts, load_smol
 from dualedit.smol.benchmark import Pictures
 from dualedit.smol.editors import BALANCEDIT, EDITORS
-from dualedit.storage import save_edits
+from dualedit.storage import load_edits, save_edits
 from dualedit.training import fit_pooled_key, measure_curve, sweep_alpha
 from dualedit.training.calibration import with_alpha
 from dualedit.training.pooled_key import read_questions
@@ -56,9 +56,31 @@ def main(facts: int, choose: int, calibrate: int, seed: int):
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     base, processor = load_smol()
-    model = inject_balancedit(base, **BALANCEDIT)
-    editor = Editor(model, processor)
     benchmark, start = Pictures(load_concepts(), seed), time.time()
+    folder = EDITORS / "balancedit"
+    if folder.exists():
+        editor = Editor(load_edits(base, folder), processor)
+    else:
+        editor = Editor(inject_balancedit(base, **BALANCEDIT), processor)
+        choose_key(editor, benchmark, facts, choose, start)
+        save_edits(editor.model, folder)
+    if not calibrate:
+        return
+    curve = measure_curve(
+        editor, benchmark.samples("validation", calibrate), max(1, calibrate // 2), progress=False
+    )
+    sweep = sweep_alpha(curve)
+    with_alpha(editor, sweep.chosen)
+    print(f"alpha {sweep.chosen}, {time.time() - start:.0f} s", flush=True)
+    print(json.dumps(sweep.chosen_figures), flush=True)
+    for alpha, figures in list(zip(sweep.values, sweep.figures, strict=True))[::10]:
+        print(alpha, {k: None if v is None else round(v, 1) for k, v in figures.items()}, flush=True)
+    save_edits(editor.model, folder)
+
+
+def choose_key(editor, benchmark, facts: int, choose: int, start: float) -> None:
+    """Fit the key to training facts and choose what pictures weigh in it by validation facts."""
+    model = editor.model
     fit_pooled_key(model, editor.prompter, benchmark.samples("training", facts))
     print(f"key fitted, {time.time() - start:.0f} s", flush=True)
     samples = benchmark.samples("validation", choose)
@@ -73,23 +95,16 @@ def main(facts: int, choose: int, calibrate: int, seed: int):
     adapter = active_adapter(model)
     router = next(layer.router(adapter.name) for layer in adapter.layers.values())
     router.image_weight.data.fill_(best[1])
-    curve = measure_curve(editor, samples[:calibrate], together=max(1, calibrate // 2), progress=False)
-    sweep = sweep_alpha(curve)
-    with_alpha(editor, sweep.chosen)
-    print(f"image weight {best[1]}, alpha {sweep.chosen}, {time.time() - start:.0f} s", flush=True)
-    print(json.dumps(sweep.chosen_figures), flush=True)
-    for alpha, figures in list(zip(sweep.values, sweep.figures, strict=True))[::10]:
-        print(alpha, {k: None if v is None else round(v, 1) for k, v in figures.items()}, flush=True)
-    save_edits(model, EDITORS / "balancedit")
+    print(f"image weight {best[1]}, {time.time() - start:.0f} s", flush=True)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--facts", type=int, default=600, help="training facts for the key")
-    parser.add_argument("--choose", type=int, default=100, help="validation facts for the key's weight")
-    parser.add_argument("--calibrate", type=int, default=40, help="validation facts for alpha")
+    parser.add_argument("--facts", type=int, default=240, help="training facts for the key")
+    parser.add_argument("--choose", type=int, default=60, help="validation facts for the key's weight")
+    parser.add_argument("--calibrate", type=int, default=24, help="validation facts for alpha; 0 leaves it")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     main(given.facts, given.choose, given.calibrate, given.seed)

@@ -6,7 +6,7 @@ cross-entropy at answer positions. Gates keep the adapters from texts without a 
 fitted in closed form to pictures and to texts of the model as it came (`replay.py`). What the frozen lower
 layers make of a batch is kept and used again.
 
-    python recipes/smol/reader.py --minutes 50
+    python recipes/smol/reader.py --minutes 30
 """
 
 import argparse
@@ -380,10 +380,10 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--minutes", type=float, default=45, help="of CPU")
+    parser.add_argument("--minutes", type=float, default=30, help="of CPU")
     parser.add_argument("--pictures", type=int, default=24)
-    parser.add_argument("--rate", type=float, default=6e-4)
-    parser.add_argument("--projector-minutes", type=float, default=2)
+    parser.add_argument("--rate", type=float, default=4e-3)
+    parser.add_argument("--projector-minutes", type=float, default=3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--bench", action="store_true")
     given = parser.parse_args()

@@ -4,7 +4,7 @@ Two heads read the mean of the grid: a cosine classifier that starts at the conc
 projector, whose output is compared with the names' embeddings of the language model. Batch-norm statistics
 are frozen. The loss is about names only.
 
-    python recipes/smol/tower.py --minutes 30
+    python recipes/smol/tower.py --minutes 26
 """
 
 import argparse
@@ -219,7 +219,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--minutes", type=float, default=25, help="of CPU")
+    parser.add_argument("--minutes", type=float, default=26, help="of CPU")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rate", type=float, default=1e-4)
     parser.add_argument("--seed", type=int, default=0)

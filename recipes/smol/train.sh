@@ -1,14 +1,13 @@
 #!/bin/sh
 # The whole recipe; each step goes on from its checkpoint in $SMOL_WORK when it is called again.
-# About 25 minutes of one idle core for the tower, 5 for the replay, 4 for the projector and the rest for the LoRA.
 set -e
 cd "$(dirname "$0")/../.."
 export PYTHONPATH="python:recipes/smol:$PYTHONPATH" SMOL_WORK="${SMOL_WORK:-$PWD/smol-work}" OMP_NUM_THREADS=1
 PYTHON="${PYTHON:-python}"
 "$PYTHON" -m dualedit.cli fetch smol
-"$PYTHON" recipes/smol/tower.py --minutes "${TOWER_MINUTES:-25}"
+"$PYTHON" recipes/smol/tower.py --minutes "${TOWER_MINUTES:-26}"
 [ -f "$SMOL_WORK/replay.pt" ] || "$PYTHON" recipes/smol/replay.py
-"$PYTHON" recipes/smol/reader.py --minutes "${READER_MINUTES:-45}" --projector-minutes "${PROJECTOR_MINUTES:-3}"
+"$PYTHON" recipes/smol/reader.py --minutes "${READER_MINUTES:-30}" --projector-minutes "${PROJECTOR_MINUTES:-3}"
 "$PYTHON" recipes/smol/export.py
 "$PYTHON" -m dualedit.cli fetch smol
 "$PYTHON" recipes/smol/measure.py --role validation
