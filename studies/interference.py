@@ -25,14 +25,15 @@ from recipes.toy.vlm_measures import Case, answers, held_out_cases
 def measure(method: str, cases: list[Case], edits: int, seed: int, folder: Path | None) -> dict:
     """Accuracy per family on untouched facts before and after, and how many answers changed."""
     folders = (None, None) if folder is None else (folder / "vlm", folder / "editors")
-    editor = load_editor(method, *folders)
+    editor = load_editor(method, *folders, fallback=False)
     questions = [(case.image, case.question) for case in cases]
     before = answers(editor.model, editor.processor, questions)
     samples = edit_samples(World(0), "test", edits, seed)
     target = {sample.fact: sample.request.target for sample in samples}
     for sample in tqdm(samples, desc=f"storing {edits} edits with {method}", unit="edit", mininterval=2):
         request = sample.request
-        editor.edit(request.image, request.prompt, request.target, rephrases=sample.rephrases[:1])
+        rephrases = sample.rephrases[:1]
+        editor.edit(request.image, request.prompt, request.target, rephrases=rephrases, keep_failed=True)
     after = answers(editor.model, editor.processor, questions)
     families: dict[str, list[tuple[bool, bool, bool]]] = defaultdict(list)
     edited = []

@@ -48,7 +48,7 @@ def with_locality(metrics: Figures) -> Figures:
 
 def gate(samples: Sequence[EditSample], unedited: Unedited) -> dict[str, Figures]:
     """DualEdit with its gate, and with a threshold that every question passes."""
-    editor = load_editor("dualedit")
+    editor = load_editor("dualedit", fallback=False)
     rows = {"gate on": measured(EditorMethod(editor, "dualedit"), samples, unedited, "single")}
     with_threshold(editor, -1.0)
     return rows | {"gate off": measured(EditorMethod(editor, "dualedit"), samples, unedited, "single")}
@@ -62,7 +62,7 @@ def modalities(samples: Sequence[EditSample], unedited: Unedited) -> dict[str, F
     """
     rows = {}
     for row, silent in (("both", ()), ("text half", ("vision",)), ("image half", ("text",))):
-        editor = load_editor("dualedit")
+        editor = load_editor("dualedit", fallback=False)
         adapter = active_adapter(editor.model)
         name = adapter.name
         adapter.config.refine_steps = 0
@@ -106,7 +106,8 @@ class _WithNegative(EditorMethod):
         request = sample.request
         plain = Image.new("RGB", request.image.size, self._colour)
         self.editor.edit(
-            request.image, request.prompt, request.target, rephrases=sample.rephrases[:1], negatives=[plain]
+            request.image, request.prompt, request.target, rephrases=sample.rephrases[:1], negatives=[plain],
+            keep_failed=True,
         )
 
 
@@ -120,7 +121,7 @@ def others(
 ) -> dict[str, Figures]:
     """DualEdit, BalancEdit and the baselines; GRACE also with its published radius of 1."""
     rows = {
-        name: measured(EditorMethod(load_editor(name), name), samples, unedited, protocol)
+        name: measured(EditorMethod(load_editor(name, fallback=False), name), samples, unedited, protocol)
         for name in ("dualedit", "balancedit")
     }
     for name in names:

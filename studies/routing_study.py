@@ -244,7 +244,7 @@ def _measure(key: str, metric: str, rule: str, distance: Distance, train: Facts,
 
 def oracle_gate(method: str, samples: list[EditSample], options: argparse.Namespace) -> dict[str, float]:
     """Per cent of related questions answered rightly when each meets its own edit: what the adapters lose."""
-    found = measure_curve(load_editor(method, options.vlm, options.editors), samples)
+    found = measure_curve(load_editor(method, options.vlm, options.editors, fallback=False), samples)
     rows = {name: [p.open for p in found.points if p.metric == name] for name in RELATED}
     return {name: 100 * sum(right) / len(right) for name, right in rows.items()}
 
@@ -340,7 +340,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--vlm", type=Path, help="folder of the embedded model; the shipped one if not given")
     parser.add_argument("--editors", type=Path, help="folder of the editors; the shipped ones if not given")
     options = parser.parse_args(arguments)
-    editor = load_editor("dualedit", options.vlm, options.editors)
+    editor = load_editor("dualedit", options.vlm, options.editors, fallback=False)
     train = read(editor, threshold_samples(World(0), options.facts, options.seed), "training facts")
     world = World(options.world_seed)
     samples = edit_samples(world, "test", options.facts, options.seed)

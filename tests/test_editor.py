@@ -49,7 +49,7 @@ def editor_for(method, **more):
     else:
         settings = dict(layer=LLAVA.linear, alpha=0.9) | FITTING
         model = get_peft_model(sharp(LLAVA), BalancEditConfig(**(settings | more)))
-    return Editor(model, tiny_processor())
+    return Editor(model, tiny_processor(), keep_failed=True)
 
 
 # ---------------------------------------------------------------------- prompts

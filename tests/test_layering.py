@@ -13,9 +13,10 @@ KERNELS = ROOT / "dualedit_kernels"
 LEVELS = [
     {"files", "models", "when_imported"},
     {"data", "runtime"},
-    {"memory"},
+    {"memory", "requests"},
     {"tuners"},
     {"editing", "storage"},
+    {"checking"},
     {"editor"},
     {"training", "evaluation", "analysis", "baselines", "datasets"},
     {"toy", "smol"},

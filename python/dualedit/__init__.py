@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from .when_imported import when_imported
 
 if TYPE_CHECKING:
+    from .checking import EditFailed
     from .data import EditRequest, EditSample, Probe
     from .editing import Edit, Lookup, add_edit, list_edits, lookup, remove_edit
     from .editor import Editor, Explanation
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _MODULES = {
+    "checking": ("EditFailed",),
     "data": ("EditRequest", "EditSample", "Probe"),
     "editing": ("Edit", "Lookup", "add_edit", "list_edits", "lookup", "remove_edit"),
     "editor": ("Editor", "Explanation"),
@@ -45,6 +47,7 @@ __all__ = [
     "BalancEditConfig",
     "DualEditConfig",
     "Edit",
+    "EditFailed",
     "EditRequest",
     "EditSample",
     "Editor",

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .memory import MemoryGroup
+from .memory.group import Trial
 from .memory.routing import nearest_edit
-from .models.architectures import target_token_type
+from .models.architectures import target_token_type, unwrap
+from .models.placement import to_device
 from .models.targets import append_target
+from .runtime.recording import record_states
 from .tuners.adapter import EditAdapter, active_adapter
+from .tuners.fitting import least_probability, warn_if_weak
 from .tuners.method import Inputs
 
 
@@ -27,10 +33,14 @@ class Edit:
         prompt, target: the question and the new answer, where they were given as text.
         radius: how far from its key it applies, in the adapter's distance (DualEdit: cosine distance).
         created: when it was stored, ISO 8601, UTC.
-        seconds: what storing it took.
+        seconds: what storing it took, its check included.
         probability: what the edited model gave the least likely token of the target when the edit was stored;
-            None where nobody asked (DualEdit without `refine_steps`).
+            None where nobody asked (`add_edit` with DualEdit without `refine_steps`).
         replaces: edits of the same image and question that this one took the place of, as they were noted.
+        answer: what the edited model answered when it was asked back; None where nobody asked (`add_edit`).
+        failed: the answer is not the target, and the edit was kept all the same (`keep_failed`).
+        steps: how it was written, a mapping for each way that was tried: "method", "steps" of gradient
+            descent (0: one forward), "seconds" with the check, "probability", "answer".
     """
 
     id: int
@@ -41,6 +51,9 @@ class Edit:
     seconds: float
     replaces: tuple[dict, ...] = ()
     probability: float | None = None
+    answer: str | None = None
+    failed: bool = False
+    steps: tuple[dict, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -78,7 +91,11 @@ def lookup_many(model: nn.Module, inputs: Inputs) -> list[Lookup]:
     Args:
         inputs: what a processor returns for a batch of prompts, padding masked.
     """
-    adapter = active_adapter(model)
+    return lookup_in(active_adapter(model), inputs)
+
+
+def lookup_in(adapter: EditAdapter, inputs: Inputs) -> list[Lookup]:
+    """`lookup_many` among the edits of one adapter."""
     nothing = Lookup(None, float("inf"), 0.0, False)
     if not len(adapter.stored()):
         return [nothing] * inputs["input_ids"].shape[0]
@@ -101,12 +118,22 @@ def lookup(model: nn.Module, inputs: Inputs) -> Lookup:
 
 def edit_of(adapter: EditAdapter, edit_id: int) -> Edit:
     """A stored edit as it was noted. Raises KeyError for an unknown number."""
-    stored = adapter.stored()
-    return _as_edit(adapter, edit_id, float(adapter.radii(stored)[stored.row_of(edit_id)]))
+    for edit in edits_of(adapter):
+        if edit.id == edit_id:
+            return edit
+    adapter.group.first.row_of(edit_id)  # says which there are
+    raise KeyError(f"edit_id={edit_id!r}: no such edit.")
 
 
-def _as_edit(adapter: EditAdapter, edit_id: int, radius: float) -> Edit:
-    record = adapter.group.first.record(edit_id)
+def edits_of(adapter: EditAdapter) -> list[Edit]:
+    """An adapter's edits as they were noted, oldest first; all of one moment."""
+    snapshots, records = adapter.group.listed()
+    stored = snapshots[adapter.group.gate_name]
+    radii = adapter.radii(stored).tolist()
+    return [_as_edit(records[i], i, radius) for i, radius in zip(stored.ids, radii, strict=True)]
+
+
+def _as_edit(record: Mapping[str, Any], edit_id: int, radius: float) -> Edit:
     return Edit(
         id=edit_id,
         prompt=record.get("prompt", ""),
@@ -116,6 +143,9 @@ def _as_edit(adapter: EditAdapter, edit_id: int, radius: float) -> Edit:
         seconds=record.get("seconds", 0.0),
         replaces=tuple(record.get("replaces", ())),
         probability=record.get("probability"),
+        answer=record.get("answer"),
+        failed=bool(record.get("failed", False)),
+        steps=tuple(record.get("tried", ())),
     )
 
 
@@ -129,6 +159,131 @@ def _same_question(adapter: EditAdapter, key: Tensor) -> list[int]:
     return [stored.id_of(int(index[0]))] if float(distance[0]) <= 1e-6 * scale else []
 
 
+@dataclass(frozen=True)
+class Replaced:
+    """An edit whose place a new one takes, as it is brought back."""
+
+    group: MemoryGroup
+    edit_id: int
+    rows: dict[str, dict[str, Tensor]]
+    record: dict[str, Any]
+
+
+@dataclass
+class TriedEdit:
+    """An edit that only the thread which makes it sees, until it is kept.
+
+    Attributes:
+        adapter: where it is.
+        edit_id: its number.
+        full: its inputs with the target behind them and labels, as `append_target` makes them.
+        record: what is noted about it; what is added to it before `keep` is stored with it.
+        replaced: the edits that make room for it.
+        began: when its making began, by `time.perf_counter`.
+        trials: of the memories that it changes.
+    """
+
+    adapter: EditAdapter
+    edit_id: int
+    full: dict[str, Tensor]
+    record: dict[str, Any]
+    replaced: list[Replaced]
+    began: float
+    trials: list[Trial] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> float:
+        """Since its making began."""
+        return round(time.perf_counter() - self.began, 4)
+
+    def keep(self) -> Edit:
+        """Let it be stored when the block of `trying` ends."""
+        self.record.setdefault("seconds", self.seconds)
+        self.adapter.group.note(self.edit_id, self.record)
+        edit = edit_of(self.adapter, self.edit_id)
+        for trial in self.trials:
+            trial.kept = True
+        return edit
+
+
+@contextmanager
+def trying(
+    adapter: EditAdapter,
+    inputs: Inputs,
+    target_ids: Tensor,
+    positives: Sequence[Inputs] = (),
+    negatives: Sequence[Inputs] = (),
+    note: Mapping[str, Any] | None = None,
+    beside: Sequence[EditAdapter] = (),
+) -> Iterator[TriedEdit]:
+    """Make an edit and see it at work before it counts: inside the block this thread's forwards have it,
+    and no
+    others. It is stored at the block's end where `keep` was called, and else was never there.
+
+    Args:
+        adapter, inputs, target_ids, positives, negatives, note: as `add_edit` takes them.
+        beside: further adapters that are asked together with this one. An edit of the same image and question
+            makes room in these, too, and numbers are not used twice among them.
+    """
+    began = time.perf_counter()
+    _check_tensors(inputs, target_ids)
+    full = append_target(inputs, target_ids, target_token_type(adapter.base))
+    reason = adapter.method.untrained(adapter)
+    if reason is not None:
+        warnings.warn(f"The edit can change no answer: {reason}.", stacklevel=4)
+    with _evaluating(adapter.base), torch.inference_mode(False):  # a value is fitted with gradients
+        new = adapter.method.make_edit(adapter, inputs, full, positives, negatives)
+    rows = {place: {t: r.detach() for t, r in row.items()} for place, row in new.rows.items()}
+    keys = {id(adapter): new.key}
+    for other in beside:
+        if len(other.group):
+            keys[id(other)] = other.key_of(*record_states(other.base, inputs))
+    with ExitStack() as stack:
+        trials = [stack.enter_context(each.group.trial()) for each in (adapter, *beside)]
+        replaced: list[Replaced] = []
+        for each in (adapter, *beside):
+            for old in _same_question(each, keys[id(each)]) if id(each) in keys else ():
+                kept = each.group.rows(each.group.snapshot(), old)
+                replaced.append(Replaced(each.group, old, kept, each.group.first.record(old)))
+        record = {
+            **dict(note or {}),
+            **new.notes,
+            "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "replaces": [{"id": old.edit_id, **old.record} for old in replaced],
+        }
+        number = max(each.group.next_id() for each in (adapter, *beside))
+        edit_id = adapter.group.add(rows, record, number)
+        for old in replaced:
+            old.group.remove(old.edit_id)
+        yield TriedEdit(adapter, edit_id, full, record, replaced, began, trials)
+
+
+def _check_tensors(inputs: Inputs, target_ids: Tensor) -> None:
+    """Refuse targets that are no token ids. Raises ValueError."""
+    if not isinstance(target_ids, Tensor) or target_ids.is_floating_point() or target_ids.dtype == torch.bool:
+        what = target_ids.dtype if isinstance(target_ids, Tensor) else type(target_ids).__name__
+        raise ValueError(f"target_ids is {what}: pass the answer's token ids, a tensor [T] of int64.")
+
+
+def target_probability(model: nn.Module, full: Inputs) -> float | None:
+    """What a model, with the edits that apply, gives the least likely token of a target.
+
+    Args:
+        full: from `append_target`; the gate takes the prompt to end where its labels begin.
+
+    Returns:
+        a probability; None for a model whose logits do not stand for its input's tokens one to one.
+    """
+    inputs = to_device(full, unwrap(model))
+    labels = inputs["labels"]
+    with torch.no_grad():
+        logits = model(**inputs, use_cache=False).logits
+    if logits.shape[1] != labels.shape[1]:
+        return None
+    target = labels[:, 1:] != -100
+    return least_probability(logits[:, :-1][target], labels[:, 1:][target])
+
+
 def add_edit(
     model: nn.Module,
     inputs: Inputs,
@@ -137,7 +292,7 @@ def add_edit(
     negatives: Sequence[Inputs] = (),
     note: Mapping[str, Any] | None = None,
 ) -> Edit:
-    """Store one edit in the model's active adapter.
+    """Store one edit in the model's active adapter. It is not asked back; `Editor.edit` does that.
 
     DualEdit runs the edit once through the frozen model and keeps its projected keys and values, with
     `refine_steps` mended where the edited model does not answer the edit's own question; BalancEdit fits a
@@ -156,25 +311,29 @@ def add_edit(
     Raises:
         ValueError: no adapter, an empty target, a missing image, samples that are missing. Nothing is stored.
     """
-    began = time.perf_counter()
     adapter = active_adapter(model)
-    group = adapter.group
-    full = append_target(inputs, target_ids, target_token_type(adapter.base))
-    with _evaluating(adapter.base), torch.inference_mode(False):  # a value is fitted with gradients
-        new = adapter.method.make_edit(adapter, inputs, full, positives, negatives)
-    old = _same_question(adapter, new.key)
-    record = {
-        **dict(note or {}),
-        **new.notes,
-        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "seconds": round(time.perf_counter() - began, 4),
-        "replaces": [{"id": i, **group.first.record(i)} for i in old],
-    }
-    rows = {place: {t: r.detach() for t, r in row.items()} for place, row in new.rows.items()}
-    edit_id = group.add(rows, record)
-    for replaced in old:
-        group.remove(replaced)
-    return edit_of(adapter, edit_id)
+    with trying(adapter, inputs, target_ids, positives, negatives, note) as tried:
+        edit = tried.keep()
+    warn_if_weak(tried.record, adapter.method.advice(adapter.config))
+    return edit
+
+
+def bring_back(taken: Sequence[tuple[MemoryGroup, int]], replaced: Sequence[Replaced]) -> None:
+    """Take edits back and bring those back whose places they took: all of it or, after an exception, nothing.
+
+    What somebody else has removed or brought back meanwhile stays so.
+    """
+    groups = list(dict.fromkeys([group for group, _ in taken] + [old.group for old in replaced]))
+    with ExitStack() as stack:
+        trials = [stack.enter_context(group.trial()) for group in groups]
+        for group, edit_id in taken:
+            if edit_id in group:
+                group.remove(edit_id)
+        for old in replaced:
+            if old.edit_id not in old.group:
+                old.group.add(old.rows, old.record, old.edit_id)
+        for trial in trials:
+            trial.kept = True
 
 
 def remove_edit(model: nn.Module, edit_id: int) -> None:
@@ -184,7 +343,4 @@ def remove_edit(model: nn.Module, edit_id: int) -> None:
 
 def list_edits(model: nn.Module) -> list[Edit]:
     """The active adapter's edits, oldest first."""
-    adapter = active_adapter(model)
-    stored = adapter.stored()
-    radii = adapter.radii(stored).tolist()
-    return [_as_edit(adapter, i, radius) for i, radius in zip(stored.ids, radii, strict=True)]
+    return edits_of(active_adapter(model))

@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import torch
-from PIL import Image, ImageEnhance
+from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
 
+from .checking import UNRELATED, EditFailed, ask_back, failure, generate_answers
 from .data import EditRequest
-from .editing import Edit, add_edit, edit_of, list_edits, lookup_many
+from .editing import Edit, Replaced, bring_back, edit_of, edits_of, lookup_in, trying
 from .models.architectures import unwrap
-from .models.images import Picture, open_image, shown
+from .models.images import Picture, open_image
 from .models.prompting import Prompter, open_questions
+from .requests import Question, Sample, arguments_of, black, brighter, check_samples
 from .runtime.context import runtime_of
-from .tuners.adapter import EditAdapter, active_adapter
+from .storage import load_edits
+from .tuners.adapter import EditAdapter, active_adapter, adapter_of
+from .tuners.adapters import disabled, remove_adapter
+from .tuners.config import EditConfig
+from .tuners.model import inject
 
-Sample = tuple[Picture | None, str]
-Question = tuple[Image.Image | None, str]
-_ARGUMENTS = ("image", "prompt", "target", "rephrases", "negatives")  # of `edit`
 _OTHER_QUESTIONS = 2  # asked about an edit's image to see how far another question is
 
 
@@ -44,14 +48,6 @@ class Explanation:
     radius: float
 
 
-def _brighter(image: Image.Image) -> Image.Image:
-    return ImageEnhance.Brightness(image).enhance(1.1)
-
-
-def _black(image: Image.Image) -> Image.Image:
-    return Image.new("RGB", image.size)
-
-
 class Editor:
     """Edits, undoes, lists and explains, on a model with an injected edit adapter.
 
@@ -59,17 +55,72 @@ class Editor:
         model: from `inject_dualedit`, `inject_balancedit`, `get_peft_model` or `PeftModel.from_pretrained`.
         processor: the model's processor.
         template: see `Prompter`; None uses the processor's chat template.
+        fallback: where an edit goes that the model's adapter cannot write: the name of another edit
+        adapter on
+            the model, the settings of one (`BalancEditConfig`), or a folder of a saved one. The latter two
+            are
+            put on the model when an edit first needs them, under the method's name, and taken off again
+            where they do not help either. None: the adapter that saved edits name, if it is there.
+        keep_failed: what `edit` and `edit_many` do where they are not told.
 
     Raises:
-        ValueError: the model has no edit adapter.
+        ValueError: the model has no edit adapter, or no adapter of the fallback's name.
     """
 
-    def __init__(self, model: nn.Module, processor: Any, template: str | None = None):
-        active_adapter(model)
+    def __init__(
+        self,
+        model: nn.Module,
+        processor: Any,
+        template: str | None = None,
+        fallback: str | os.PathLike[str] | EditConfig | None = None,
+        keep_failed: bool = False,
+    ):
         self.model = model
         self.processor = processor
         self.prompter = Prompter(processor, template)
-        self._undo: list[tuple[EditAdapter, int, list[tuple[int, dict, dict]]]] = []
+        self.keep_failed = keep_failed
+        self._fallback: str | None = None  # the name of an adapter on the model
+        self._on_demand: Path | EditConfig | None = None
+        self._choose_fallback(fallback)
+        self._undo: list[tuple[EditAdapter, int, list[Replaced]]] = []
+        self._warn_of_other_templates()
+
+    def _choose_fallback(self, fallback: str | os.PathLike[str] | EditConfig | None) -> None:
+        known = getattr(unwrap(self.model), "peft_config", {})
+        if isinstance(fallback, EditConfig):
+            self._on_demand = fallback
+        elif fallback is not None and str(fallback) not in known:
+            if not (Path(fallback) / "adapter_config.json").is_file():
+                raise ValueError(
+                    f"fallback={os.fspath(fallback)!r} is neither an adapter on this model "
+                    f"({sorted(known)}) nor "
+                    "a folder of a saved one."
+                )
+            self._on_demand = Path(fallback)
+        elif fallback is not None:
+            self._fallback = str(fallback)
+        named = [c.fallback for c in known.values() if isinstance(c, EditConfig) and c.fallback in known]
+        if self._fallback is None and named:
+            self._fallback = named[0]
+        _ = self.adapter  # says what is wrong with the model
+
+    @property
+    def adapter(self) -> EditAdapter:
+        """The adapter that edits go to first. Raises ValueError where there is none, or more than one."""
+        if self._fallback is None:
+            return active_adapter(self.model)
+        with disabled(self.model, self._fallback):
+            return active_adapter(self.model)
+
+    @property
+    def adapters(self) -> list[EditAdapter]:
+        """The adapters that hold this editor's edits: the first one, and the fallback where it is on the
+        model."""
+        base, first = unwrap(self.model), self.adapter
+        if self._fallback is None or self._fallback not in base.peft_config:
+            return [first]
+        off = runtime_of(base).switched_off()
+        return [first] if self._fallback in off else [first, adapter_of(base, self._fallback)]
 
     # ------------------------------------------------------------------ editing
 
@@ -80,8 +131,13 @@ class Editor:
         target: str,
         rephrases: Sequence[str | Sample] | None = None,
         negatives: Sequence[Picture | Sample] | None = None,
+        keep_failed: bool | None = None,
     ) -> Edit:
         """Make the model answer `target` when asked `prompt` about what `image` shows.
+
+        The edit is asked back before it counts: it is stored where the model then answers as told, and
+        else it
+        was never there. While it is asked, this thread alone sees it.
 
         Args:
             image: PIL image or path; None only for an adapter that edits text positions alone.
@@ -92,36 +148,122 @@ class Editor:
                 brighter image and "Question: ..." in front.
             negatives: images, or (image, question) pairs, that must not be. Without any, the two take a black
                 image; DualEdit also the questions of other stored edits about this image.
+            keep_failed: store an edit that failed, too, with a mark (`Edit.failed`). None: as the editor
+            was told.
 
         Returns:
             the stored edit.
 
         Raises:
-            ValueError: a missing image, an empty prompt or target, an unreadable file. Nothing is stored.
+            ValueError: a missing image, an empty prompt or target, an unreadable file, a target that the
+                tokenizer cannot spell. Nothing is stored.
+            EditFailed: the model does not answer as told. Nothing is stored.
         """
-        adapter = active_adapter(self.model)
-        group = adapter.group
-        _check_samples(rephrases, negatives)
+        adapter = self.adapter
+        check_samples(rephrases, negatives)
         picture = open_questions([(image, prompt)])[0][0]
         if picture is None and adapter.method.needs_image(adapter.config):
             raise ValueError(
                 "image=None: the edit's image is missing. Pass the image that the question is about (only "
                 "a DualEdit adapter with vis_layer=None takes text-only edits)."
             )
-        positives, contrasts = self.samples_around(picture, prompt, rephrases, negatives)
-        inputs = self.prompter.inputs([(picture, prompt)])
-        target_ids = self.prompter.target_ids(picture, prompt, target, self._eos())
-        note = {"prompt": prompt, "target": target.strip(), "image_sha256": _image_hash(picture)}
-        before = group.snapshot()
-        edit = add_edit(
-            self.model, inputs, target_ids,
-            positives=[self.prompter.inputs([sample]) for sample in positives],
-            negatives=[self.prompter.inputs([sample]) for sample in contrasts],
-            note=note,
-        )  # fmt: skip
-        replaced = [(old["id"], {k: v for k, v in old.items() if k != "id"}) for old in edit.replaces]
-        self._undo.append((adapter, edit.id, [(i, group.rows(before, i), record) for i, record in replaced]))
+        request = EditRequest(picture, prompt, target)
+        keep = self.keep_failed if keep_failed is None else keep_failed
+        further = self._further_ways()
+        steps: list[dict[str, Any]] = []
+        edit, failed = self._try(adapter, request, rephrases, negatives, steps, keep and not further)
+        if edit is None and further:
+            edit, failed = self._fall_back(request, rephrases, negatives, steps, keep)
+        if edit is None:
+            raise failed
         return edit
+
+    def _further_ways(self) -> bool:
+        """Whether there is a fallback that may be used now."""
+        if self._on_demand is not None and self._fallback is None:
+            return True
+        return len(self.adapters) > 1
+
+    def _fall_back(
+        self, request: EditRequest, rephrases: Any, negatives: Any, steps: list[dict[str, Any]], keep: bool
+    ) -> tuple[Edit | None, EditFailed | None]:
+        put = self._put_fallback()
+        edit = None
+        try:
+            edit, failed = self._try(self.adapters[1], request, rephrases, negatives, steps, keep)
+        finally:
+            if put and edit is None:
+                remove_adapter(self.model, self._fallback)
+                self._fallback = self.adapter_config.fallback = None
+        return edit, failed
+
+    @property
+    def adapter_config(self) -> EditConfig:
+        """The settings of the adapter that edits go to first."""
+        return self.adapter.config
+
+    def _put_fallback(self) -> bool:
+        """Put the fallback on the model where it is not; whether that was needed."""
+        if self._fallback is not None:
+            return False
+        wanted, config = self._on_demand, self.adapter_config
+        name = wanted.name if isinstance(wanted, Path) else wanted.method.name
+        if isinstance(wanted, Path):
+            load_edits(self.model, wanted, adapter_name=name)
+        else:
+            inject(self.model, wanted, name)
+        self._fallback = config.fallback = name
+        return True
+
+    def _try(
+        self,
+        adapter: EditAdapter,
+        request: EditRequest,
+        rephrases: Any,
+        negatives: Any,
+        steps: list[dict[str, Any]],
+        keep: bool,
+    ) -> tuple[Edit | None, EditFailed | None]:
+        """Write an edit in one adapter and ask it back.
+
+        Args:
+            steps: what was tried; goes on with this one.
+            keep: store it whatever the model answers.
+
+        Returns:
+            the stored edit or None, and what is to be said where the model did not answer as told.
+        """
+        image, prompt, target = request.image, request.prompt, request.target
+        eos = self._eos()
+        target_ids = self.prompter.target_ids(image, prompt, target, eos)
+        positives, contrasts = self.samples_around(image, prompt, rephrases, negatives, adapter)
+        if adapter.name != self.adapter.name and not negatives:
+            # Its radius must not reach other questions about the picture, of which there need not be any yet.
+            contrasts.append((image, UNRELATED))
+        kind = "words" if image is None else "picture"
+        note = {
+            "prompt": prompt, "target": target.strip(), "image_sha256": _image_hash(image),
+            "template": self.prompter.digest[kind],
+        }  # fmt: skip
+        beside = [other for other in self.adapters if other.name != adapter.name]
+        inputs = self.prompter.inputs([(image, prompt)])
+        near = [self.prompter.inputs([sample]) for sample in positives]
+        far = [self.prompter.inputs([sample]) for sample in contrasts]
+        with trying(adapter, inputs, target_ids, near, far, note, beside) as tried:
+            verdict = ask_back(self.model, self.prompter, tried, image, prompt, ends=eos is not None)
+            found = {"probability": verdict.probability, "answer": verdict.answer}
+            count = tried.record.get("steps", 0)
+            steps.append(
+                {"method": adapter.method.title, "steps": count, "seconds": tried.seconds, **found}
+            )
+            failed = None if verdict.right else failure(request, adapter, verdict, steps)
+            if not (verdict.right or keep):
+                return None, failed
+            seconds = round(sum(step["seconds"] for step in steps), 4)
+            tried.record.update(found, failed=not verdict.right, tried=steps, seconds=seconds)
+            edit = tried.keep()
+        self._undo.append((adapter, edit.id, tried.replaced))
+        return edit, failed
 
     def samples_around(
         self,
@@ -129,16 +271,18 @@ class Editor:
         prompt: str,
         rephrases: Sequence[str | Sample] | None,
         negatives: Sequence[Picture | Sample] | None,
+        adapter: EditAdapter | None = None,
     ) -> tuple[list[Question], list[Question]]:
         """What an edit has to recognise and what not: the given samples, or those made where there are none.
 
         Args:
             image, prompt, rephrases, negatives: as in `edit`, the image opened.
+            adapter: that the edit goes to; None: the first one.
 
         Returns:
             positives and negatives, as (image, question) pairs.
         """
-        adapter = active_adapter(self.model)
+        adapter = self.adapter if adapter is None else adapter
         needed = adapter.method.needs_samples(adapter.config)
         positives = [(image, s) if isinstance(s, str) else (open_image(s[0]), s[1]) for s in rephrases or ()]
         contrasts = [
@@ -148,9 +292,9 @@ class Editor:
         if needed and not positives:
             positives = [(image, f"Question: {prompt}")]
             if image is not None:
-                positives.append((_brighter(image), prompt))
+                positives.append((brighter(image), prompt))
         if needed and not contrasts:
-            contrasts = [] if image is None else [(_black(image), prompt)]
+            contrasts = [] if image is None else [(black(image), prompt)]
             if adapter.method.asks_other_questions:
                 asked = dict.fromkeys(edit.prompt for edit in self.edits if edit.prompt not in ("", prompt))
                 contrasts += [(image, other) for other in list(asked)[:_OTHER_QUESTIONS]]
@@ -162,33 +306,49 @@ class Editor:
         return eos[0] if isinstance(eos, list) else eos
 
     def edit_many(
-        self, requests: Iterable[EditRequest | Mapping[str, Any] | tuple], progress: bool = True
+        self,
+        requests: Iterable[EditRequest | Mapping[str, Any] | tuple],
+        progress: bool = True,
+        keep_failed: bool | None = None,
     ) -> list[Edit]:
         """Store many edits, with a progress bar; what was stored before a failure stays stored.
 
         Args:
             requests: `EditRequest`s, (image, prompt, target) triples, or mappings with these keys. A triple
                 may go on, and a mapping may have further keys, with `edit`'s rephrases and negatives.
+            keep_failed: as in `edit`.
 
         Raises:
             ValueError: a bad request; names its place in the list.
+            EditFailed: some of them failed. Raised at the end: the others are stored, and in its `edits`.
         """
         if isinstance(requests, (str, Mapping, EditRequest)):
             raise ValueError(f"requests is one {type(requests).__name__}: pass a list of requests.")
         edits: list[Edit] = []
+        failures: dict[int, EditFailed] = {}
         listed = list(requests)
         for number, request in enumerate(tqdm(listed, desc="editing", unit="edit", disable=not progress)):
             try:
-                edits.append(self.edit(**_arguments(request)))
+                edits.append(self.edit(**arguments_of(request), keep_failed=keep_failed))
+            except EditFailed as failed:
+                failures[number] = failed
             except (ValueError, TypeError) as error:
                 raise ValueError(
                     f"requests[{number}]: {error} ({len(edits)} of {len(listed)} edits are stored.)"
                 ) from error
+        if failures:
+            said = " ".join(f"requests[{number}]: {failed}" for number, failed in failures.items())
+            raise EditFailed(
+                f"{len(failures)} of {len(listed)} edits failed, {len(edits)} are stored. {said}",
+                edits=edits, failures=failures,
+            )  # fmt: skip
         return edits
 
     def remove(self, edit_id: int) -> None:
         """Forget one edit. Raises KeyError for an unknown number; names the stored ones."""
-        active_adapter(self.model).group.remove(edit_id)
+        adapters = self.adapters
+        holder = next((each for each in adapters if edit_id in each.group), adapters[0])
+        holder.group.remove(edit_id)
 
     def undo(self) -> Edit:
         """Take back this editor's newest edit; an edit that it had replaced comes back under its number.
@@ -202,21 +362,39 @@ class Editor:
         runtime = runtime_of(unwrap(self.model))
         groups = [] if runtime is None else list(runtime.groups.values())
         while self._undo:
-            adapter, edit_id, replaced = self._undo.pop()
-            group = adapter.group
-            if not any(group is known for known in groups) or edit_id not in group.first:
-                continue  # removed by hand, or with its adapter
-            edit = edit_of(adapter, edit_id)
-            group.remove(edit_id)
-            for old_id, rows, record in replaced:
-                group.add(rows, record, old_id)
-            return edit
+            adapter, edit_id, replaced = self._undo[-1]
+            try:
+                known = any(adapter.group is group for group in groups)
+                edit = edit_of(adapter, edit_id) if known else None
+            except KeyError:
+                edit = None  # removed by hand, or with its adapter
+            if edit is not None:
+                bring_back([(adapter.group, edit_id)], [old for old in replaced if old.group in groups])
+            self._undo.pop()
+            if edit is not None:
+                return edit
         raise ValueError("Nothing to undo: this editor has made no edit that is still stored.")
 
     @property
     def edits(self) -> list[Edit]:
         """The stored edits, oldest first."""
-        return list_edits(self.model)
+        return sorted((edit for each in self.adapters for edit in edits_of(each)), key=lambda edit: edit.id)
+
+    def _warn_of_other_templates(self) -> None:
+        """Say so where stored edits were made with another prompt template: their questions look
+        different."""
+        now = set(self.prompter.digest.values())
+        made = [r.get("template") for each in self.adapters for r in each.group.records().values()]
+        other = sum(digest is not None and digest not in now for digest in made)
+        if other:
+            warnings.warn(
+                f"{other} of {len(made)} stored edits were made with another prompt template (a system "
+                f"prompt, "
+                "another chat template or processor). Asked with this one, their questions may not reach "
+                "them. "
+                "Use the template that they were made with, or make them again.",
+                stacklevel=3,
+            )
 
     # ------------------------------------------------------------------ asking
 
@@ -225,12 +403,17 @@ class Editor:
         return self.explain_many([(image, prompt)])[0]
 
     def explain_many(self, questions: Sequence[Sample]) -> list[Explanation]:
-        """`explain` for a batch of questions, in one forward."""
-        adapter = active_adapter(self.model)
+        """`explain` for a batch of questions, in one forward for each adapter that holds edits."""
         inputs = self.prompter.inputs(open_questions(questions))
-        found = lookup_many(self.model, inputs)
-        edits = {f.edit_id: None if f.edit_id is None else edit_of(adapter, f.edit_id) for f in found}
-        return [Explanation(f.fired, edits[f.edit_id], f.distance, f.radius) for f in found]
+        edits = {edit.id: edit for edit in self.edits}
+        first, *others = [lookup_in(each, inputs) for each in self.adapters]
+        found = []
+        for row, nearest in enumerate(first):
+            more = [nearest, *(other[row] for other in others if other[row].edit_id is not None)]
+            best = next((f for f in more if f.fired), min(more, key=lambda f: f.distance - f.radius))
+            edit = None if best.edit_id is None else edits.get(best.edit_id)
+            found.append(Explanation(best.fired and edit is not None, edit, best.distance, best.radius))
+        return found
 
     def answer(self, image: Picture | None, prompt: str, max_new_tokens: int = 20) -> str:
         """What the edited model answers: greedy generation, special tokens dropped."""
@@ -239,64 +422,6 @@ class Editor:
     def answer_many(self, questions: Sequence[Sample], max_new_tokens: int = 20) -> list[str]:
         """Answers to a batch of questions, in one generation."""
         return generate_answers(self.model, self.prompter, questions, max_new_tokens)
-
-
-def _arguments(request: Any) -> dict[str, Any]:
-    """One of `edit_many`'s requests as arguments of `edit`. Raises ValueError."""
-    if isinstance(request, EditRequest):
-        return {"image": request.image, "prompt": request.prompt, "target": request.target}
-    if isinstance(request, (tuple, list)) and 3 <= len(request) <= len(_ARGUMENTS):
-        return dict(zip(_ARGUMENTS, request, strict=False))
-    if not isinstance(request, Mapping):
-        kind = type(request).__name__
-        raise ValueError(
-            f"the request is a {kind}: pass an EditRequest (of an EditSample its .request), a triple (image, "
-            "prompt, target), or a mapping with these keys."
-        )
-    lacking = [name for name in _ARGUMENTS[:3] if name not in request]
-    unknown = sorted(map(str, set(request) - set(_ARGUMENTS)))
-    if lacking or unknown:
-        raise ValueError(
-            f"the request has the keys {sorted(map(str, request))}: "
-            + (f"{', '.join(lacking)} is missing" if lacking else f"{', '.join(unknown)} is not known")
-            + f". The keys are {', '.join(_ARGUMENTS)} (image None for an edit without one; the last two may "
-            "be left out)."
-        )
-    return dict(request)
-
-
-def _check_samples(rephrases: Any, negatives: Any) -> None:
-    """Refuse one sample where a list of them belongs: a text would be taken letter by letter."""
-    for name, samples in (("rephrases", rephrases), ("negatives", negatives)):
-        if isinstance(samples, (str, bytes, os.PathLike, Image.Image, Mapping)):
-            what = shown(samples) if isinstance(samples, (str, bytes, Image.Image)) else repr(samples)
-            raise ValueError(f"{name}={what} is one sample: pass a list with it, {name}=[...].")
-        for number, sample in enumerate(samples or ()):
-            pair = isinstance(sample, tuple)
-            if (pair and len(sample) != 2) or not (pair or name == "negatives" or isinstance(sample, str)):
-                kind = "an image" if name == "negatives" else "a text"
-                raise ValueError(f"{name}[{number}]={sample!r}: pass {kind} or an (image, question) pair.")
-
-
-def generate_answers(
-    model: nn.Module, prompter: Prompter, questions: Sequence[Sample], max_new_tokens: int = 20
-) -> list[str]:
-    """Greedy answers to a batch of questions, in one `generate` of any Hugging Face VLM, edited or not."""
-    opened = open_questions(questions)
-    asked: Any = model
-    base: Any = unwrap(model)
-    place = base.get_input_embeddings().weight
-    inputs = {
-        name: value.to(place.device, base.dtype) if value.is_floating_point() else value.to(place.device)
-        for name, value in prompter.inputs(opened).items()
-    }
-    with torch.no_grad():
-        tokens = asked.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-    length = inputs["input_ids"].shape[1]
-    # Some models return the prompt in front of the answer, those fed with embeddings do not.
-    if tokens.shape[1] >= length and torch.equal(tokens[:, :length], inputs["input_ids"]):
-        tokens = tokens[:, length:]
-    return [text.strip() for text in prompter.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
 
 
 def _image_hash(image: Image.Image | None) -> str | None:

@@ -66,6 +66,8 @@ def load_edits(
 ) -> PeftModel:
     """Put saved edits on a model: `PeftModel.from_pretrained` with the folder checked first.
 
+    The edits of a fallback that `Editor` has put beside the adapter come with it.
+
     Args:
         base: the base model; or a `PeftModel` of it (LoRA, other edits), beside whose adapters these are put.
         folder: from `save_edits` or `save_pretrained`.
@@ -99,6 +101,7 @@ def load_edits(
         else:
             model = PeftModel.from_pretrained(base, path, adapter_name, is_trainable=is_trainable)
         _check_complete(model, path, adapter_name)
+        _load_fallback(model, path, adapter_name)
     except BaseException as error:
         if not beside:
             remove_editors(base)
@@ -124,6 +127,30 @@ def _load_beside(model: PeftModel, path: Path, adapter_name: str, is_trainable: 
     config.inference_mode = not is_trainable
     put_beside(model, config, adapter_name)
     set_peft_model_state_dict(model, load_peft_weights(str(path)), adapter_name)
+
+
+def _load_fallback(model: PeftModel, path: Path, adapter_name: str) -> None:
+    """Put the adapter on the model that holds what this one could not write."""
+    config = model.peft_config[adapter_name]
+    name = config.fallback
+    if name is None:
+        return
+    folder = (path if adapter_name == "default" or (path / name).is_dir() else path.parent) / name
+    config.fallback = None  # until it is there
+    if name in model.peft_config:
+        raise ValueError(
+            f"folder={str(path)!r} comes with a fallback adapter {name!r}, and the model has an adapter of "
+            f"this "
+            "name. Load it on a model without."
+        )
+    _check_folder(folder)
+    _load_beside(model, folder, name, False)
+    try:
+        _check_complete(model, folder, name)
+    except BaseException:
+        remove_adapter(model, name)
+        raise
+    config.fallback = name
 
 
 def _check_folder(path: Path) -> None:

@@ -95,7 +95,7 @@ def balancedit_config(layer: str = BALANCEDIT_LAYER, alpha: float = 0.2) -> dict
     """
     return {
         "layer": layer, "alpha": alpha, "metric": "l2", "key": "pooled", "key_dim": KEY_DIM,
-        "value": "low_rank", "rank": 8, "learning_rate": 4e-2, "max_steps": 200, "stop_probability": 0.99999,
+        "value": "low_rank", "rank": 8, "learning_rate": 4e-2, "max_steps": 400, "stop_probability": 0.99999,
     }  # fmt: skip
 
 

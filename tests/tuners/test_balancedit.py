@@ -146,8 +146,11 @@ def test_fitting_stops_early_and_says_when_it_fails(generator):
     _, fit = fit_value(model, layer, layer.configs["default"], target)
     assert 0 < fit["steps"] < 300 and fit["probability"] >= 0.6
     model, layer = layers[1]
+    _, fit = fit_value(model, layer, layer.configs["default"], target)
+    assert fit["steps"] == 1 and fit["probability"] < 0.6 and not fit["written"]
+    samples = {"positives": [question], "negatives": [LLAVA.question(generator)]}
     with pytest.warns(UserWarning, match="The edit did not take: after 1 steps"):
-        fit_value(model, layer, layer.configs["default"], target)
+        add_edit(model, question, target["labels"][target["labels"] != -100], **samples)
 
 
 def test_fitting_in_inference_mode(generator):

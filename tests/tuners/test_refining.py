@@ -58,7 +58,7 @@ def test_a_mended_edit_gives_its_answer(family, generator):
 
 def test_what_weak_adapters_do_not_write_is_mended_word_by_word(seed):
     """The embedded model, names of two tokens among the targets."""
-    editor = load_editor()
+    editor = load_editor(fallback=False)
     with torch.no_grad():
         for layer in edit_layers(editor.model):
             for name, parameter in layer.dualedit_adapter.named_parameters():
@@ -71,7 +71,7 @@ def test_what_weak_adapters_do_not_write_is_mended_word_by_word(seed):
         found = []
         for sample in samples:
             request = sample.request
-            edit = editor.edit(request.image, request.prompt, request.target)
+            edit = editor.edit(request.image, request.prompt, request.target, keep_failed=True)
             found.append(editor.answer(request.image, request.prompt) == request.target)
             editor.undo()
         right[steps] = sum(found)
@@ -115,7 +115,7 @@ def test_an_edit_that_is_written_is_left_as_it_is(generator):
 def test_an_edit_that_stays_unwritten_says_so_and_is_stored(generator):
     model = editor_of(LLAVA, "dualedit", refine_steps=1, refine_rate=1e-6, refine_probability=0.999)
     target = torch.randint(3, WORDS, (3,), generator=generator)
-    with pytest.warns(UserWarning, match=r"did not take.*refine_steps \(1\) or refine_rate \(1e-06\)"):
+    with pytest.warns(UserWarning, match=r"did not take: after 1 steps .*Try more refine_steps"):
         edit = add_edit(model, LLAVA.question(generator), target)
     assert edit.probability < 0.5 and len(active_adapter(model).group) == 1
 

@@ -52,7 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: without the program's name; None takes the process's own.
 
     Returns:
-        exit code: 0; 2 with one line on stderr for what the user can mend; 130 for Ctrl-C.
+        exit code: 0; 1 for an edit that failed; 2 with one line on stderr for what the user can mend; 130 for
+        Ctrl-C.
     """
     given = None if arguments is None else list(arguments)
     return run(lambda: app(given, prog_name="dualedit", standalone_mode=False))
@@ -192,8 +193,25 @@ def eval_(
     weights: Annotated[
         Path | None, typer.Option(parser=path, metavar="DIR", help="What demo --retrain wrote.")
     ] = None,
-) -> None:
+    answers: Annotated[
+        Path | None,
+        typer.Option(
+            parser=path,
+            metavar="FILE",
+            help="Instead: tell each answer of this file (a line each, or JSON lines with image, question, "
+            "answer), and see which can be written.",
+        ),
+    ] = None,
+) -> int:
     """Measure editing methods, one edit at a time, many at once or one after the other."""
+    if answers is not None:
+        from .answers import run
+        from .loading import Start
+
+        start = Start(methods, adapter, layer)
+        start.check()
+        with quiet(), named(**ASKED):
+            return run(answers, model, start, json)
     from . import evaluate as work
     from .methods import Source
 
@@ -208,6 +226,7 @@ def eval_(
     options.check()
     with quiet(), named(**READ):
         work.run(options)
+    return 0
 
 
 @app.command()
@@ -268,15 +287,30 @@ def edit(
         list[Path] | None,
         typer.Option(parser=path, metavar="IMAGE", help="A picture to leave alone; may be repeated."),
     ] = None,
-) -> None:
-    """Make the model answer ANSWER, and save that with the other edits."""
+    fallback: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="Where an answer goes that DualEdit cannot write: balancedit (with --model, at --layer) or "
+            "none.",
+        ),
+    ] = "balancedit",
+    keep_failed: Annotated[
+        bool, typer.Option("--keep-failed", help="Save the edit, marked, though the model does not obey.")
+    ] = False,
+) -> int:
+    """Make the model answer ANSWER, and save that with the other edits.
+
+    The edit is asked back first. Where the model does not answer as told, nothing is saved and the exit
+    code is 1.
+    """
     from .edits import edit as work
     from .loading import Start
 
-    start = Start(method, adapter, layer)
+    start = Start(method, adapter, layer, fallback)
     start.check()
     with quiet(), named(**ASKED):
-        work(edits, model, start, image, question, answer, rephrase or [], unlike or [])
+        return work(edits, model, start, image, question, answer, rephrase or [], unlike or [], keep_failed)
 
 
 @app.command(name="list")

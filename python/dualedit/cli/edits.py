@@ -58,24 +58,33 @@ def edit(
     answer: str,
     rephrases: list[str],
     unlike: list[Path],
-) -> None:
-    """Store an edit, save the folder, print the answer before and after."""
+    keep_failed: bool = False,
+) -> int:
+    """Store an edit that takes, save the folder, print the answer before and after.
+
+    Returns:
+        exit code: 1 for an edit that is saved (`keep_failed`) and failed.
+    """
     picture = _picture(image)
     with writing(folder):
+        from ..checking import told_steps
         from ..storage import save_edits
 
         editor = open_or_start(folder, model, start)
         before = editor.answer(picture, question)
-        made = editor.edit(picture, question, answer, rephrases=rephrases or None, negatives=unlike or None)
-        after = editor.answer(picture, question)
+        print(f"before: {before}")
+        made = editor.edit(
+            picture, question, answer, rephrases=rephrases or None, negatives=unlike or None,
+            keep_failed=keep_failed,
+        )  # fmt: skip
         save_edits(editor.model, folder)
-    print(f"before: {before}")
-    print(f"after:  {after}")
+    print(f"after:  {made.answer}")
     for old in made.replaces:
         print(f"(it replaces edit {old['id']}, {old.get('target', '?')!r}, of the same image and question)")
-    print(f"(edit {made.id}, {made.seconds:.2f} s, saved in {folder})")
-    if not after.lower().startswith(answer.strip().lower()):
-        print("(the edit is stored but the model does not answer it: remove it, or try another method)")
+    print(f"(edit {made.id}, {made.seconds:.2f} s: {told_steps(made.steps)}; saved in {folder})")
+    if made.failed:
+        print("(FAILED: the edit is saved, and the model does not answer as told)")
+    return int(made.failed)
 
 
 def show_list(folder: Path) -> None:
@@ -85,8 +94,10 @@ def show_list(folder: Path) -> None:
     print(f"{count} {saved.method} edit{'' if count == 1 else 's'} in {folder}")
     if not count:
         return
-    rows = [("id", "question", "answer", "radius", "stored")]
-    rows += [(str(e.id), e.prompt, e.target, f"{e.radius:.3g}", e.created) for e in saved.edits]
+    rows = [("id", "question", "answer", "radius", "stored", "method", "check")]
+    rows += [
+        (str(e.id), e.prompt, e.target, f"{e.radius:.3g}", e.created, e.method, e.check) for e in saved.edits
+    ]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -18,7 +18,9 @@ def complain(message: str) -> None:
 
 
 def run(command: Callable[[], object]) -> int:
-    """Run a command and give its exit code: 0, 2 for what the user can mend, 130 for Ctrl-C.
+    """Run a command and give its exit code: 0, 1 for an edit that failed, 2 for what the user can mend,
+    130 for
+    Ctrl-C.
 
     Anything else is a bug and keeps its traceback; so does everything with DUALEDIT_DEBUG=1.
     """
@@ -38,7 +40,7 @@ def run(command: Callable[[], object]) -> int:
         if message is None or os.environ.get(DEBUG, "0") not in ("", "0"):
             raise
         complain(message)
-        return USER_ERROR
+        return getattr(error, "exit_code", USER_ERROR)
 
 
 def user_message(error: Exception) -> str | None:
@@ -47,6 +49,8 @@ def user_message(error: Exception) -> str | None:
         context = getattr(error, "ctx", None)
         hint = f" Try '{context.command_path} --help'." if context is not None else ""
         return error.format_message().rstrip(".") + "." + hint
+    if hasattr(error, "exit_code"):  # EditFailed
+        return str(error)
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}." if error.filename else f"{error.strerror}."
     if isinstance(error, KeyError):

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 METHODS = tuple(name.lower() for name in NAMES)
 SMOL = "smol"
+FALLBACKS = ("balancedit", "none")
 
 
 @dataclass(frozen=True)
@@ -26,14 +27,18 @@ class Start:
         method: "dualedit", "balancedit", or None for what suits the rest.
         adapter: folder of trained DualEdit adapters, for a model of the user's own.
         layer: linear layer for BalancEdit, for a model of the user's own.
+        fallback: "balancedit" for what DualEdit cannot write, or "none".
     """
 
     method: str | None = None
     adapter: Path | None = None
     layer: str | None = None
+    fallback: str = "balancedit"
 
     def check(self) -> None:
         """Refuse an unknown method. Raises ValueError."""
+        if self.fallback not in FALLBACKS:
+            raise ValueError(f"--fallback {self.fallback}: choose one of {', '.join(FALLBACKS)}.")
         if self.method is not None and self.method not in METHODS:
             raise ValueError(f"--method {self.method}: choose one of {', '.join(METHODS)}.")
 
@@ -80,8 +85,11 @@ def load_base(model: Path | None, device: str | None = None) -> tuple[Any, Any]:
     return loaded.eval().to(device), processor
 
 
-def open_editor(folder: Path, model: Path | None) -> Editor:
+def open_editor(folder: Path, model: Path | None, start: Start = Start()) -> Editor:
     """The editor of a saved folder.
+
+    Args:
+        start: says whether and where a fallback may come beside the adapter.
 
     Raises:
         ValueError: no edits there, damaged files, or edits of another base model.
@@ -89,10 +97,12 @@ def open_editor(folder: Path, model: Path | None) -> Editor:
     from ..editor import Editor
     from ..storage import load_edits
 
-    read_config(folder)
+    kind = read_config(folder)["peft_type"]
     base, processor = load_base(model)
     try:
-        return Editor(load_edits(base, folder), processor)
+        loaded = load_edits(base, folder)
+        named = loaded.peft_config["default"].fallback
+        return Editor(loaded, processor, fallback=named or _fallback(model, kind, start))
     except json.JSONDecodeError as error:
         raise ValueError(f"{folder} is damaged ({error}): restore it from a copy.") from error
     except (KeyError, TypeError, RuntimeError) as error:
@@ -116,7 +126,20 @@ def open_or_start(folder: Path, model: Path | None, start: Start) -> Editor:
     if asked != used.lower():
         wanted = NAMES[asked.upper()]
         raise ValueError(f"{folder} holds {used} edits: pass another --edits folder for {wanted}.")
-    return open_editor(folder, model)
+    return open_editor(folder, model, start)
+
+
+def _fallback(model: Path | None, kind: str, start: Start) -> Any:
+    """What takes the answers that DualEdit cannot write, or None."""
+    if start.fallback == "none" or kind != "DUALEDIT":
+        return None
+    if model is None:
+        from ..toy.editors import fallback_of
+
+        return fallback_of(kind.lower())
+    from ..tuners import BalancEditConfig
+
+    return None if start.layer is None else BalancEditConfig(layer=start.layer)
 
 
 def start_editor(model: Path | None, start: Start) -> Editor:
@@ -131,17 +154,17 @@ def start_editor(model: Path | None, start: Start) -> Editor:
         from ..toy.editors import load_editor
 
         use_few_threads()
-        return load_editor(start.method or "dualedit")
+        return load_editor(start.method or "dualedit", fallback=start.fallback != "none")
     if is_smol(model) and start.method in (None, "balancedit") and not (start.adapter or start.layer):
         from ..smol.editors import load_editor as load_smol_editor
 
         return load_smol_editor()
-    if start.method == "balancedit" or (start.method is None and start.layer):
+    if start.method == "balancedit" or (start.method is None and start.layer and not start.adapter):
         if start.adapter or not start.layer:
             raise ValueError("--method balancedit takes --layer (as layers.20.mlp.up_proj) and no --adapter.")
         base, processor = load_base(model)
         return Editor(inject_balancedit(base, layer=start.layer), processor)
-    if start.layer or not start.adapter:
+    if not start.adapter:
         raise ValueError(
             "DualEdit's adapters have to be trained for a model first: pass them with --adapter DIR, or use "
             "--method balancedit --layer NAME, which needs no training."
@@ -149,4 +172,5 @@ def start_editor(model: Path | None, start: Start) -> Editor:
     read_config(start.adapter, "--adapter")
     base, processor = load_base(model)
     with options(folder="--adapter"):
-        return Editor(load_edits(base, start.adapter), processor)
+        loaded = load_edits(base, start.adapter)
+        return Editor(loaded, processor, fallback=_fallback(model, "DUALEDIT", start))

@@ -114,7 +114,7 @@ def _open_editor(name: str, source: Source) -> Method:
         from ..toy.editors import load_editor
 
         vlm, editors = _folders(source)
-        editor = load_editor(name, vlm=vlm, weights=editors)
+        editor = load_editor(name, vlm=vlm, weights=editors, fallback=False)
     else:
         start = Start(name, source.adapter, None) if name == "dualedit" else Start(name, None, source.layer)
         editor = start_editor(source.model, start)

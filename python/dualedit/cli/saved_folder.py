@@ -32,6 +32,16 @@ class SavedEdit:
     target: str
     radius: float
     created: str
+    method: str = ""
+    failed: bool = False
+    answer: str | None = None
+
+    @property
+    def check(self) -> str:
+        """What came of asking it back, in words."""
+        if self.failed:
+            return f"FAILED, answers {self.answer!r}"
+        return "" if self.answer is None else "ok"
 
 
 @dataclass(frozen=True)
@@ -41,7 +51,7 @@ class Saved:
     Attributes:
         method: "DualEdit", "BalancEdit" or the PEFT type of another method.
         base: the folder of the base model that the edits were made on, as PEFT noted it.
-        edits: oldest first.
+        edits: oldest first, those of the fallback beside the adapter among them.
     """
 
     method: str
@@ -90,6 +100,27 @@ def read_saved(folder: Path) -> Saved:
         ValueError: no edits there, or files that are damaged.
     """
     config = read_config(folder)
+    method = NAMES.get(config["peft_type"], config["peft_type"])
+    edits = _edits(folder, config, method)
+    beside = _fallback(folder, config)
+    if beside is not None:
+        more = read_config(beside)
+        edits += _edits(beside, more, NAMES.get(more["peft_type"], more["peft_type"]))
+    edits.sort(key=lambda edit: edit.id)
+    return Saved(method, config.get("base_model_name_or_path") or "", edits)
+
+
+def _fallback(folder: Path, config: dict) -> Path | None:
+    """The folder of the adapter that holds what this one could not write, or None."""
+    name = config.get("fallback")
+    if name is None:
+        return None
+    if not isinstance(name, str) or Path(name).name != name or name in ("", "..", "."):
+        raise ValueError(f"{folder / _CONFIG} is damaged (fallback={name!r}): restore it from a copy.")
+    return folder / name
+
+
+def _edits(folder: Path, config: dict, method: str) -> list[SavedEdit]:
     with _tensors(folder) as tensors:
         gate = next(name for name in tensors.shapes if name.endswith(".radius")).removesuffix(".radius")
         ids = tensors.numbers(gate + _IDS)
@@ -97,12 +128,13 @@ def read_saved(folder: Path) -> Saved:
         # NaN stands for the threshold of the config (DualEdit).
         threshold = 1.0 - config.get("threshold", math.nan)
         radii = [threshold if math.isnan(r) else r for r in tensors.numbers(gate + ".radius")]
-        edits = [
-            SavedEdit(i, r.get("prompt", ""), r.get("target", ""), radius, r.get("created", ""))
+        return [
+            SavedEdit(
+                i, r.get("prompt", ""), r.get("target", ""), radius, r.get("created", ""), method,
+                bool(r.get("failed", False)), r.get("answer"),
+            )
             for i, r, radius in zip(ids, records, radii, strict=True)
-        ]
-    method = NAMES.get(config["peft_type"], config["peft_type"])
-    return Saved(method, config.get("base_model_name_or_path") or "", edits)
+        ]  # fmt: skip
 
 
 def remove_saved(folder: Path, edit_id: int) -> int:
@@ -115,16 +147,25 @@ def remove_saved(folder: Path, edit_id: int) -> int:
         ValueError: no such edit (names the stored ones), no edits there, or files that are damaged.
         OSError: the disk refused; the folder is as it was.
     """
-    config = read_config(folder)
+    saved = read_saved(folder)
+    if edit_id not in (edit.id for edit in saved.edits):
+        stored = ", ".join(str(edit.id) for edit in saved.edits) or "none"
+        raise _NoEdit(f"no edit {edit_id} in {folder}; stored: {stored}.")
+    for place in filter(None, (folder, _fallback(folder, read_config(folder)))):
+        config = read_config(place)
+        if edit_id in (edit.id for edit in _edits(place, config, "")):
+            _remove(place, config, edit_id)
+    return len(saved.edits) - 1
+
+
+def _remove(folder: Path, config: dict, edit_id: int) -> None:
+    """Take an edit out of the files of one adapter."""
     with _tensors(folder) as tensors, replacing(folder, last=_CONFIG) as made:
         cuts: dict[str, tuple[int, int]] = {}
         texts: dict[str, bytes] = {}
         left = 0
         for memory in (name.removesuffix(_IDS) for name in tensors.shapes if name.endswith(_IDS)):
             ids, lengths = tensors.numbers(memory + _IDS), tensors.numbers(memory + ".edit_lengths")
-            if edit_id not in ids:
-                stored = ", ".join(map(str, ids)) or "none"
-                raise _NoEdit(f"no edit {edit_id} in {folder}; stored: {stored}.")
             row, left = ids.index(edit_id), len(ids) - 1
             first = sum(lengths[:row])
             records = _records(tensors, memory, ids)
@@ -148,7 +189,6 @@ def remove_saved(folder: Path, edit_id: int) -> int:
             plural = "" if left == 1 else "s"
             card = re.sub(r"( adapter with )\d+( stored edit)s?", rf"\g<1>{left}\g<2>{plural}", card)
             (made / _CARD).write_text(card, encoding="utf-8")
-    return left
 
 
 class _NoEdit(ValueError):

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ..data import EditSample
 from ..editor import Editor, Explanation, Sample
-from ..tuners.adapter import active_adapter
 from .forcing import forced_predictions
 from .published import PublishedGate, editor_batch
 
@@ -76,8 +75,9 @@ class EditorMethod:
     def edit(self, sample: EditSample) -> None:
         request = sample.request
         stored = self.editor.edit(
-            request.image, request.prompt, request.target, rephrases=sample.rephrases[:1] or None
-        )
+            request.image, request.prompt, request.target, rephrases=sample.rephrases[:1] or None,
+            keep_failed=True,  # what does not take is counted, not left out
+        )  # fmt: skip
         self._published.note(stored.id, sample)
 
     def reset(self) -> None:
@@ -105,5 +105,6 @@ class EditorMethod:
             return forced_predictions(model, batch)
 
     def memory_bytes(self) -> int:
-        group = active_adapter(self.editor.model).group
-        return round(sum(memory.bytes_per_edit() * len(memory) for memory in group.memories.values()))
+        groups = [adapter.group for adapter in self.editor.adapters]
+        memories = [memory for group in groups for memory in group.memories.values()]
+        return round(sum(memory.bytes_per_edit() * len(memory) for memory in memories))

@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..runtime.frames import find, framed
 from .snapshot import Snapshot
 from .tables import EditMemory
+
+
+@dataclass
+class Trial:
+    """Changes of a memory group that have not happened yet.
+
+    Attributes:
+        memories: the group's memories with the changes.
+        kept: whether the changes are to happen when the trial's block ends.
+    """
+
+    memories: dict[str, EditMemory]
+    kept: bool = False
 
 
 class MemoryGroup:
@@ -20,45 +36,91 @@ class MemoryGroup:
 
     def __init__(self):
         self.memories: dict[str, EditMemory] = {}
-        self._lock = threading.RLock()
+        self._make_locks()
+
+    def _make_locks(self) -> None:
+        self._lock = threading.RLock()  # held while the memories change from one state to the next
+        self._writing = threading.RLock()  # held by the one who changes them, trials included
 
     def __getstate__(self):
         return {"memories": self.memories}
 
     def __setstate__(self, state):
         self.__dict__.update(state)
-        self._lock = threading.RLock()
+        self._make_locks()
+
+    @contextmanager
+    def trial(self) -> Iterator[Trial]:
+        """Inside the block, changes show in this thread alone; they happen at its end if `kept` is set.
+
+        Otherwise, and after any exception (Ctrl-C included), nothing has happened: the memories were never
+        touched. Other threads go on reading them meanwhile, and wait before they change them.
+        """
+        with self._writing:
+            with self._lock:
+                trial = Trial({name: memory.fork() for name, memory in self._memories().items()})
+            with framed(self, "trial", trial):
+                yield trial
+            if trial.kept:
+                self._take(trial.memories)
+
+    def _memories(self) -> dict[str, EditMemory]:
+        """The memories as this thread sees them."""
+        frame = find(self, "trial")
+        return self.memories if frame is None else frame.content.memories
+
+    def _take(self, changed: Mapping[str, EditMemory]) -> None:
+        memories = self._memories()
+        with self._lock:
+            before = {name: memory.fork() for name, memory in memories.items()}
+            try:
+                for name, memory in memories.items():
+                    memory.take(changed[name])
+            except BaseException:  # Ctrl-C between two layers
+                for name, memory in memories.items():
+                    memory.take(before[name])
+                raise
 
     @property
     def gate_name(self) -> str:
         """Name of the layer that looks edits up."""
-        return next(name for name, memory in self.memories.items() if "key" in memory.edit_tables)
+        return next(name for name, memory in self._memories().items() if "key" in memory.edit_tables)
 
     @property
     def first(self) -> EditMemory:
         """The memory that keeps the keys and the records."""
-        return self.memories[self.gate_name]
+        return self._memories()[self.gate_name]
 
     def __len__(self) -> int:
         return len(self.first) if self.memories else 0
 
+    def __contains__(self, edit_id: int) -> bool:
+        return bool(self.memories) and edit_id in self.first
+
     def ids(self) -> list[int]:
         """Numbers of the stored edits, oldest first."""
-        return self.first.ids
+        with self._lock:
+            return self.first.ids
 
     def records(self) -> dict[int, dict]:
         """What was noted about each edit."""
-        return {i: self.first.record(i) for i in self.ids()}
+        return self.listed()[1]
+
+    def listed(self) -> tuple[dict[str, Snapshot], dict[int, dict]]:
+        """A snapshot and what was noted about each edit in it, both of one moment."""
+        with self._lock:
+            return self.snapshot(), {i: self.first.record(i) for i in self.first.ids}
 
     def rows(self, snapshots: Mapping[str, Snapshot], edit_id: int) -> dict[str, dict[str, Tensor]]:
         """An edit of an earlier moment, as `add` takes it."""
         return {
-            name: snapshots[name].rows(edit_id, memory.token_tables) for name, memory in self.memories.items()
+            name: snapshots[name].rows(edit_id, memory.token_tables)
+            for name, memory in self._memories().items()
         }
 
     def next_id(self) -> int:
         """A number that no edit of this memory has or has had."""
-        return max((memory.highest_id for memory in self.memories.values()), default=0) + 1
+        return max((memory.highest_id for memory in self._memories().values()), default=0) + 1
 
     def add(
         self,
@@ -76,34 +138,38 @@ class MemoryGroup:
         Returns:
             the edit's number.
         """
-        with self._lock:
-            if set(rows) != set(self.memories):
-                raise ValueError(
-                    f"rows={sorted(rows)}: this adapter has memories on {sorted(self.memories)}."
-                )
-            for name, memory in self.memories.items():
+        with self._writing, self._lock:
+            memories = self._memories()
+            if set(rows) != set(memories):
+                raise ValueError(f"rows={sorted(rows)}: this adapter has memories on {sorted(memories)}.")
+            for name, memory in memories.items():
                 memory.check(rows[name])
             if edit_id is not None and edit_id in self.first:
                 raise ValueError(f"edit_id={edit_id} is stored already; remove it first.")
             edit_id = self.next_id() if edit_id is None else edit_id
             try:
-                for name, memory in self.memories.items():
+                for name, memory in memories.items():
                     memory.add(edit_id, rows[name], record if memory is self.first else None)
             except BaseException:  # a record that is no JSON, no memory left, Ctrl-C
-                for memory in self.memories.values():
+                for memory in memories.values():
                     if edit_id in memory:
                         memory.remove(edit_id)
                 raise
             return edit_id
 
+    def note(self, edit_id: int, record: Mapping[str, object]) -> None:
+        """Put another record in the place of a stored edit's. Raises KeyError for an unknown number."""
+        with self._writing, self._lock:
+            self.first.note(edit_id, record)
+
     def remove(self, edit_id: int) -> None:
         """Forget one edit everywhere. Raises KeyError for an unknown number."""
-        with self._lock:
+        with self._writing, self._lock:
             self.first.row_of(edit_id)
-            for memory in self.memories.values():
+            for memory in self._memories().values():
                 memory.remove(edit_id)
 
     def snapshot(self) -> dict[str, Snapshot]:
         """Memory name to snapshot, all of one moment."""
         with self._lock:
-            return {name: memory.snapshot() for name, memory in self.memories.items()}
+            return {name: memory.snapshot() for name, memory in self._memories().items()}

@@ -38,6 +38,15 @@ class TableCodes:
                 known = self._known[metric] = encode_keys(keys, metric, known)
             return known
 
+    def fork(self) -> TableCodes:
+        """The same codes for a table that goes on differently; codes that one of the two adds the other
+        does not
+        see."""
+        result = TableCodes()
+        with self._lock:
+            result._known = dict(self._known)
+        return result
+
     def keep(self, rows: Tensor) -> TableCodes:
         """Codes of the table that has only rows [n] (int64, ascending) of this one."""
         result = TableCodes()

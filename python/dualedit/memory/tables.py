@@ -8,6 +8,7 @@ meanwhile. Rows are in the order of the edits' numbers, which is the order of th
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 
@@ -18,6 +19,8 @@ from .key_codes import TableCodes
 from .snapshot import Snapshot
 
 _FIRST_CAPACITY = 8
+# What changes when edits are added or removed, beside the tables and the records.
+_STATE = ("_num_edits", "_num_tokens", "_highest_id", "_snapshot", "_key_codes", "_expected")
 
 
 def _as_bytes_tensor(text: bytes) -> Tensor:
@@ -84,6 +87,30 @@ class EditMemory(nn.Module):
         snapshot = self.snapshot()
         size = sum(table.numel() * table.element_size() for table in snapshot.tables.values())
         return size / len(snapshot) if len(snapshot) else 0.0
+
+    # ------------------------------------------------------------------ trying
+
+    def fork(self) -> EditMemory:
+        """The same edits in a memory of its own: what is added to it or removed from it does not show here.
+
+        Nothing is copied: new rows go behind those that this memory uses, where it does not look. So one of
+        the two at a time may grow.
+        """
+        made = copy.copy(self)
+        made._buffers = dict(self._buffers)
+        made._records = dict(self._records)
+        # Codes of rows that may never be stored would be wrong for those that come in their place.
+        made._key_codes = self._key_codes.fork()
+        made._snapshot = None
+        return made
+
+    def take(self, other: EditMemory) -> None:
+        """Become what a fork of this memory has become."""
+        self.__dict__.update(
+            {name: value for name, value in vars(other).items() if name in _STATE},
+            _buffers=dict(other._buffers),
+            _records=dict(other._records),
+        )
 
     # ------------------------------------------------------------------ changing
 
@@ -175,6 +202,11 @@ class EditMemory(nn.Module):
         """Rows in front of row `row`, in a new table."""
         table = getattr(self, name)[:used]
         setattr(self, name, torch.cat([table[:row], new.to(table), table[row:]]))
+
+    def note(self, edit_id: int, record: Mapping[str, object]) -> None:
+        """Put another record in the place of a stored edit's."""
+        self.row_of(edit_id)
+        self._records[edit_id] = json.loads(json.dumps(dict(record)))
 
     def row_of(self, edit_id: int) -> int:
         """Row of an edit in the edit tables.

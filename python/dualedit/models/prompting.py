@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +13,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .images import is_file, open_image, shown
+
+LONGEST_TARGET = 128  # tokens of an edit's answer
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.casefold().split())
 
 
 def check_question(image: Any, prompt: Any) -> None:
@@ -121,10 +128,12 @@ class Prompter:
         """Tokens [T] of an answer as they follow the prompt, with `eos` behind them where given.
 
         Raises:
-            ValueError: an empty target.
+            ValueError: an empty target, one that the tokenizer cannot spell, or one of more than
+                `LONGEST_TARGET` tokens.
         """
         if not isinstance(target, str) or not target.strip():
             raise ValueError(f"target={target!r}: an edit needs an answer. Pass the new answer as text.")
+        self._check_spelling(target.strip())
         before = self.text(image, prompt)
         join = "" if before[-1:].isspace() else " "
         # Tokenized together, because a word at the start of a text and inside it are not the same tokens.
@@ -133,4 +142,47 @@ class Prompter:
         ids = whole[len(head) :] if whole[: len(head)] == head else None
         if not ids:
             ids = self.tokenizer(join + target.strip(), add_special_tokens=False)["input_ids"]
+        if len(ids) > LONGEST_TARGET:
+            raise ValueError(
+                f"target={shown(target)} has {len(ids)} tokens: an edit's answer has at most "
+                f"{LONGEST_TARGET}. "
+                "Pass the fact alone."
+            )
         return torch.tensor([*ids, *([] if eos is None else [eos])], dtype=torch.int64)
+
+    def _check_spelling(self, target: str) -> None:
+        """Refuse a target that comes out of the tokenizer with holes in it, and name the letters."""
+        unknown = getattr(self.tokenizer, "unk_token_id", None)
+
+        def lost(text: str) -> bool:
+            return unknown in self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+        if unknown is None or not lost(target):
+            return
+        letters = [letter for letter in dict.fromkeys(target) if not letter.isspace() and lost(letter)]
+        what = letters or [word for word in dict.fromkeys(target.split()) if lost(word)] or [target]
+        raise ValueError(
+            f"target={shown(target)}: the model's tokenizer has no token for {', '.join(map(repr, what))}, "
+            f"so the "
+            "model cannot write it. Write the answer without."
+        )
+
+    def as_told(self, answer: str, target_ids: Tensor, ends: bool) -> bool:
+        """Whether an answer says what the target's tokens say, letter case and spaces aside.
+
+        Args:
+            target_ids: [T], of `target_ids`.
+            ends: whether the target ends the answer; if not, the answer may go on.
+        """
+        wanted = _plain(self.tokenizer.decode(target_ids, skip_special_tokens=True))
+        found = _plain(answer)
+        return found == wanted if ends else (found + " ").startswith(wanted + " ")
+
+    @property
+    def digest(self) -> dict[str, str]:
+        """Tells the template from others: of prompts with a picture, and without."""
+        found = {}
+        for kind, image in (("picture", Image.new("RGB", (1, 1))), ("words", None)):
+            text = self.text(image, "\x00")
+            found[kind] = hashlib.sha256(text.encode()).hexdigest()[:8]
+        return found

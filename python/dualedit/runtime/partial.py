@@ -247,11 +247,26 @@ class Replay:
         self.exact = not sharded and self._partial.reproduces(self._partial.logits)
         self._partial.logits = None
 
-    def __call__(self) -> Tensor:
-        """Logits [B, L, V] with what is bound now."""
-        if self.exact:
-            return self._partial.head(self._partial.run(self._partial.states))
-        return self.model(**self.inputs).logits
+    def __call__(self, noise: Tensor | None = None) -> Tensor:
+        """Logits [B, L, V] with what is bound now.
+
+        Args:
+            noise: [B, L, D], what is added to the states in front of the first layer, in their root mean
+            squares.
+                Left out where the whole model runs.
+        """
+        if not self.exact:
+            return self.model(**self.inputs).logits
+        states = self._partial.states
+        if noise is not None:
+            size = states.float().square().mean(-1, keepdim=True).sqrt()
+            states = states + (size * noise.to(size)).to(states.dtype)
+        return self._partial.head(self._partial.run(states))
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the states in front of the first layer, [B, L, D]."""
+        return self._partial.states.shape
 
 
 def _first(output: Any) -> Tensor:

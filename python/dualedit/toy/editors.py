@@ -30,6 +30,7 @@ def load_editor(
     method: str = "dualedit",
     vlm: str | os.PathLike | None = None,
     weights: str | os.PathLike | None = None,
+    fallback: bool = True,
 ) -> Editor:
     """The embedded model with one editor, without edits.
 
@@ -38,6 +39,9 @@ def load_editor(
             alpha).
         vlm, weights: folders of the model and of the editors, as `train_vlm` and `train_editors` write them;
             those shipped with the package if not given.
+        fallback: whether what DualEdit's adapters cannot write may go to a BalancEdit adapter, which is
+        put on
+            the model when an edit first needs it.
 
     Raises:
         ValueError: an unknown method.
@@ -47,7 +51,15 @@ def load_editor(
         raise ValueError(f"method={method!r} is unknown: choose one of {METHODS}.")
     editor_settings(weights)  # says what to do where there are no editors
     base, processor = load_embedded(vlm)
-    return Editor(load_edits(base, Path(weights or EDITORS) / method), processor)
+    folder = Path(weights or EDITORS)
+    return Editor(load_edits(base, folder / method), processor, fallback=fallback_of(method, folder,
+    fallback))
 
 
-__all__ = ["EDITORS", "METHODS", "VLM", "editor_settings", "load_editor"]
+def fallback_of(method: str, weights: Path = EDITORS, allowed: bool = True) -> Path | None:
+    """The folder of the adapter that takes what a method of the embedded model cannot write; None for
+    none."""
+    return weights / "balancedit" if allowed and method == "dualedit" else None
+
+
+__all__ = ["EDITORS", "METHODS", "VLM", "editor_settings", "fallback_of", "load_editor"]

@@ -65,6 +65,8 @@ class EditConfig(PeftConfig):
             that looks different is refused. None skips the check.
         memory_sizes: rows of each layer's tables in the saved file, written by saving: a loader that leaves
             the edits behind is found out by it.
+        fallback: name of the adapter beside this one that holds the edits which this one could not write; it
+            is saved and loaded with it. Set by `Editor`.
     """
 
     method: ClassVar[EditMethod]
@@ -80,6 +82,10 @@ class EditConfig(PeftConfig):
     )
     memory_sizes: dict[str, dict[str, int]] | None = field(
         default=None, metadata={"help": "Rows of each layer's tables in the saved file; set by saving."}
+    )
+    fallback: str | None = field(
+        default=None, metadata={"help": "Adapter with the edits that this one could not write; set by "
+        "Editor."}
     )
 
     def save_pretrained(self, save_directory, **kwargs):

@@ -105,6 +105,14 @@ class EditMethod(ABC):
             ValueError: a missing image, samples that are missing, or values that are not finite.
         """
 
+    def untrained(self, adapter: EditAdapter) -> str | None:
+        """Why no edit of this adapter can change an answer, where its weights say so; None: they do not."""
+        return None
+
+    def advice(self, config: EditConfig) -> str:
+        """What to try where an edit was not written."""
+        return "Try another wording of the question, or a shorter answer."
+
     def published_key(self, config: EditConfig, hidden: Tensor, prompt: Prompt) -> Tensor:
         """The key [B, D] that the published evaluation reads of the gate layer's states [B, L, D]."""
         return last_state(hidden, prompt.last)

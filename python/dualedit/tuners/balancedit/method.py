@@ -18,11 +18,14 @@ from ...runtime.partial import Replay
 from ...runtime.recording import record_states
 from ...runtime.sequence import Prompt
 from ..adapter import EditAdapter
-from ..fitting import Goal, fit_to_answer, layer_number, warn_if_weak
+from ..fitting import Goal, fit_to_answer, layer_number, why_no_gradient
 from ..method import EditMethod, Inputs, NewEdit, check_mean_image
 from .config import BalancEditConfig
 from .layer import BalancEditLayer, codebook_key
 from .model import BalancEditModel
+
+# Of the states that a value reads, where it is hard to fit: as far as other pictures of a thing are apart.
+_NOISE = 0.2
 
 
 class BalancEditMethod(EditMethod):
@@ -52,6 +55,13 @@ class BalancEditMethod(EditMethod):
         rows = {"key": key[0], "radius": torch.tensor(radius), **dict(zip(names, parts, strict=True))}
         notes = {**fit, "d_positive": max(positive), "d_negative": min(negative)}
         return NewEdit({layer.layer_name: rows}, key, notes)
+
+    def advice(self, config: BalancEditConfig) -> str:
+        return (
+            f"Try more max_steps ({config.max_steps}), another learning_rate ({config.learning_rate}), a "
+            f"higher "
+            f"rank ({config.rank}), another layer, or a shorter answer."
+        )
 
     def published_key(self, config: BalancEditConfig, hidden: Tensor, prompt: Prompt) -> Tensor:
         # As published: a pooled key's picture is not part of it.
@@ -95,7 +105,7 @@ def fit_value(
         inputs: from `append_target`; labels say which tokens are the target.
 
     Returns:
-        the value's tensors (full weight, or down and up), and {"steps", "probability"} of the fit.
+        the value's tensors (full weight, or down and up), and what `fit_to_answer` returns.
 
     Raises:
         ValueError: no gradient reaches the layer, or its weight cannot be copied for a full value.
@@ -112,11 +122,17 @@ def fit_value(
         with bound(base, route, {layer.layer_name: _as_values(parts)}):
             return replay()
 
+    generator = torch.Generator().manual_seed(0)
+
+    def harder() -> Tensor:
+        noise = _NOISE * torch.randn(replay.shape, generator=generator)
+        with bound(base, route, {layer.layer_name: _as_values(parts)}):
+            return replay(noise)
+
     goal = Goal(config.learning_rate, config.max_steps, config.stop_probability)
     fit = fit_to_answer(
         logits_of, labels, parts, goal,
-        f"No gradient comes back to {layer.layer_name}: the layers above it pass none (4-bit weights on a "
-        f"CPU do not). Store the edit on another device or precision, or use DualEdit.",
+        f"No gradient comes back to {layer.layer_name}: {why_no_gradient(base)}",
+        harder,
     )  # fmt: skip
-    warn_if_weak(fit, f"max_steps ({config.max_steps}) or learning_rate ({config.learning_rate})")
     return [part.detach() for part in parts], fit

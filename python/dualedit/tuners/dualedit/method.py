@@ -68,11 +68,31 @@ class DualEditMethod(EditMethod):
             key = adapter.key_of(states, prompt)
             positive, negative = (adapter.distances(key, samples) for samples in (positives, negatives))
         notes: dict[str, Any] = {}
-        if config.refine_steps:
+        if config.refine_steps and self.untrained(adapter) is None:
             rows, notes = refine_edit(adapter.base, layers, config, full, prompt, rows)
         radius = torch.tensor(self.radius(config, positive, negative))
         rows[adapter.gate_layer.layer_name] |= {"key": key[0], "radius": radius}
         return NewEdit(rows, key, notes)
+
+
+    def untrained(self, adapter: EditAdapter) -> str | None:
+        for layer in adapter.layers.values():
+            for part in layer.dualedit_adapter[adapter.name].values():
+                if any(bool(p.any()) for p in part.o_proj.parameters()):
+                    return None
+        return (
+            f"the adapters {adapter.name!r} are not trained (their output projections are zero), so they "
+            f"write "
+            "nothing. Train them (dualedit train), load trained ones (load_edits, or inject_dualedit with "
+            "adapter=folder), or use BalancEdit, which needs no training"
+        )
+
+    def advice(self, config: DualEditConfig) -> str:
+        more = "refine_steps=200" if not config.refine_steps else "more refine_steps, a higher refine_rate"
+        return (
+            f"Try {more}, a shorter answer, or a BalancEdit adapter for what this one cannot write "
+            "(Editor(..., fallback=...))."
+        )
 
 
 def _project(

@@ -13,10 +13,13 @@ from ...models.placement import to_device
 from ...runtime.context import bound, explicit_masks
 from ...runtime.partial import Replay
 from ...runtime.sequence import Prompt
-from ..fitting import Goal, fit_to_answer, layer_number, least_probability, warn_if_weak
+from ..fitting import Goal, fit_to_answer, layer_number, least_lead, least_probability, why_no_gradient
 from .config import DualEditConfig
 from .layer import DualEditLayer
 from .modules import EditKV
+
+# An answer that is so improbable after fifty steps was never written by a hundred and fifty more.
+_HOPELESS = 1e-4
 
 
 def refine_edit(
@@ -40,8 +43,7 @@ def refine_edit(
         rows: layer name to "k_text", "v_text", "k_vision", "v_vision" [T, M] of the edit.
 
     Returns:
-        the rows in the same dtypes, and {"steps", "probability"}: of the least likely target token at the
-        end.
+        the rows in the same dtypes, and what `fit_to_answer` returns.
 
     Raises:
         ValueError: no gradient comes back to the keys and values.
@@ -67,7 +69,9 @@ def refine_edit(
             logits = base(**inputs, use_cache=False).logits[:, :-1][target]
         probability = least_probability(logits, labels[:, 1:][target])
         if probability >= config.refine_probability:
-            return {place: dict(row) for place, row in rows.items()}, {"steps": 0, "probability": probability}
+            written = least_lead(logits, labels[:, 1:][target]) > 1
+            notes = {"steps": 0, "probability": probability, "written": written}
+            return {place: dict(row) for place, row in rows.items()}, notes
         for place, row in rows.items():
             parts[place] = {name: part.detach().float().requires_grad_(True) for name, part in row.items()}
         with bound(base, route, edits()):
@@ -78,13 +82,13 @@ def refine_edit(
                 return replay()
 
         leaves = [part for row in parts.values() for part in row.values()]
-        goal = Goal(config.refine_rate, config.refine_steps, config.refine_probability)
+        goal = Goal(
+            config.refine_rate, config.refine_steps, config.refine_probability, hopeless=_HOPELESS
+        )
         fit = fit_to_answer(
             logits_of, labels, leaves, goal,
-            "No gradient comes back to the edit's keys and values: the layers above pass none (4-bit weights "
-            "on a CPU do not). Store the edit on another device or precision, or set refine_steps=0.",
+            f"No gradient comes back to the edit's keys and values: {why_no_gradient(base)}",
         )  # fmt: skip
-    warn_if_weak(fit, f"refine_steps ({config.refine_steps}) or refine_rate ({config.refine_rate})")
     found = as_stored()
     return {place: {n: part.detach() for n, part in row.items()} for place, row in found.items()}, fit
 
