@@ -96,8 +96,7 @@ def _reach(
     if not own.fired:
         warnings.warn(
             f"The edit answers nothing, not even its own question: that is {own.distance:.3g} away from its "
-            f"key, "
-            f"and the edit reaches {own.radius:.3g}. {_gate_of(adapter)}",
+            f"key, and the edit reaches {own.radius:.3g}. {_gate_of(adapter)}",
             stacklevel=4,
         )
         return own
@@ -105,7 +104,7 @@ def _reach(
     found = lookup_in(adapter, prompter.inputs([(other, UNRELATED)]))[0]
     if found.fired and found.edit_id == edit_id and prompt != UNRELATED:
         warnings.warn(
-            f"The edit answers everything: an unrelated question about a black picture is "
+            "The edit answers everything: an unrelated question about a black picture is "
             f"{found.distance:.3g} "
             f"away from its key, and the edit reaches {found.radius:.3g}. {_gate_of(adapter)}",
             stacklevel=4,

@@ -226,7 +226,7 @@ def trying(
             makes room in these, too, and numbers are not used twice among them.
     """
     began = time.perf_counter()
-    _check_tensors(inputs, target_ids)
+    _check_tensors(adapter, inputs, target_ids)
     full = append_target(inputs, target_ids, target_token_type(adapter.base))
     reason = adapter.method.untrained(adapter)
     if reason is not None:
@@ -258,8 +258,20 @@ def trying(
         yield TriedEdit(adapter, edit_id, full, record, replaced, began, trials)
 
 
-def _check_tensors(inputs: Inputs, target_ids: Tensor) -> None:
-    """Refuse targets that are no token ids. Raises ValueError."""
+# Names of inputs that carry pictures hold one of these.
+_PICTURES = ("pixel", "image", "video", "embeds")
+
+
+def _check_tensors(adapter: EditAdapter, inputs: Inputs, target_ids: Tensor) -> None:
+    """Refuse targets that are no token ids, and image tokens without an image. Raises ValueError."""
+    ids = inputs.get("input_ids")
+    if isinstance(ids, Tensor) and not any(part in name for name in inputs for part in _PICTURES):
+        images = torch.tensor(adapter.config.image_token_ids or [], dtype=ids.dtype, device=ids.device)
+        if bool(torch.isin(ids, images).any()):
+            raise ValueError(
+                f"inputs={sorted(inputs)}: input_ids hold image tokens, and there are no pixels. Pass all "
+                "that the processor returns."
+            )
     if not isinstance(target_ids, Tensor) or target_ids.is_floating_point() or target_ids.dtype == torch.bool:
         what = target_ids.dtype if isinstance(target_ids, Tensor) else type(target_ids).__name__
         raise ValueError(f"target_ids is {what}: pass the answer's token ids, a tensor [T] of int64.")

@@ -390,9 +390,8 @@ class Editor:
             warnings.warn(
                 f"{other} of {len(made)} stored edits were made with another prompt template (a system "
                 f"prompt, "
-                "another chat template or processor). Asked with this one, their questions may not reach "
-                "them. "
-                "Use the template that they were made with, or make them again.",
+                "another chat template or processor). Asked with this one, their questions may not "
+                "reach them. Use the template that they were made with, or make them again.",
                 stacklevel=3,
             )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,9 +15,10 @@ def write_whole(file: Path, text: str) -> None:
     """Write a text file whole or not at all."""
     handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
     try:
+        mode = _file_mode(file.parent)
         with os.fdopen(handle, "w", encoding="utf-8") as opened:
             opened.write(text)
-        os.chmod(name, 0o666 & ~_umask())
+        os.chmod(name, mode)
         os.replace(name, file)
     except BaseException:
         Path(name).unlink(missing_ok=True)
@@ -42,8 +44,9 @@ def replacing(folder: Path, last: str) -> Iterator[Path]:
         made.mkdir()
         yield made
         files = sorted((f for f in made.rglob("*") if f.is_file()), key=lambda f: (f.name == last, str(f)))
+        mode = _file_mode(work)
         for file in files:
-            file.chmod(0o666 & ~_umask())  # safetensors writes files that nobody else can read
+            file.chmod(mode)  # safetensors writes files that nobody else can read
             _sync(file)
         if folder.exists():
             _move([file.relative_to(made) for file in files], made, folder, work / "old")
@@ -54,11 +57,18 @@ def replacing(folder: Path, last: str) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _umask() -> int:
-    """The process's file mode mask, which can only be read by setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _file_mode(folder: Path) -> int:
+    """What a new file may be used for here.
+
+    Seen from a file that is made for it: the process's mask could only be read by setting it, for every
+    thread.
+    """
+    with tempfile.TemporaryDirectory(prefix=".mode.", dir=folder) as place:
+        made = os.open(Path(place, "file"), os.O_CREAT | os.O_WRONLY, 0o666)
+        try:
+            return stat.S_IMODE(os.fstat(made).st_mode)
+        finally:
+            os.close(made)
 
 
 def _sync(path: Path) -> None:

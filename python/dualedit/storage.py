@@ -6,6 +6,7 @@ reads them; they are written beside the old ones and put in their place only whe
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -92,6 +93,7 @@ def load_edits(
             f"(model.unload() gives it back), or the PeftModel and another adapter_name to put the saved "
             f"edits beside the others."
         )
+    _edit_config(path)
     trainable = {parameter: parameter.requires_grad for parameter in base.parameters()}
     beside = isinstance(base, PeftModel)
     try:
@@ -119,14 +121,28 @@ def load_edits(
 
 
 def _load_beside(model: PeftModel, path: Path, adapter_name: str, is_trainable: bool) -> None:
-    config = PeftConfig.from_pretrained(str(path))
+    config = _edit_config(path)
+    config.inference_mode = not is_trainable
+    put_beside(model, config, adapter_name)
+    set_peft_model_state_dict(model, load_peft_weights(str(path)), adapter_name)
+
+
+def _edit_config(path: Path) -> EditConfig:
+    """The settings of a saved folder, before any model is touched. Raises ValueError."""
+    try:
+        config = PeftConfig.from_pretrained(str(path))
+    except (TypeError, KeyError, AttributeError, RecursionError, OSError, ValueError) as error:
+        if isinstance(error, ValueError) and not isinstance(error, (json.JSONDecodeError, UnicodeError)):
+            raise  # of a setting, or of the weights beside it
+        raise ValueError(
+            f"folder={str(path)!r}: {_CONFIG} is damaged ({type(error).__name__}: {error}). Restore it from "
+            f"a copy."
+        ) from error
     if not isinstance(config, EditConfig):
         raise ValueError(
             f"folder={str(path)!r} holds a {config.peft_type} adapter, not edits: let PEFT load it."
         )
-    config.inference_mode = not is_trainable
-    put_beside(model, config, adapter_name)
-    set_peft_model_state_dict(model, load_peft_weights(str(path)), adapter_name)
+    return config
 
 
 def _load_fallback(model: PeftModel, path: Path, adapter_name: str) -> None:

@@ -132,7 +132,7 @@ class FakeEditor:
     def edits(self):
         return list(self.stored.values())
 
-    def edit(self, image, prompt, target, rephrases=None):
+    def edit(self, image, prompt, target, rephrases=None, keep_failed=False):
         self._next += 1
         self.stored[self._next] = Edit(self._next, prompt, target, 0.0, "", 0.0)
         self.key = {**getattr(self, "key", {}), (image.getpixel((0, 0)), prompt): target}

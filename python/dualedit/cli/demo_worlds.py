@@ -67,7 +67,7 @@ class EmbeddedWorld:
         vlm, editors = (
             (None, None) if self.weights is None else (self.weights / "vlm", self.weights / "editors")
         )
-        return {method: load_editor(method, vlm=vlm, weights=editors) for method in METHODS}
+        return {m: load_editor(m, vlm=vlm, weights=editors, fallback=False) for m in METHODS}
 
     def samples(self, count: int, seed: int) -> list[EditSample]:
         """Of the world's test brands."""

@@ -19,6 +19,7 @@ from .key_codes import TableCodes
 from .snapshot import Snapshot
 
 _FIRST_CAPACITY = 8
+_LARGEST_ID = 2**53  # further on, JSON readers round
 # What changes when edits are added or removed, beside the tables and the records.
 _STATE = ("_num_edits", "_num_tokens", "_highest_id", "_snapshot", "_key_codes", "_expected")
 
@@ -139,7 +140,7 @@ class EditMemory(nn.Module):
             shape = tuple(row.shape) if name in self.edit_tables else tuple(row.shape[1:])
             if shape != wanted[name]:
                 raise ValueError(f"{name}: a row has shape {shape}, this memory stores {wanted[name]}.")
-            if name != "radius" and not torch.isfinite(row).all():
+            if not _storable(name, row):
                 raise ValueError(
                     f"{name}: NaN or infinite values cannot be stored. The forward of the edit overflowed; "
                     f"run the model in bfloat16 or float32."
@@ -313,7 +314,30 @@ class EditMemory(nn.Module):
         except ValueError as error:
             error_msgs.append(f"{prefix[:-1]}: {error}")
 
+    def _check_types(self, found: dict[str, Tensor]) -> None:
+        """Refuse tables of a file that `add` would not have made."""
+        wanted = {"edit_ids": torch.int64, "edit_lengths": torch.int64, "record_bytes": torch.uint8}
+        for name, table in found.items():
+            right = table.dtype == wanted[name] if name in wanted else table.dtype.is_floating_point
+            if not right or (name in wanted and table.ndim != 1):
+                raise ValueError(
+                    f"{name} is {table.dtype} of shape {tuple(table.shape)}; the file is "
+                    "damaged. Restore it from a copy."
+                )
+            if name not in wanted and not table.is_meta and not _storable(name, table):
+                raise ValueError(
+                    f"{name} holds values that are not finite, and no edit has such; the file is "
+                    "damaged. Restore it from a copy."
+                )
+        ids = found["edit_ids"]
+        if not ids.is_meta and len(ids) and not 0 < int(ids.min()) <= int(ids.max()) < _LARGEST_ID:
+            raise ValueError(
+                f"edit_ids go from {int(ids.min())} to {int(ids.max())}, and edits count from 1; the file is "
+                "damaged. Restore it from a copy."
+            )
+
     def _adopt(self, found: dict[str, Tensor]) -> None:
+        self._check_types(found)
         ids, lengths = found["edit_ids"].tolist(), found["edit_lengths"].tolist()
         counts = dict.fromkeys(self.edit_tables, len(ids)) | dict.fromkeys(self.token_tables, sum(lengths))
         for name, shape in (self.edit_tables | self.token_tables).items():
@@ -346,6 +370,13 @@ class EditMemory(nn.Module):
         self._key_codes = TableCodes()
         self._expected = 0
         self._highest_id = max([self._highest_id, *ids])
+
+
+def _storable(name: str, table: Tensor) -> bool:
+    """Whether values can be stored: finite ones, and for a radius NaN, which is none of its own."""
+    if name == "radius":
+        return not bool(torch.isinf(table).any())
+    return bool(torch.isfinite(table).all())
 
 
 def _without(table: Tensor, first: int, count: int) -> Tensor:

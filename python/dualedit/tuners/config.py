@@ -31,6 +31,15 @@ def require(condition: bool, argument: str, value: object, remedy: str) -> None:
         raise ValueError(f"{argument}={value!r}: {remedy}.")
 
 
+def require_numbers(config: object, *names: str) -> None:
+    """Raise ValueError for settings that are no numbers, such as texts of numbers."""
+    for name in names:
+        value = getattr(config, name)
+        require(
+            isinstance(value, (int, float)) and not isinstance(value, bool), name, value, "pass a number"
+        )
+
+
 def check_adapter_file(folder: str | os.PathLike[str]) -> None:
     """Refuse a saved folder whose weights cannot be read in full, before any model is touched.
 
@@ -50,6 +59,10 @@ def check_adapter_file(folder: str | os.PathLike[str]) -> None:
             f"{file} is cut short or damaged ({error}); nothing was loaded. Restore the file from a copy "
             f"or save the edits again."
         ) from error
+
+
+def _are_sizes(sizes: object) -> bool:
+    return isinstance(sizes, dict) and all(type(size) is int and size >= 0 for size in sizes.values())
 
 
 @dataclass
@@ -84,9 +97,19 @@ class EditConfig(PeftConfig):
         default=None, metadata={"help": "Rows of each layer's tables in the saved file; set by saving."}
     )
     fallback: str | None = field(
-        default=None, metadata={"help": "Adapter with the edits that this one could not write; set by "
-        "Editor."}
+        default=None, metadata={"help": "Adapter with what this one could not write; set by Editor."}
     )
+
+    def __post_init__(self):
+        super().__post_init__()
+        sizes = self.memory_sizes
+        fits = sizes is None or (isinstance(sizes, dict) and all(_are_sizes(each) for each in sizes.values()))
+        require(fits, "memory_sizes", sizes, "it is set by saving; restore the file from a copy")
+        ids = self.image_token_ids
+        fits = ids is None or (isinstance(ids, list) and all(type(each) is int for each in ids))
+        require(fits, "image_token_ids", ids, "pass a list of token ids")
+        named = self.fallback is None or (isinstance(self.fallback, str) and self.fallback != "")
+        require(named, "fallback", self.fallback, "it is the name of an adapter, set by Editor")
 
     def save_pretrained(self, save_directory, **kwargs):
         """Write the config, and into the README.md beside it how to load the adapter."""

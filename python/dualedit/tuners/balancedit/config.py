@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ..config import EditConfig, EditType, require
+from ..config import EditConfig, EditType, require, require_numbers
 
 BALANCEDIT = EditType("BALANCEDIT")
 METRICS = ("l2", "cosine")
@@ -52,6 +52,9 @@ class BalancEditConfig(EditConfig):
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = BALANCEDIT
+        require_numbers(
+            self, "alpha", "key_dim", "rank", "learning_rate", "max_steps", "stop_probability"
+        )
         require(
             isinstance(self.layer, str) and self.layer != "",
             "layer",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ..config import EditConfig, EditType, require
+from ..config import EditConfig, EditType, require, require_numbers
 
 DUALEDIT = EditType("DUALEDIT")
 GATES = ("prompt", "published")
@@ -82,6 +82,10 @@ class DualEditConfig(EditConfig):
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = DUALEDIT
+        require_numbers(
+            self, "mid_dim", "num_heads", "key_dim", "alpha", "refine_steps", "refine_rate",
+            "refine_probability", "norm_eps",
+        )  # fmt: skip
         layers = (self.text_layer, self.vis_layer)
         require(layers != (None, None), "text_layer, vis_layer", layers, "name at least one layer to edit")
         for name, layer in zip(("text_layer", "vis_layer"), layers, strict=True):
