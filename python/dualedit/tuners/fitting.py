@@ -31,7 +31,8 @@ class Goal:
 # By how much a target token must be more probable than any other where `probability` is out of reach: tokens
 # that a model has hardly seen lie so near each other that none of them ever has more than half of it.
 _LEAD = 4.0
-_SURE = 0.9
+# What is enough in the second half of the steps, and what at its beginning calls for other means.
+_SURE, _WEAK = 0.999, 0.5
 
 
 def fit_to_answer(
@@ -44,19 +45,18 @@ def fit_to_answer(
 ) -> dict[str, Any]:
     """Fit parts in place until the target is the answer.
 
-    The loss is the mean over the target's tokens. Where that has not done by half of the steps, each token
-    weighs as much as it is wrong (softmax of the losses), since an answer is no better than its worst token,
-    and less will do: that each token leads all others by a factor of four, or with `harder` a probability of
-    0.9.
+    The loss is the mean over the target's tokens. Where half of the steps have not brought each of them to a
+    probability of 0.5, each token weighs from then on as much as it is wrong (softmax of the losses): no
+    answer is better than its worst token. In the second half less will do than `goal` says: a probability of
+    0.999, or without `harder` that each token leads all others by a factor of four.
 
     Args:
         logits_of: logits [1, L, V] as a function of the parts.
         labels: [1, L], -100 at all but the target's tokens.
         stuck: the error's text where no gradient comes back.
-        harder: takes the place of `logits_of` in every other step of the second half, such as the logits
-        of inputs with noise:
-        what
-            was hard to write is written narrowly, and another picture of the same thing would miss it.
+        harder: takes the place of `logits_of` in every other of those steps, such as the logits of inputs
+            with noise: what was hard to write is written narrowly, and another picture of the same thing
+            would miss it.
 
     Returns:
         of the last look: {"steps", "probability" of the least likely target token, "written": whether every
@@ -68,15 +68,17 @@ def fit_to_answer(
     target = labels[:, 1:] != -100
     wanted = labels[:, 1:][target]
     optimizer = torch.optim.Adam(parts, lr=goal.rate)
+    probability, hard = 0.0, False
     for step in range(goal.steps + 1):
         late = 2 * step > goal.steps
+        hard = hard or (late and probability < _WEAK and step > 0)
         with torch.enable_grad():
-            asked = harder if late and harder is not None and step % 2 else logits_of
+            asked = harder if hard and harder is not None and (goal.steps - step) % 2 else logits_of
             logits = asked()[:, :-1][target].float()
             losses = nn.functional.cross_entropy(logits, wanted, reduction="none")
-            loss = (losses * losses.detach().softmax(0)).sum() if late else losses.mean()
+            loss = (losses * losses.detach().softmax(0)).sum() if hard else losses.mean()
         probability, lead = least_probability(logits, wanted), least_lead(logits, wanted)
-        enough = probability >= _SURE if harder is not None else lead >= _LEAD
+        enough = probability >= _SURE or (lead >= _LEAD and harder is None)
         done = probability >= goal.probability or (late and enough)
         if done or step == goal.steps or (step == goal.look and probability < goal.hopeless):
             break
