@@ -85,10 +85,12 @@ def run(options: Options) -> None:
     from rich.console import Console
 
     from . import demo_story as show
-    from .demo_worlds import world_of
+    from .demo_worlds import EmbeddedWorld, world_of
 
     console = Console(highlight=False)
     world = world_of(options.model, options.weights)
+    if options.model is None and options.weights is None and isinstance(world, EmbeddedWorld):
+        console.print("(dualedit fetch smol brings a pretrained model and real pictures for this demo)")
     console.print(f"Loading {world.title} and its editors ...")
     use_few_threads()
     editors = world.editors()

@@ -93,7 +93,7 @@ class SmolWorld:
     """The pretrained model, and pictures that many artists drew."""
 
     title, about, edits = "the pretrained vision-language model smol", "a drawing", 20
-    _STORY = ("country", "name", "brand")  # attributes that a stranger understands at a glance
+    _STORY = ("country", "brand", "name")  # what a stranger understands at a glance, best first
 
     def __init__(self):
         from ..smol import load_concepts
@@ -113,8 +113,10 @@ class SmolWorld:
         pictures = self._pictures(self.concepts, seed)
         facts = pictures.facts("test")[: max(count, 1)]
         samples = [pictures.sample("test", *fact) for fact in facts]
-        easy = [attribute in self._STORY for _, attribute in facts]
-        return [samples[i] for i in sorted(range(len(samples)), key=lambda i: not easy[i])]
+        ranks = {attribute: rank for rank, attribute in enumerate(self._STORY)}
+        return [
+            samples[i] for i in sorted(range(len(facts)), key=lambda i: ranks.get(facts[i][1], len(ranks)))
+        ]
 
     def truth(self, sample: EditSample) -> str:
         """As the data set of the picture has it."""
