@@ -1,4 +1,4 @@
-"""`dualedit eval --benchmark pictures` and `--model smol`: what is refused, in one line that says what to do."""
+"""`dualedit eval --benchmark pictures` and `--model smol`: what is refused, in one line with the remedy."""
 
 import pytest
 from dualedit.cli import main
