@@ -109,7 +109,7 @@ class EditRuntime:
     """
 
     def __init__(self, image_ids: list[int]):
-        self.number = compiling.number(self)
+        self.handle = compiling.handle(self)
         self.image_ids = list(image_ids)
         self.groups: dict[tuple[str, str], Any] = {}
         self._handles: list[Any] = []
@@ -118,7 +118,7 @@ class EditRuntime:
 
     def __setstate__(self, state):
         self.__dict__.update(state)
-        self.number = compiling.number(self)  # a copy is another runtime
+        self.handle = compiling.handle(self)  # a copy is another runtime
 
     # ------------------------------------------------------------------ installing
 

@@ -28,7 +28,7 @@ def packed_by(inputs: Mapping[str, Any]) -> str:
 class Runtime(Protocol):
     """What hooks tell: `context.EditRuntime`, which installs them."""
 
-    number: int
+    handle: Tensor
 
     def enter_call(self, given: Mapping[str, Any]) -> None:
         """The model's forward begins."""
@@ -45,7 +45,7 @@ class CallBegins:
 
     def __call__(self, module, args, kwargs):
         if compiling.tracing():
-            return compiling.trace_call(self.runtime.number, args, kwargs)
+            return compiling.trace_call(self.runtime.handle, args, kwargs)
         return self.runtime.enter_call(_named(module, args, kwargs))
 
 
@@ -61,7 +61,7 @@ class PassBegins:
         start, ticket = _filled(cache), getattr(cache, _CACHE_ATTRIBUTE, None)
         if compiling.tracing():
             packed = packed_by(inputs)
-            return args, compiling.trace_pass(self.runtime.number, kwargs, start, ticket, packed)
+            return args, compiling.trace_pass(self.runtime.handle, kwargs, start, ticket, packed)
         sequence = self.runtime.enter_pass(inputs, int(start), getattr(ticket, "sequence", None))
         if cache is not None and sequence is not getattr(ticket, "sequence", None):
             _remember(cache, sequence.new_ticket())
@@ -112,7 +112,7 @@ class Ends:
         return None
 
     def _trace(self, output):
-        hidden, ticket = compiling.trace_end(self.runtime.number, output[0])
+        hidden, ticket = compiling.trace_end(self.runtime.handle, output[0])
         cache = _cache_in(output)
         if cache is not None:
             _remember(cache, ticket)

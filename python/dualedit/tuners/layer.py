@@ -44,7 +44,7 @@ class EditLayer(nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         self.layer_name = layer_name
         self.runtime = runtime
-        self.number = compiling.number(self)
+        self.handle = compiling.handle(self)
         self.configs = {}
         self.groups: dict[str, MemoryGroup] = {}
         self._disable_adapters = False
@@ -63,7 +63,7 @@ class EditLayer(nn.Module, BaseTunerLayer):
 
     def __setstate__(self, state):
         super().__setstate__(state)
-        self.number = compiling.number(self)  # a copy is another layer
+        self.handle = compiling.handle(self)  # a copy is another layer
 
     # ------------------------------------------------------------------ what a method's layer says
 

@@ -1,6 +1,9 @@
 """torch.compile: the same answers, and graphs as whole as the base model's."""
 
+import copy
+import gc
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -69,6 +72,32 @@ def test_many_questions_one_graph(generator):
         with model.disable_adapter():
             assert torch.equal(compiled(**other).logits, base(**other).logits)
     assert len(graphs) <= 2  # switching the adapter off may need another
+
+
+def test_a_compiled_copy_asks_its_own_layers(generator):
+    model = editor_of(BLIP2, "dualedit")
+    inputs = BLIP2.questions(2, generator)
+    other = copy.deepcopy(model)
+    store(other, row_of(inputs, 1), generator)
+    answers = []
+    for one in (model, other):
+        plain = one.get_base_model()
+        compiled = torch.compile(plain, backend="eager", fullgraph=True)
+        with torch.no_grad():
+            answers.append(compiled(**inputs).logits)
+            assert torch.equal(answers[-1], plain(**inputs).logits)
+    assert torch.equal(answers[0][0], answers[1][0])
+    assert not torch.equal(answers[0][1], answers[1][1])
+
+
+def test_handles_keep_no_layer_alive():
+    model = editor_of(BLIP2, "dualedit")
+    layer = edit_layers(model)[0]
+    gone, handle = weakref.ref(layer), layer.handle
+    assert handle.owner.thing() is layer
+    del model, layer
+    gc.collect()
+    assert gone() is None and handle.owner.thing() is None
 
 
 def test_generation_with_a_compiled_forward(method, generator):

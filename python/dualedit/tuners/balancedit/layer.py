@@ -54,7 +54,7 @@ class BalancEditLayer(EditLayer):
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         base = self.base_layer(x, *args, **kwargs)
         if compiling.tracing():
-            return compiling.trace_edit(self.number, x, base)
+            return compiling.trace_edit(self.handle, x, base)
         return self.edited(x, base)
 
     def edited(self, x: Tensor, base: Tensor) -> Tensor:

@@ -100,7 +100,7 @@ class DualEditLayer(EditLayer):
         output = self.base_layer(*args, **kwargs)
         hidden = _first(output)
         if compiling.tracing():
-            return _with_first(output, compiling.trace_edit(self.number, hidden, hidden))
+            return _with_first(output, compiling.trace_edit(self.handle, hidden, hidden))
         edited = self.edited(hidden, hidden)
         return output if edited is hidden else _with_first(output, edited)
 
