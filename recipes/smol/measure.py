@@ -80,6 +80,8 @@ def main(role: str, limit: int, texts: int, seen: bool, seed: int):
     start, result = time.time(), {}
     for key, asked in rows.items():
         asked = rng.sample(asked, min(limit, len(asked)))
+        if not asked:
+            continue
         question = ABOUT_PICTURES[key][0]
         said = answers(model, processor, [(path, question) for path, *_ in asked])
         right = sum(plain(s) in map(plain, accepted) for s, (_, accepted, _) in zip(said, asked, strict=True))

@@ -39,6 +39,11 @@ def test_an_ordinary_folder_with_a_picture_and_without(smol):
         assert torch.equal(first, ask(*smol, "What is this?", given))
 
 
+def test_questions_are_padded_on_the_left(smol):
+    inputs = smol[1](text=["a b c d e f", "a"], padding=True, return_tensors="pt", add_special_tokens=False)
+    assert inputs["attention_mask"][1].tolist() == [0, 0, 0, 0, 0, 1]
+
+
 def test_the_image_token_is_never_said_and_takes_sixteen_places(smol):
     model, processor = smol
     image = processor.tokenizer.convert_tokens_to_ids(processor.image_token)

@@ -211,6 +211,7 @@ def assemble(language, tokenizer, tower, weights: dict[str, torch.Tensor] | None
         size=side, crop_size=side, do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.5] * 3
     )
     tokenizer.padding_side, tokenizer.image_token = "left", IMAGE
+    tokenizer.init_kwargs["padding_side"] = "left"  # else it is not saved
     processor = LlavaProcessor(
         image_processor=pictures,
         tokenizer=tokenizer,
