@@ -33,6 +33,19 @@ def auc(near, far) -> float:
     return 100 * float(less)
 
 
+def apart(kinds, others) -> float:
+    """With the best radius for all: the share inside of what must change, by kind, plus that outside of what
+    must not."""
+    near = [torch.tensor(kinds[name]) for name in ("t_gen", "v_gen_view", "v_gen_artist")]
+    far = [torch.tensor(kinds[name]) for name in others]
+
+    def score(radius):
+        inside = sum(float((found <= radius).double().mean()) for found in near) / len(near)
+        return inside + sum(float((found > radius).double().mean()) for found in far) / len(far)
+
+    return max(score(i / 100) for i in range(201))
+
+
 def key_distances(model, prompter, samples):
     """For each weight, by kind of question: distances to the edit's key."""
     adapter = active_adapter(model)
@@ -89,9 +102,8 @@ def choose_key(editor, benchmark, facts: int, choose: int, start: float) -> None
         same = kinds["v_gen_artist"]
         others = [name for name in kinds if name.startswith("hard_")]
         told = {name: round(auc(same, kinds[name]), 1) for name in (*others, "m_loc", "t_loc")}
-        score = sum(told[name] for name in others) / len(others)
-        best = max(best, (score, weight))
-        print(f"weight {weight}: AUC of other artists' pictures against", told, flush=True)
+        best = max(best, (score := apart(kinds, others), weight))
+        print(f"weight {weight}: score {score:.3f}, AUC of other artists' pictures against", told, flush=True)
     adapter = active_adapter(model)
     router = next(layer.router(adapter.name) for layer in adapter.layers.values())
     router.image_weight.data.fill_(best[1])
