@@ -75,6 +75,7 @@ def main(facts: int, choose: int, calibrate: int, seed: int):
         editor = Editor(load_edits(base, folder), processor)
     else:
         editor = Editor(inject_balancedit(base, **BALANCEDIT), processor)
+        active_adapter(editor.model).config.base_model_name_or_path = "smol"  # not a folder of this machine
         choose_key(editor, benchmark, facts, choose, start)
         save_edits(editor.model, folder)
     if not calibrate:
