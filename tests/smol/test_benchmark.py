@@ -121,6 +121,7 @@ def test_the_new_answer_is_not_true_and_wordings_of_the_test_are_not_the_editors
 def test_a_fact_is_drawn_the_same_whatever_else_is_drawn(benchmark, concepts):
     few, many = benchmark.samples("test", 3), Pictures(concepts).samples("test", 9)
     assert few == many[:3]
+    assert [sample.fact for sample in few] == benchmark.facts("test")[:3]  # as look-alikes name theirs
     facts = benchmark.facts("test")
     assert len(set(facts)) == len(facts)
     assert all(attribute in attributes_of(concepts[entity]) for entity, attribute in facts)

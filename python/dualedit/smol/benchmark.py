@@ -119,7 +119,7 @@ class Pictures:
             portability["in_words"] = [Probe(None, asked, target, kind="in_words")]
         return EditSample(
             EditRequest(picture, words.question, target), generality, locality, list(words.rephrases),
-            concept.family, entity, portability, id=f"{concept.family}/{concept.name}/{attribute}",
+            attribute, entity, portability, id=f"{concept.family}/{concept.name}/{attribute}",
         )  # fmt: skip
 
     # ------------------------------------------------------------------ what is drawn
