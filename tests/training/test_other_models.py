@@ -70,5 +70,6 @@ def test_qwen_trains(keep_gib, generator, tmp_path):
     assert {"text_generality", "image_generality", "text_locality", "image_locality"} <= losses[0].keys()
     assert losses[-1]["reliability"] < 0.7 * losses[0]["reliability"]
     editor = Editor(load_edits(QWEN.build(), tmp_path), QwenProcessor(), recipe.template)
-    editor.edit(samples[0].request.image, samples[0].request.prompt, samples[0].request.target)
+    request = samples[0].request
+    editor.edit(request.image, request.prompt, request.target, keep_failed=True)
     assert len(editor.edits) == 1
