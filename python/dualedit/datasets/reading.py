@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 
-@dataclass(frozen=True)
-class RawRow:
+class RawRow(NamedTuple):
     """A row as the file has it.
 
     Attributes:
@@ -20,7 +18,7 @@ class RawRow:
         problem: why it could not be parsed, or None.
     """
 
-    index: int
+    index: int  # type: ignore[assignment]  # takes the place of tuple.index
     place: str
     record: Any
     problem: str | None = None

@@ -5,16 +5,14 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..models.images import ImageSource, image_source
 from .templates import PromptTemplate
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """What is wrong with, or worth knowing about, one row.
 
     Attributes:
@@ -25,7 +23,7 @@ class Problem:
     """
 
     file: str
-    index: int
+    index: int  # type: ignore[assignment]  # takes the place of tuple.index
     field: str
     reason: str
 

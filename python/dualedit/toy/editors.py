@@ -39,9 +39,8 @@ def load_editor(
             alpha).
         vlm, weights: folders of the model and of the editors, as `train_vlm` and `train_editors` write them;
             those shipped with the package if not given.
-        fallback: whether what DualEdit's adapters cannot write may go to a BalancEdit adapter, which is
-        put on
-            the model when an edit first needs it.
+        fallback: whether what DualEdit's adapters cannot write may go to a BalancEdit adapter, where the
+            folder has one. It is put on the model when an edit first needs it.
 
     Raises:
         ValueError: an unknown method.
@@ -52,14 +51,14 @@ def load_editor(
     editor_settings(weights)  # says what to do where there are no editors
     base, processor = load_embedded(vlm)
     folder = Path(weights or EDITORS)
-    return Editor(load_edits(base, folder / method), processor, fallback=fallback_of(method, folder,
-    fallback))
+    second = fallback_of(method, folder, fallback)
+    return Editor(load_edits(base, folder / method), processor, fallback=second)
 
 
 def fallback_of(method: str, weights: Path = EDITORS, allowed: bool = True) -> Path | None:
-    """The folder of the adapter that takes what a method of the embedded model cannot write; None for
-    none."""
-    return weights / "balancedit" if allowed and method == "dualedit" else None
+    """The folder of the adapter that takes what a method of the embedded model cannot write, or None."""
+    folder = weights / "balancedit"
+    return folder if allowed and method == "dualedit" and folder.is_dir() else None
 
 
 __all__ = ["EDITORS", "METHODS", "VLM", "editor_settings", "fallback_of", "load_editor"]
