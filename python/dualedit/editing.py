@@ -249,12 +249,12 @@ def trying(
             **dict(note or {}),
             **new.notes,
             "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "replaces": [{"id": old.edit_id, **old.record} for old in replaced],
+            "replaces": [{"id": gone.edit_id, **gone.record} for gone in replaced],
         }
         number = max(each.group.next_id() for each in (adapter, *beside))
         edit_id = adapter.group.add(rows, record, number)
-        for old in replaced:
-            old.group.remove(old.edit_id)
+        for gone in replaced:
+            gone.group.remove(gone.edit_id)
         yield TriedEdit(adapter, edit_id, full, record, replaced, began, trials)
 
 

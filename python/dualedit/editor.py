@@ -116,10 +116,11 @@ class Editor:
     def adapters(self) -> list[EditAdapter]:
         """The adapters that hold this editor's edits: the first one, and the fallback where it is on the
         model."""
-        base, first = unwrap(self.model), self.adapter
-        if self._fallback is None or self._fallback not in base.peft_config:
+        base: Any = unwrap(self.model)
+        first, runtime = self.adapter, runtime_of(base)
+        if self._fallback is None or runtime is None or self._fallback not in base.peft_config:
             return [first]
-        off = runtime_of(base).switched_off()
+        off = runtime.switched_off()
         return [first] if self._fallback in off else [first, adapter_of(base, self._fallback)]
 
     # ------------------------------------------------------------------ editing
@@ -175,6 +176,7 @@ class Editor:
         if edit is None and further:
             edit, failed = self._fall_back(request, rephrases, negatives, steps, keep)
         if edit is None:
+            assert failed is not None
             raise failed
         return edit
 
@@ -193,7 +195,7 @@ class Editor:
             edit, failed = self._try(self.adapters[1], request, rephrases, negatives, steps, keep)
         finally:
             if put and edit is None:
-                remove_adapter(self.model, self._fallback)
+                remove_adapter(self.model, put)
                 self._fallback = self.adapter_config.fallback = None
         return edit, failed
 
@@ -202,18 +204,18 @@ class Editor:
         """The settings of the adapter that edits go to first."""
         return self.adapter.config
 
-    def _put_fallback(self) -> bool:
-        """Put the fallback on the model where it is not; whether that was needed."""
-        if self._fallback is not None:
-            return False
+    def _put_fallback(self) -> str | None:
+        """Put the fallback on the model where it is not; its name, or None where it was there."""
         wanted, config = self._on_demand, self.adapter_config
+        if self._fallback is not None or wanted is None:
+            return None
         name = wanted.name if isinstance(wanted, Path) else wanted.method.name
         if isinstance(wanted, Path):
             load_edits(self.model, wanted, adapter_name=name)
         else:
             inject(self.model, wanted, name)
         self._fallback = config.fallback = name
-        return True
+        return name
 
     def _try(
         self,
