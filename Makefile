@@ -102,7 +102,7 @@ wheel: $(STAMP)
 	TORCH="$(TORCH)" PYTHON="$(PYTHON)" tests/with_wheel.sh dist/*.whl
 
 readme: $(STAMP)
-	$(PY) -m dualedit.cli demo --json demo_output/demo.json --page demo_output/demo.html --readme README.md
+	$(PY) -m dualedit.cli demo --model embedded --json demo_output/demo.json --page demo_output/demo.html --readme README.md
 
 clean:
 	rm -rf $(VENV) $(VENV)-docs build dist site demo_output .pytest_cache .ruff_cache *.egg-info python/*.egg-info
