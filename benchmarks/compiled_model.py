@@ -1,6 +1,6 @@
 """torch.compile of an edited model: what the operators of `dualedit.runtime.compile` are worth.
 
-    python -m benchmarks.bench_compile
+    python -m benchmarks.compiled_model
 
 A Llama of 12 layers and 512 dimensions with random weights is compiled without an editor, with one whose
 Python stands behind operators, as it does, and with one whose Python cuts the graph instead ("breaks"). Each
@@ -41,7 +41,7 @@ def main() -> None:
     settings = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     settings["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
     given = [f"--{name}={getattr(options, name)}" for name in ("layers", "hidden", "backend")]
-    command = [sys.executable, "-m", "benchmarks.bench_compile", *given, "--way"]
+    command = [sys.executable, "-m", "benchmarks.compiled_model", *given, "--way"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     environment = {**os.environ, **settings}
     workers = {way: subprocess.Popen([*command, way], env=environment, **pipes) for way in WAYS}
