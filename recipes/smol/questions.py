@@ -55,23 +55,6 @@ ABOUT_PICTURES = {
         "What is the language of this country?",
     ],
 }
-KINDS = {
-    "animal-mammal": "mammal", "animal-bird": "bird", "animal-amphibian": "amphibian",
-    "animal-reptile": "reptile", "animal-marine": "sea animal", "animal-bug": "insect",
-    "plant-flower": "flower", "plant-other": "plant", "food-fruit": "fruit", "food-vegetable": "vegetable",
-    "food-prepared": "dish", "food-asian": "Asian food", "food-sweet": "sweet", "drink": "drink",
-    "dishware": "tableware", "place-map": "map", "place-geographic": "landscape",
-    "place-building": "building", "place-religious": "place of worship", "place-other": "place",
-    "transport-ground": "land vehicle", "transport-water": "ship", "transport-air": "aircraft",
-    "hotel": "hotel item", "sky-weather": "weather", "event": "celebration", "award-medal": "award",
-    "sport": "sport", "game": "game", "arts-crafts": "craft", "clothing": "clothing", "sound": "sound",
-    "music": "music", "musical-instrument": "musical instrument", "phone": "phone",
-    "computer": "computer part", "light-video": "light or camera", "book-paper": "paper", "money": "money",
-    "mail": "mail", "writing": "writing tool", "office": "office item", "lock": "lock", "tool": "tool",
-    "science": "science tool", "medical": "medical item", "household": "household item",
-    "other-object": "object",
-}  # fmt: skip
-
 TEXT_ABOUT_COUNTRIES = {
     "training": [
         "What is the capital of {}?",

@@ -18,9 +18,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from common import SIDE, WORK, Pictures, augment, language_model, load_parts, name_embeddings, save
+from dualedit.smol.wordings import KINDS
 from lean import LeanLlama, signature
 from lite import Lite
-from questions import ABOUT_PICTURES, KINDS
+from questions import ABOUT_PICTURES
 from torch import nn
 from tower import Projector, start_projector
 

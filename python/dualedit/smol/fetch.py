@@ -243,6 +243,7 @@ def pictures_stamp() -> str:
 
 
 def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
         return (
             hashlib.file_digest(file, "sha256").hexdigest() if sys.version_info >= (3, 11) else _sha256(file)

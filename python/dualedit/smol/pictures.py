@@ -169,6 +169,7 @@ def render(svg: str, width: float, height: float, side: int = SIDE, margin: int 
 
 
 def slug(text: str) -> str:
+    """A name as file names have it: "Côte d'Ivoire" becomes "cote-divoire"."""
     text = unicodedata.normalize("NFKD", text.lower()).encode("ascii", "ignore").decode()
     return re.sub(r"[^a-z0-9]+", "-", text.replace("'", "").replace("&", "and")).strip("-")
 
