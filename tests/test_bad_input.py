@@ -276,14 +276,14 @@ def test_empty_text(method, prompt, target, words, generator):
 def test_an_image_that_is_an_address(method, call, generator):
     model = editor_of(LLAVA, method)
     editor = Editor(model, tiny_processor())
-    address = "https://example.com/computer.jpg"
+    address = "http://127.0.0.1:9/computer.jpg"  # nobody listens there
     calls = {
         "edit": lambda: editor.edit(address, "what is this ?", "cat"),
         "edit_many": lambda: editor.edit_many([(address, "what is this ?", "cat")], progress=False),
         "answer": lambda: editor.answer(address, "what is this ?"),
         "explain": lambda: editor.explain(address, "what is this ?"),
     }
-    refused(model, calls[call], repr(address), "is an address", "download the picture first")
+    refused(model, calls[call], repr(address), "cannot be downloaded", "Connection refused")
 
 
 def test_an_image_that_no_file_system_takes_for_a_name(method):

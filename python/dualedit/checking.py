@@ -15,7 +15,6 @@ from torch import nn
 from .data import EditRequest
 from .editing import Edit, Lookup, TriedEdit, lookup_in, target_probability
 from .models.architectures import unwrap
-from .models.images import Picture
 from .models.prompting import Prompter, open_questions
 from .tuners.adapter import EditAdapter
 
@@ -155,7 +154,7 @@ def _count(steps: int) -> str:
 def generate_answers(
     model: nn.Module,
     prompter: Prompter,
-    questions: Sequence[tuple[Picture | None, str]],
+    questions: Sequence[tuple[Any, Any]],
     max_new_tokens: int = 20,
 ) -> list[str]:
     """Greedy answers to a batch of questions, in one `generate` of any Hugging Face VLM, edited or not."""

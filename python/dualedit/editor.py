@@ -19,8 +19,8 @@ from .data import EditRequest
 from .editing import Edit, Replaced, bring_back, edit_of, edits_of, lookup_in, trying
 from .models.architectures import unwrap
 from .models.images import Picture, open_image
-from .models.prompting import Prompter, open_questions
-from .requests import Question, Sample, arguments_of, black, brighter, check_samples
+from .models.prompting import Prompter, one_question, open_questions
+from .requests import Pictures, Question, Sample, Words, arguments_of, black, brighter, check_samples
 from .runtime.context import runtime_of
 from .storage import load_edits
 from .tuners.adapter import EditAdapter, active_adapter, adapter_of
@@ -141,7 +141,7 @@ class Editor:
         was never there. While it is asked, this thread alone sees it.
 
         Args:
-            image: PIL image or path; None only for an adapter that edits text positions alone.
+            image: as `answer` takes one; None only for an adapter that edits text positions alone.
             prompt: the question, as a user types it.
             target: the new answer.
             rephrases: other wordings, or (image, wording) pairs, that must be recognised. BalancEdit, and
@@ -162,7 +162,7 @@ class Editor:
         """
         adapter = self.adapter
         check_samples(rephrases, negatives)
-        picture = open_questions([(image, prompt)])[0][0]
+        picture, prompt = one_question(image, prompt)
         if picture is None and adapter.method.needs_image(adapter.config):
             raise ValueError(
                 "image=None: the edit's image is missing. Pass the image that the question is about (only "
@@ -399,11 +399,11 @@ class Editor:
 
     # ------------------------------------------------------------------ asking
 
-    def explain(self, image: Picture | None, prompt: str) -> Explanation:
+    def explain(self, image: Pictures, prompt: Words) -> Explanation:
         """Which edit answers this input, or which is nearest and how far away it is."""
         return self.explain_many([(image, prompt)])[0]
 
-    def explain_many(self, questions: Sequence[Sample]) -> list[Explanation]:
+    def explain_many(self, questions: Sequence[tuple[Pictures, Words]]) -> list[Explanation]:
         """`explain` for a batch of questions, in one forward for each adapter that holds edits."""
         inputs = self.prompter.inputs(open_questions(questions))
         edits = {edit.id: edit for edit in self.edits}
@@ -416,11 +416,17 @@ class Editor:
             found.append(Explanation(best.fired and edit is not None, edit, best.distance, best.radius))
         return found
 
-    def answer(self, image: Picture | None, prompt: str, max_new_tokens: int = 20) -> str:
-        """What the edited model answers: greedy generation, special tokens dropped."""
+    def answer(self, image: Pictures, prompt: Words, max_new_tokens: int = 20) -> str:
+        """What the edited model answers: greedy generation, special tokens dropped.
+
+        Args:
+            image: a PIL image, a path, an http address, a data URL, the bytes of a file, an array [H, W, 3]
+                of uint8; several of them in a list; or None.
+            prompt: the question, or chat messages with the pictures in them (`models.chats.read_chat`).
+        """
         return self.answer_many([(image, prompt)], max_new_tokens)[0]
 
-    def answer_many(self, questions: Sequence[Sample], max_new_tokens: int = 20) -> list[str]:
+    def answer_many(self, questions: Sequence[tuple[Pictures, Words]], max_new_tokens: int = 20) -> list[str]:
         """Answers to a batch of questions, in one generation."""
         return generate_answers(self.model, self.prompter, questions, max_new_tokens)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from PIL import Image, ImageEnhance
@@ -11,6 +11,8 @@ from PIL import Image, ImageEnhance
 from .data import EditRequest
 from .models.images import Picture, shown
 
+Pictures = Picture | Sequence[Picture] | None  # what may be asked about
+Words = str | Sequence[Mapping[str, Any]]  # a question or chat messages
 Sample = tuple[Picture | None, str]
 Question = tuple[Image.Image | None, str]
 _ARGUMENTS = ("image", "prompt", "target", "rephrases", "negatives")  # of `Editor.edit`

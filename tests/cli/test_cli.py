@@ -185,7 +185,7 @@ def test_a_model_of_ones_own_with_balancedit(other_model, pictures, tmp_path, ca
         (["ask", "-", "who?", "-m", "{tmp}"], "--model {tmp} holds no config.json"),
         (["ask", "-", " "], "QUESTION ' ': pass a question"),
         (["ask", "", "who?"], "IMAGE '' is empty"),
-        (["ask", "https://a.b/c.png", "who?"], "IMAGE 'https://a.b/c.png' is an address"),
+        (["ask", "http://127.0.0.1:9/c.png", "who?"], "url='http://127.0.0.1:9/c.png' cannot be downloaded"),
         (["edit", "-", "who?", "me", "-e", "{tmp}/none"], "IMAGE -: the edit's image is missing"),
         (["edit", "-", "who?", "me", "-e", ""], "Invalid value for '--edits' / '-e': it is empty"),
         (["ask", "-", "who?", "--model", ""], "Invalid value for '--model' / '-m': it is empty"),

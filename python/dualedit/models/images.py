@@ -1,15 +1,20 @@
-"""Pictures as they are given (PIL images, paths, bytes): the one place that checks and opens them."""
+"""Pictures as they are given: the one place that checks and opens them."""
 
 from __future__ import annotations
 
+import base64
+import binascii
 import io
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote_to_bytes
 
 import PIL.Image
 from PIL.Image import Image
+
+from .downloads import download, is_address
 
 ImageSource = Image | str | bytes | None
 Picture = Image | str | os.PathLike | bytes
@@ -20,8 +25,9 @@ def image_source(image: Any) -> ImageSource:
     """What is kept of an image as it was given; nothing is opened.
 
     Args:
-        image: a PIL image, a path, the bytes of an image file, None, or the {"bytes": ..., "path": ...} of a
-            Hugging Face `datasets` row that was not decoded (its bytes win).
+        image: a PIL image, a path, the bytes of an image file, a data URL, an array [H, W, 3] or [H, W] of
+            uint8, None, or the {"bytes": ..., "path": ...} of a Hugging Face `datasets` row that was not
+            decoded (its bytes win).
 
     Returns:
         the PIL image, the path as text, the bytes, or None.
@@ -36,13 +42,20 @@ def image_source(image: Any) -> ImageSource:
         image = found
     if image is None or isinstance(image, Image):
         return image
+    if isinstance(image, str) and image[:5].lower() == "data:":
+        return data_url_bytes(image)
+    if hasattr(image, "__array_interface__"):
+        return _from_array(image)
     if isinstance(image, (bytes, bytearray)):
         image = bytes(image)
     elif isinstance(image, (str, os.PathLike)):
         image = os.fspath(image)
     else:
         kind = type(image).__name__
-        raise ValueError(f"image is a {kind}: pass a PIL image, a path, the bytes of an image file, or None.")
+        raise ValueError(
+            f"image is a {kind}: pass a PIL image, a path, an address, the bytes of an image file, an array "
+            "of uint8, or None."
+        )
     if not image:
         raise ValueError(f"image={image!r} is empty: pass a path or bytes, or None for a text-only question.")
     if isinstance(image, str) and "://" in image:
@@ -53,12 +66,41 @@ def image_source(image: Any) -> ImageSource:
     return image
 
 
+def data_url_bytes(url: str) -> bytes:
+    """The bytes in a data URL (RFC 2397). Raises ValueError where it is none, or empty."""
+    head, comma, body = url.partition(",")
+    if not comma or head[:5].lower() != "data:":
+        raise ValueError(f"image={shown(url)} is no data URL: it begins as data:image/png;base64,...")
+    try:
+        found = unquote_to_bytes(body)
+        found = base64.b64decode(found, validate=True) if head.lower().endswith(";base64") else found
+    except binascii.Error as error:
+        raise ValueError(f"image={shown(url)} is a data URL with broken base64: {error}.") from error
+    if not found:
+        raise ValueError(f"image={shown(url)} is a data URL without data.")
+    return found
+
+
+def _from_array(image: Any) -> Image:
+    kind = f"an array {list(image.shape)} of {image.dtype}"
+    colours = image.ndim == 3 and image.shape[2] in (3, 4)
+    if str(image.dtype) != "uint8" or not (image.ndim == 2 or colours) or 0 in image.shape:
+        raise ValueError(f"image is {kind}: pass [height, width, 3] or [height, width] of uint8, 0 to 255.")
+    return PIL.Image.fromarray(image).convert("RGB")
+
+
 def open_image(image: Any) -> Image | None:
-    """The picture behind anything that `image_source` takes: a PIL image as it is, a file or bytes in RGB.
+    """The picture behind anything that `image_source` takes, and behind an http address, which is downloaded.
+
+    Returns:
+        a PIL image as it is, everything else in RGB.
 
     Raises:
-        ValueError: as `image_source`; no such file; or not an image that Pillow can read.
+        ValueError: as `image_source`; no such file; a download that fails; or not an image that Pillow can
+            read.
     """
+    if isinstance(image, str) and is_address(image):
+        image = download(image)
     source = image_source(image)
     if source is None or isinstance(source, Image):
         return source

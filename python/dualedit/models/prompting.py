@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from .chats import Chat, is_chat, pictures_and_words, read_chat
 from .images import is_file, open_image, shown
 
 LONGEST_TARGET = 128  # tokens of an edit's answer
@@ -41,21 +42,55 @@ def _changed_places(image: str, prompt: str) -> bool:
     return not is_file(image) and is_file(prompt)
 
 
-def open_questions(questions: Sequence[tuple[Any, str]]) -> list[tuple[Image.Image | None, str]]:
+def open_questions(questions: Sequence[tuple[Any, Any]]) -> list[tuple[Image.Image | None, str | Chat]]:
     """(image, prompt) pairs with the images opened.
+
+    Args:
+        questions: the image may be a list of them, and the prompt chat messages with pictures in them (see
+            `read_chat`); then the image is None.
+
+    Returns:
+        (image, prompt) pairs; (None, `Chat`) for several pictures or chat messages.
 
     Raises:
         ValueError: not such pairs, an image that cannot be opened, or a prompt that is no question.
     """
-    opened = []
+    opened: list[tuple[Image.Image | None, str | Chat]] = []
     for number, question in enumerate(questions):
         if not isinstance(question, (tuple, list)) or len(question) != 2:
             kind = type(question).__name__
             raise ValueError(f"questions[{number}] is a {kind}: pass (image, prompt) pairs.")
-        image, prompt = question
-        check_question(image, prompt)
-        opened.append((open_image(image), prompt))
+        opened.append(_open(*question))
     return opened
+
+
+def _open(image: Any, prompt: Any) -> tuple[Image.Image | None, str | Chat]:
+    if isinstance(prompt, Chat) or (prompt and is_chat(prompt)):
+        if image is not None:
+            raise ValueError("image beside chat messages: put it into the messages and pass image=None.")
+        return None, prompt if isinstance(prompt, Chat) else read_chat(prompt)
+    if isinstance(image, (list, tuple)):
+        check_question(None, prompt)
+        return None, pictures_and_words(image, prompt)
+    check_question(image, prompt)
+    return open_image(image), prompt
+
+
+def one_question(image: Any, prompt: Any) -> tuple[Image.Image | None, str]:
+    """The one picture and the text that an edit is about, out of anything that `open_questions` takes.
+
+    Raises:
+        ValueError: as `open_questions`; or several pictures or turns.
+    """
+    picture, words = _open(image, prompt)
+    if not isinstance(words, Chat):
+        return picture, words
+    if len(words.messages) > 1 or len(words.images) > 1:
+        raise ValueError(
+            f"prompt has {len(words.messages)} turns and {len(words.images)} pictures: an edit is about one "
+            "question and one picture. Pass these."
+        )
+    return next(iter(words.images), None), words.words
 
 
 class Prompter:
@@ -79,24 +114,39 @@ class Prompter:
     def _chats(self) -> bool:
         return self.template is None and bool(getattr(self.processor, "chat_template", None))
 
-    def _conversation(self, image: Image.Image | None, prompt: str) -> list[dict]:
+    def _conversation(self, image: Image.Image | None, prompt: str | Chat) -> list[dict]:
+        if isinstance(prompt, Chat):
+            return list(prompt.messages)
         picture = [] if image is None else [{"type": "image", "image": image}]
         return [{"role": "user", "content": [*picture, {"type": "text", "text": prompt}]}]
 
-    def text(self, image: Image.Image | None, prompt: str) -> str:
-        """The prompt as the model reads it, placeholders not expanded."""
+    def text(self, image: Image.Image | None, prompt: str | Chat) -> str:
+        """The prompt as the model reads it, placeholders not expanded.
+
+        Raises:
+            ValueError: several turns for a model without a chat template.
+        """
         if self._chats:
             conversation = self._conversation(image, prompt)
             return self.processor.apply_chat_template(
                 conversation, add_generation_prompt=True, tokenize=False
             )
         token = getattr(self.processor, "image_token", "<image>")
+        if isinstance(prompt, Chat):
+            if len(prompt.messages) > 1 or (self.template is not None and len(prompt.images) > 1):
+                raise ValueError(
+                    f"messages has {len(prompt.messages)} turns and {len(prompt.images)} pictures, and this "
+                    "model's prompts come without a chat template: pass one question."
+                )
+            if len(prompt.images) > 1:
+                return f"{token * len(prompt.images)}\n{prompt.words}"
+            image, prompt = next(iter(prompt.images), None), prompt.words
         if self.template is not None:
             text = self.template.replace("{prompt}", prompt)
             return text if image is not None else text.replace(token, "").lstrip()
         return prompt if image is None else f"{token}\n{prompt}"
 
-    def inputs(self, questions: Sequence[tuple[Image.Image | None, str]]) -> dict[str, Tensor]:
+    def inputs(self, questions: Sequence[tuple[Image.Image | None, str | Chat]]) -> dict[str, Tensor]:
         """Inputs of one batch of questions, left-padded; questions with and without an image may be mixed.
 
         Raises:
@@ -104,9 +154,13 @@ class Prompter:
         """
         if not questions:
             raise ValueError("questions is empty: pass at least one (image, prompt).")
+        images: list[Image.Image] = []
         for image, prompt in questions:
+            if isinstance(prompt, Chat):
+                images += prompt.images
+                continue
             check_question(image, prompt)
-        images = [image for image, _ in questions if image is not None]
+            images += [] if image is None else [image]
         if images and isinstance(self.processor, PreTrainedTokenizerBase):
             kind = type(self.processor).__name__
             raise ValueError(
