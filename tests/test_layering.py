@@ -20,6 +20,7 @@ LEVELS = [
     {"editor"},
     {"training", "evaluation", "analysis", "baselines", "datasets"},
     {"toy", "smol"},
+    {"serving"},
     {"cli"},
 ]
 WITHIN_A_LEVEL = {("baselines", "evaluation"), ("training", "evaluation"), ("evaluation", "datasets"),

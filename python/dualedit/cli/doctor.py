@@ -15,6 +15,8 @@ OWN = "dualedit-kernels"
 EXTRAS = {
     "toy": "pictures of handwritten digits, which some questions of the embedded world show",
     "smol": "fetching the pretrained model smol",
+    "serve": "dualedit serve",
+    "page": "the page of dualedit serve",
     "train": "TensorBoard curves of dualedit train",
     "bench": "benchmarks and plots",
     "test": "running the tests",

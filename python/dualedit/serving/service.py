@@ -1,0 +1,169 @@
+"""One edited model as a service: its worker, its saved edits, and who changed them."""
+
+from __future__ import annotations
+
+import io
+import tempfile
+import time
+import zipfile
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ..editing import Edit
+from ..editor import Editor, Explanation
+from ..storage import save_edits
+from .batches import Answer, Asked
+from .history import Change, History
+from .metrics import Metrics
+from .settings import Refused, Settings
+from .worker import Worker
+
+
+class Service:
+    """What the HTTP interface and the page share. All methods may be called from any thread.
+
+    Args:
+        editor: used by nobody else while the service runs.
+        folder: where the edits are saved after each change, before the change is confirmed; None keeps them
+            in this process.
+        settings: see `Settings`; None takes its defaults.
+    """
+
+    def __init__(self, editor: Editor, folder: Path | None = None, settings: Settings | None = None):
+        settings = settings or Settings()
+        self.editor, self.folder, self.settings = editor, folder, settings
+        self.history = History(folder)
+        self.metrics = Metrics(lambda: len(self.edits), lambda: self.worker.waiting)
+        limits = settings.limits
+        self.worker = Worker(
+            editor.model, editor.prompter, limits.batch, limits.questions, watch=self.metrics.batch
+        )
+
+    def start(self) -> None:
+        """Begin to work."""
+        self.worker.start()
+
+    def close(self) -> None:
+        """Refuse what waits and end the worker. What was confirmed is saved already."""
+        self.worker.close()
+
+    @property
+    def edits(self) -> list[Edit]:
+        """The stored edits, oldest first."""
+        return self.editor.edits
+
+    # ------------------------------------------------------------------ asking
+
+    def ask(self, asked: Asked) -> Future[Answer]:
+        """Queue a question. Raises Refused where too many wait."""
+        began = time.perf_counter()
+        self.worker.ask(asked)
+        asked.done.add_done_callback(lambda done: self.metrics.answered(done, time.perf_counter() - began))
+        return asked.done
+
+    def answer(self, image: Image.Image | None, prompt: str, tokens: int | None = None) -> Answer:
+        """Ask and wait."""
+        return self.ask(Asked((image, prompt), tokens or self.settings.limits.tokens)).result()
+
+    def explain(self, image: Image.Image | None, prompt: Any) -> Explanation:
+        """Which edit answers, or which is nearest."""
+        return self.worker.call(lambda: self.editor.explain(image, prompt)).result()
+
+    # ------------------------------------------------------------------ changing
+
+    def edit(self, edit_id: int) -> Edit:
+        """A stored edit. Raises Refused, 404, for an unknown number."""
+        found = next((edit for edit in self.edits if edit.id == edit_id), None)
+        if found is None:
+            raise Refused(404, "edit_not_found", f"There is no edit {edit_id}.")
+        return found
+
+    def add(self, who: str, image: Image.Image | None, prompt: str, target: str, **more: Any) -> Edit:
+        """Make an edit, have it asked back, and save it.
+
+        Args:
+            who: made it, as she names herself.
+            image, prompt, target, more: as `Editor.edit` takes them.
+
+        Raises:
+            EditFailed: the model does not answer as told; nothing is stored.
+            ValueError: as `Editor.edit`.
+            Refused: read-only, too many wait, or the disk refused; nothing is stored.
+        """
+        return self._change(lambda: self._add(who, image, prompt, target, more))
+
+    def remove(self, who: str, edit_id: int) -> Edit:
+        """Forget an edit. Raises Refused as `add`, and 404 for an unknown number."""
+        return self._change(lambda: self._remove(who, edit_id))
+
+    def undo(self, who: str) -> Edit:
+        """Take back this process's newest edit. Raises Refused as `add`, and 409 where there is none."""
+        return self._change(lambda: self._undo(who))
+
+    def export(self) -> bytes:
+        """The saved folder as a zip file, as `load_edits` reads it when unpacked."""
+        return self.worker.call(self._export).result()
+
+    def _change(self, function: Any) -> Any:
+        if self.settings.read_only:
+            raise Refused(403, "read_only", "The service is read-only: its edits cannot be changed.")
+        return self.worker.call(function).result()
+
+    def _add(self, who: str, image: Any, prompt: str, target: str, more: dict[str, Any]) -> Edit:
+        edit = self.editor.edit(image, prompt, target, **more)
+        try:
+            self._save()
+            self._note(who, "add", edit, self.history.keep_picture(image))
+        except OSError as error:
+            self.editor.undo()
+            raise _disk(error) from error
+        return edit
+
+    def _remove(self, who: str, edit_id: int) -> Edit:
+        edit = self.edit(edit_id)
+        self.editor.remove(edit_id)
+        self._keep(who, "remove", edit)
+        return edit
+
+    def _undo(self, who: str) -> Edit:
+        try:
+            edit = self.editor.undo()
+        except ValueError as error:
+            raise Refused(409, "nothing_to_undo", str(error)) from error
+        self._keep(who, "undo", edit)
+        return edit
+
+    def _keep(self, who: str, what: str, edit: Edit) -> None:
+        try:
+            self._save()
+            added = self.history.added(edit.id)
+            self._note(who, what, edit, added.picture if added else "")
+        except OSError as error:
+            left = f" Edit {edit.id} is gone from memory, and the folder still has it."
+            raise _disk(error, left) from error
+
+    def _save(self) -> None:
+        if self.folder is not None:
+            save_edits(self.editor.model, self.folder)
+
+    def _note(self, who: str, what: str, edit: Edit, picture: str) -> None:
+        when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        self.history.note(Change(when, who, what, edit.id, edit.prompt, edit.target, picture))
+        self.metrics.changed(what)
+
+    def _export(self) -> bytes:
+        with tempfile.TemporaryDirectory() as place:
+            folder = Path(place, "edits")
+            save_edits(self.editor.model, folder)
+            packed = io.BytesIO()
+            with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+                for file in sorted(f for f in folder.rglob("*") if f.is_file()):
+                    archive.write(file, file.relative_to(folder))
+        return packed.getvalue()
+
+
+def _disk(error: OSError, more: str = " Nothing is changed.") -> Refused:
+    return Refused(507, "not_saved", f"The edits cannot be saved: {error.strerror or error}.{more}")
