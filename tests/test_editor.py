@@ -212,9 +212,16 @@ def test_undo(method, generator):
     assert editor.answer_many(questions, 4) == one
     assert editor.edits == [first]
     editor.remove(first.id)
+    assert editor.answer_many(questions, 4) == base
+    assert editor.undo() == first  # a removal is taken back, too
+    assert editor.undo() == first and editor.edits == []
     with pytest.raises(ValueError, match="Nothing to undo"):
         editor.undo()
     assert editor.answer_many(questions, 4) == base
+    redone = [editor.redo() for _ in range(2)]
+    assert redone == [first, first] and editor.edits == []  # stored, and removed
+    with pytest.raises(ValueError, match="Nothing to redo"):
+        editor.redo()
 
 
 def test_undo_goes_on_after_bringing_one_back(generator):
@@ -235,7 +242,7 @@ def test_undo_skips_what_is_gone(generator):
     editor = editor_for("dualedit")
     first = editor.edit(random_image(generator), BRAND, "lenovo")
     second = editor.edit(random_image(generator), COLOR, "red")
-    editor.remove(second.id)
+    Editor(editor.model, tiny_processor()).remove(second.id)  # by somebody else
     assert editor.undo().id == first.id
     editor.edit(random_image(generator), BRAND, "lenovo")
     editor.model.add_adapter("b", DualEditConfig(text_layer=1, vis_layer=2, mid_dim=16, num_heads=2))

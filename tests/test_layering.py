@@ -11,12 +11,13 @@ KERNELS = ROOT / "dualedit_kernels"
 
 # From the bottom up. Rooms of one level do not import each other, except as listed.
 LEVELS = [
-    {"files", "models", "when_imported"},
+    {"files", "models", "records", "when_imported"},
     {"data", "runtime"},
     {"memory", "requests"},
     {"tuners"},
     {"editing", "storage"},
-    {"checking"},
+    {"checking", "exchange", "history", "overlaps"},
+    {"book"},
     {"editor"},
     {"training", "evaluation", "analysis", "baselines", "datasets"},
     {"toy", "smol"},

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .data import EditRequest, EditSample, Probe
     from .editing import Edit, Lookup, add_edit, list_edits, lookup, remove_edit
     from .editor import Editor, Explanation
+    from .overlaps import Policies
     from .runtime.context import explicit_masks
     from .storage import load_edits, save_edits
     from .tuners import BalancEditConfig, DualEditConfig, inject_balancedit, inject_dualedit
@@ -36,6 +37,7 @@ _MODULES = {
     "data": ("EditRequest", "EditSample", "Probe"),
     "editing": ("Edit", "Lookup", "add_edit", "list_edits", "lookup", "remove_edit"),
     "editor": ("Editor", "Explanation"),
+    "overlaps": ("Policies",),
     "runtime.context": ("explicit_masks",),
     "storage": ("load_edits", "save_edits"),
     "tuners": ("BalancEditConfig", "DualEditConfig", "inject_balancedit", "inject_dualedit"),
@@ -53,6 +55,7 @@ __all__ = [
     "Editor",
     "Explanation",
     "Lookup",
+    "Policies",
     "Probe",
     "add_edit",
     "disabled",

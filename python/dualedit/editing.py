@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from .memory.routing import nearest_edit
 from .models.architectures import target_token_type, unwrap
 from .models.placement import to_device
 from .models.targets import append_target
+from .records import answers, brief, new_uid, timestamp, uid_of
 from .runtime.recording import record_states
 from .tuners.adapter import EditAdapter, active_adapter
 from .tuners.fitting import least_probability, warn_if_weak
@@ -29,18 +31,25 @@ class Edit:
     """A stored edit.
 
     Attributes:
-        id: its number; never used again in this process.
+        id: its number; never used again for another one in this memory and the folder that it is saved in.
         prompt, target: the question and the new answer, where they were given as text.
         radius: how far from its key it applies, in the adapter's distance (DualEdit: cosine distance).
         created: when it was stored, ISO 8601, UTC.
         seconds: what storing it took, its check included.
         probability: what the edited model gave the least likely token of the target when the edit was stored;
             None where nobody asked (`add_edit` with DualEdit without `refine_steps`).
-        replaces: edits of the same image and question that this one took the place of, as they were noted.
+        replaces: edits that this one took the place of (the same image and question), as they were noted.
         answer: what the edited model answered when it was asked back; None where nobody asked (`add_edit`).
         failed: the answer is not the target, and the edit was kept all the same (`keep_failed`).
         steps: how it was written, a mapping for each way that was tried: "method", "steps" of gradient
             descent (0: one forward), "seconds" with the check, "probability", "answer".
+        uid: an id that sorts by time and that no other edit anywhere has.
+        method: how it is stored ("DualEdit", "BalancEdit").
+        author, note, tags, expires: what people noted; `expires` in ISO 8601, UTC, and from then on it
+            answers nothing.
+        enabled: whether it may answer: it is not disabled and has not expired.
+        image_sha256: of its picture's pixels in RGB, the first 16 digits; None without a picture.
+        overlaps: edits that were near when it was stored, and by which policy it was stored all the same.
     """
 
     id: int
@@ -54,6 +63,22 @@ class Edit:
     answer: str | None = None
     failed: bool = False
     steps: tuple[dict, ...] = ()
+    uid: str = ""
+    method: str = ""
+    author: str = ""
+    note: str = ""
+    tags: tuple[str, ...] = ()
+    expires: str | None = None
+    enabled: bool = True
+    image_sha256: str | None = None
+    overlaps: tuple[dict, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Its attributes in a mapping that JSON can hold; numbers that are not finite are None."""
+        return {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in asdict(self).items()
+        }
 
 
 @dataclass(frozen=True)
@@ -118,11 +143,11 @@ def lookup(model: nn.Module, inputs: Inputs) -> Lookup:
 
 def edit_of(adapter: EditAdapter, edit_id: int) -> Edit:
     """A stored edit as it was noted. Raises KeyError for an unknown number."""
-    for edit in edits_of(adapter):
-        if edit.id == edit_id:
-            return edit
-    adapter.group.first.row_of(edit_id)  # says which there are
-    raise KeyError(f"edit_id={edit_id!r}: no such edit.")
+    group = adapter.group
+    stored, record = group.noted(edit_id)
+    row = stored.row_of(edit_id)
+    radius = adapter.method.radii(adapter.config, stored.tables["radius"][row : row + 1])
+    return _as_edit(record, edit_id, float(radius[0]), adapter.method.title)
 
 
 def edits_of(adapter: EditAdapter) -> list[Edit]:
@@ -130,10 +155,11 @@ def edits_of(adapter: EditAdapter) -> list[Edit]:
     snapshots, records = adapter.group.listed()
     stored = snapshots[adapter.group.gate_name]
     radii = adapter.radii(stored).tolist()
-    return [_as_edit(records[i], i, radius) for i, radius in zip(stored.ids, radii, strict=True)]
+    title = adapter.method.title
+    return [_as_edit(records[i], i, radius, title) for i, radius in zip(stored.ids, radii, strict=True)]
 
 
-def _as_edit(record: Mapping[str, Any], edit_id: int, radius: float) -> Edit:
+def _as_edit(record: Mapping[str, Any], edit_id: int, radius: float, method: str) -> Edit:
     return Edit(
         id=edit_id,
         prompt=record.get("prompt", ""),
@@ -146,17 +172,52 @@ def _as_edit(record: Mapping[str, Any], edit_id: int, radius: float) -> Edit:
         answer=record.get("answer"),
         failed=bool(record.get("failed", False)),
         steps=tuple(record.get("tried", ())),
+        uid=uid_of(record, edit_id),
+        method=method,
+        author=record.get("author", ""),
+        note=record.get("note", ""),
+        tags=tuple(record.get("tags", ())),
+        expires=record.get("expires"),
+        enabled=answers(record),
+        image_sha256=record.get("image_sha256"),
+        overlaps=tuple(record.get("overlaps", ())),
     )
 
 
-def _same_question(adapter: EditAdapter, key: Tensor) -> list[int]:
-    """Stored edits with the very same key [1, P]: another edit of the same image and question."""
-    stored = adapter.stored()
-    if not len(stored):
-        return []
+@dataclass(frozen=True)
+class Near:
+    """The stored edit that is nearest to a new one.
+
+    Attributes:
+        adapter: that holds it.
+        edit_id, record: its number and what is noted about it.
+        distance: between the two keys.
+        radius: how far the stored one reaches.
+        same: whether the keys are the same, up to rounding: the same image and question.
+    """
+
+    adapter: EditAdapter
+    edit_id: int
+    record: dict[str, Any]
+    distance: float
+    radius: float
+    same: bool
+
+
+def _nearest(adapter: EditAdapter, key: Tensor) -> Near | None:
+    """The edit that is nearest to a key [1, P], of all that are stored, those that do not answer included."""
+    snapshots, group = adapter.group.everything(), adapter.group
+    stored = snapshots[group.gate_name] if snapshots else None
+    if stored is None or not len(stored):
+        return None
     index, distance = nearest_edit(key, stored, adapter.metric)
+    row, far = int(index[0]), float(distance[0])
+    if row < 0:  # the key is not finite; storing it is refused
+        return None
+    edit_id = stored.id_of(row)
+    radius = adapter.method.radii(adapter.config, stored.tables["radius"][row : row + 1])
     scale = float(key.float().norm()) if adapter.metric == "l2" else 1.0
-    return [stored.id_of(int(index[0]))] if float(distance[0]) <= 1e-6 * scale else []
+    return Near(adapter, edit_id, group.first.record(edit_id), far, float(radius[0]), far <= 1e-6 * scale)
 
 
 @dataclass(frozen=True)
@@ -180,6 +241,7 @@ class TriedEdit:
         record: what is noted about it; what is added to it before `keep` is stored with it.
         replaced: the edits that make room for it.
         began: when its making began, by `time.perf_counter`.
+        near: the nearest of the other stored edits in each adapter, nearest first.
         trials: of the memories that it changes.
     """
 
@@ -189,12 +251,21 @@ class TriedEdit:
     record: dict[str, Any]
     replaced: list[Replaced]
     began: float
+    near: list[Near] = field(default_factory=list)
     trials: list[Trial] = field(default_factory=list)
 
     @property
     def seconds(self) -> float:
         """Since its making began."""
         return round(time.perf_counter() - self.began, 4)
+
+    def replace(self, near: Near) -> None:
+        """Let this edit take the place of another one."""
+        group = near.adapter.group
+        rows = group.rows(group.everything(), near.edit_id)
+        self.replaced.append(Replaced(group, near.edit_id, rows, near.record))
+        self.record["replaces"] = [*self.record["replaces"], brief(near.edit_id, near.record)]
+        group.remove(near.edit_id)
 
     def keep(self) -> Edit:
         """Let it be stored when the block of `trying` ends."""
@@ -241,21 +312,23 @@ def trying(
     with ExitStack() as stack:
         trials = [stack.enter_context(each.group.trial()) for each in (adapter, *beside)]
         replaced: list[Replaced] = []
-        for each in (adapter, *beside):
-            for old in _same_question(each, keys[id(each)]) if id(each) in keys else ():
-                kept = each.group.rows(each.group.snapshot(), old)
-                replaced.append(Replaced(each.group, old, kept, each.group.first.record(old)))
+        found = [_nearest(each, keys[id(each)]) for each in (adapter, *beside) if id(each) in keys]
+        near = sorted((each for each in found if each is not None), key=lambda each: each.distance)
         record = {
             **dict(note or {}),
             **new.notes,
-            "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "replaces": [{"id": gone.edit_id, **gone.record} for gone in replaced],
+            "uid": new_uid(),
+            "created": timestamp(),
+            "replaces": [],
         }
         number = max(each.group.next_id() for each in (adapter, *beside))
         edit_id = adapter.group.add(rows, record, number)
-        for gone in replaced:
-            gone.group.remove(gone.edit_id)
-        yield TriedEdit(adapter, edit_id, full, record, replaced, began, trials)
+        others = [each for each in near if not each.same]
+        tried = TriedEdit(adapter, edit_id, full, record, replaced, began, others, trials)
+        for each in near:
+            if each.same:
+                tried.replace(each)
+        yield tried
 
 
 # Names of inputs that carry pictures hold one of these.
@@ -328,24 +401,6 @@ def add_edit(
         edit = tried.keep()
     warn_if_weak(tried.record, adapter.method.advice(adapter.config))
     return edit
-
-
-def bring_back(taken: Sequence[tuple[MemoryGroup, int]], replaced: Sequence[Replaced]) -> None:
-    """Take edits back and bring those back whose places they took: all of it or, after an exception, nothing.
-
-    What somebody else has removed or brought back meanwhile stays so.
-    """
-    groups = list(dict.fromkeys([group for group, _ in taken] + [old.group for old in replaced]))
-    with ExitStack() as stack:
-        trials = [stack.enter_context(group.trial()) for group in groups]
-        for group, edit_id in taken:
-            if edit_id in group:
-                group.remove(edit_id)
-        for old in replaced:
-            if old.edit_id not in old.group:
-                old.group.add(old.rows, old.record, old.edit_id)
-        for trial in trials:
-            trial.kept = True
 
 
 def remove_edit(model: nn.Module, edit_id: int) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,20 @@ from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
 
+from .book import EditBook
 from .checking import UNRELATED, EditFailed, ask_back, failure, generate_answers
 from .data import EditRequest
-from .editing import Edit, Replaced, bring_back, edit_of, edits_of, lookup_in, trying
+from .editing import Edit, Lookup, edit_of, lookup_in, trying
+from .exchange import read_requests, write_export
+from .history import Change
 from .models.architectures import unwrap
-from .models.images import Picture, open_image
+from .models.images import Picture, noted_picture, open_image, picture_notes
 from .models.prompting import Prompter, one_question, open_questions
+from .overlaps import Policies, nearest_few, shadowed_by
+from .records import noted as checked_notes
 from .requests import Pictures, Question, Sample, Words, arguments_of, black, brighter, check_samples
 from .runtime.context import runtime_of
+from .runtime.recording import record_states
 from .storage import load_edits
 from .tuners.adapter import EditAdapter, active_adapter, adapter_of
 from .tuners.adapters import disabled, remove_adapter
@@ -32,23 +38,64 @@ _OTHER_QUESTIONS = 2  # asked about an edit's image to see how far another quest
 
 
 @dataclass(frozen=True)
+class Nearby:
+    """A stored edit as seen from a question.
+
+    Attributes:
+        edit: the edit.
+        distance: from the question to its key.
+        radius: up to which distance it applies.
+        why: what comes of that, in words.
+    """
+
+    edit: Edit
+    distance: float
+    radius: float
+    why: str
+
+
+@dataclass(frozen=True)
 class Explanation:
     """Why an input is, or is not, answered by an edit.
 
     Attributes:
         fired: whether an edit applies.
-        edit: the nearest stored edit, or None when there is none.
+        edit: the nearest stored edit that may answer, or None when there is none.
         distance: from the input to that edit's key.
         radius: up to which distance that edit applies.
+        nearest: up to three edits, nearest first.
+        why: in words.
     """
 
     fired: bool
     edit: Edit | None
     distance: float
     radius: float
+    nearest: tuple[Nearby, ...] = ()
+    why: str = ""
 
 
-class Editor:
+@dataclass(frozen=True)
+class Check:
+    """What has become of a stored edit.
+
+    Attributes:
+        edit: the edit.
+        answers: whether the model answers its question as told; None where it cannot be asked, because its
+            picture is not kept or it is not to answer.
+        answer: what the model answers.
+        shadowed_by: number of the edit that is looked up in its place, or None.
+        why: in words.
+    """
+
+    edit: Edit
+    answers: bool | None
+    answer: str | None
+    shadowed_by: int | None
+    why: str
+
+
+class Editor(EditBook):
     """Edits, undoes, lists and explains, on a model with an injected edit adapter.
 
     Args:
@@ -62,6 +109,10 @@ class Editor:
             put on the model when an edit first needs them, under the method's name, and taken off again
             where they do not help either. None: the adapter that saved edits name, if it is there.
         keep_failed: what `edit` and `edit_many` do where they are not told.
+        policies: what happens to an edit where a near one is stored already.
+        author: noted with each edit, where `edit` is not told another one.
+        keep_pictures: whether edits keep their pictures (PNG), so that `check` and `export` can ask them
+            again; None: small ones (32 KiB). A thumbnail and a digest are always kept.
 
     Raises:
         ValueError: the model has no edit adapter, or no adapter of the fallback's name.
@@ -74,7 +125,14 @@ class Editor:
         template: str | None = None,
         fallback: str | os.PathLike[str] | EditConfig | None = None,
         keep_failed: bool = False,
+        policies: Policies | None = None,
+        author: str | None = None,
+        keep_pictures: bool | None = None,
     ):
+        super().__init__()
+        self.policies = policies or Policies()
+        self.author = author
+        self.keep_pictures = keep_pictures
         self.model = model
         self.processor = processor
         self.prompter = Prompter(processor, template)
@@ -82,7 +140,6 @@ class Editor:
         self._fallback: str | None = None  # the name of an adapter on the model
         self._on_demand: Path | EditConfig | None = None
         self._choose_fallback(fallback)
-        self._undo: list[tuple[EditAdapter, int, list[Replaced]]] = []
         self._warn_of_other_templates()
 
     def _choose_fallback(self, fallback: str | os.PathLike[str] | EditConfig | None) -> None:
@@ -133,6 +190,10 @@ class Editor:
         rephrases: Sequence[str | Sample] | None = None,
         negatives: Sequence[Picture | Sample] | None = None,
         keep_failed: bool | None = None,
+        author: str | None = None,
+        note: str | None = None,
+        tags: Sequence[str] | None = None,
+        expires: str | date | None = None,
     ) -> Edit:
         """Make the model answer `target` when asked `prompt` about what `image` shows.
 
@@ -160,6 +221,13 @@ class Editor:
                 tokenizer cannot spell. Nothing is stored.
             EditFailed: the model does not answer as told. Nothing is stored.
         """
+        noted = checked_notes(self.author if author is None else author, note, tags, expires)
+        return self._edit(image, prompt, target, rephrases, negatives, keep_failed, noted)
+
+    def _edit(
+        self, image: Any, prompt: str, target: str, rephrases: Any, negatives: Any, keep_failed: bool | None,
+        noted: dict[str, Any],
+    ) -> Edit:  # fmt: skip
         adapter = self.adapter
         check_samples(rephrases, negatives)
         picture, prompt = one_question(image, prompt)
@@ -172,9 +240,11 @@ class Editor:
         keep = self.keep_failed if keep_failed is None else keep_failed
         further = self._further_ways()
         steps: list[dict[str, Any]] = []
-        edit, failed = self._try(adapter, request, rephrases, negatives, steps, keep and not further)
-        if edit is None and further:
-            edit, failed = self._fall_back(request, rephrases, negatives, steps, keep)
+        more = _Told(rephrases, negatives, noted, steps)
+        with self._changing():
+            edit, failed = self._try(adapter, request, more, keep and not further)
+            if edit is None and further:
+                edit, failed = self._fall_back(request, more, keep)
         if edit is None:
             assert failed is not None
             raise failed
@@ -187,12 +257,12 @@ class Editor:
         return len(self.adapters) > 1
 
     def _fall_back(
-        self, request: EditRequest, rephrases: Any, negatives: Any, steps: list[dict[str, Any]], keep: bool
+        self, request: EditRequest, more: _Told, keep: bool
     ) -> tuple[Edit | None, EditFailed | None]:
         put = self._put_fallback()
         edit = None
         try:
-            edit, failed = self._try(self.adapters[1], request, rephrases, negatives, steps, keep)
+            edit, failed = self._try(self.adapters[1], request, more, keep)
         finally:
             if put and edit is None:
                 remove_adapter(self.model, put)
@@ -218,40 +288,34 @@ class Editor:
         return name
 
     def _try(
-        self,
-        adapter: EditAdapter,
-        request: EditRequest,
-        rephrases: Any,
-        negatives: Any,
-        steps: list[dict[str, Any]],
-        keep: bool,
+        self, adapter: EditAdapter, request: EditRequest, more: _Told, keep: bool
     ) -> tuple[Edit | None, EditFailed | None]:
         """Write an edit in one adapter and ask it back.
 
         Args:
-            steps: what was tried; goes on with this one.
             keep: store it whatever the model answers.
 
         Returns:
             the stored edit or None, and what is to be said where the model did not answer as told.
         """
-        image, prompt, target = request.image, request.prompt, request.target
+        image, prompt, target, steps = request.image, request.prompt, request.target, more.steps
         eos = self._eos()
         target_ids = self.prompter.target_ids(image, prompt, target, eos)
-        positives, contrasts = self.samples_around(image, prompt, rephrases, negatives, adapter)
-        if adapter.name != self.adapter.name and not negatives:
+        positives, contrasts = self.samples_around(image, prompt, more.rephrases, more.negatives, adapter)
+        if adapter.name != self.adapter.name and not more.negatives:
             # Its radius must not reach other questions about the picture, of which there need not be any yet.
             contrasts.append((image, UNRELATED))
         kind = "words" if image is None else "picture"
         note = {
-            "prompt": prompt, "target": target.strip(), "image_sha256": _image_hash(image),
-            "template": self.prompter.digest[kind],
+            "prompt": prompt, "target": target.strip(), "template": self.prompter.digest[kind],
+            **picture_notes(image, self.keep_pictures), **more.noted,
         }  # fmt: skip
         beside = [other for other in self.adapters if other.name != adapter.name]
         inputs = self.prompter.inputs([(image, prompt)])
         near = [self.prompter.inputs([sample]) for sample in positives]
         far = [self.prompter.inputs([sample]) for sample in contrasts]
         with trying(adapter, inputs, target_ids, near, far, note, beside) as tried:
+            self.policies.settle(tried, target, edit_of(adapter, tried.edit_id).radius)
             verdict = ask_back(self.model, self.prompter, tried, image, prompt, ends=eos is not None)
             found = {"probability": verdict.probability, "answer": verdict.answer}
             count = tried.record.get("steps", 0)
@@ -264,7 +328,8 @@ class Editor:
             seconds = round(sum(step["seconds"] for step in steps), 4)
             tried.record.update(found, failed=not verdict.right, tried=steps, seconds=seconds)
             edit = tried.keep()
-        self._undo.append((adapter, edit.id, tried.replaced))
+        back = [Change(old.group, old.edit_id, None, old.record, old.rows) for old in tried.replaced]
+        self._did([Change(adapter.group, edit.id, edit.uid, None), *back])
         return edit, failed
 
     def samples_around(
@@ -302,6 +367,21 @@ class Editor:
                 contrasts += [(image, other) for other in list(asked)[:_OTHER_QUESTIONS]]
         return positives, contrasts
 
+    def _edit_one(self, request: Any, keep_failed: bool | None) -> Edit:
+        if not (isinstance(request, Mapping) and "imported" in request):
+            return self.edit(**arguments_of(request), keep_failed=keep_failed)
+        given = dict(request)
+        imported, disabled = given.pop("imported"), given.pop("disabled", False)
+        asked = arguments_of(given)
+        noted = checked_notes(*(asked.pop(name, None) for name in ("author", "note", "tags", "expires")))
+        noted |= {} if imported is None else {"imported": imported}
+        rephrases, negatives = asked.pop("rephrases", None), asked.pop("negatives", None)
+        edit = self._edit(
+            asked["image"], asked["prompt"], asked["target"], rephrases, negatives, keep_failed,
+            noted,
+        )  # fmt: skip
+        return self.disable(edit.id) if disabled else edit
+
     def _eos(self) -> int | None:
         config = getattr(unwrap(self.model), "generation_config", None)
         eos = getattr(config, "eos_token_id", None)
@@ -331,7 +411,7 @@ class Editor:
         listed = list(requests)
         for number, request in enumerate(tqdm(listed, desc="editing", unit="edit", disable=not progress)):
             try:
-                edits.append(self.edit(**arguments_of(request), keep_failed=keep_failed))
+                edits.append(self._edit_one(request, keep_failed))
             except EditFailed as failed:
                 failures[number] = failed
             except (ValueError, TypeError) as error:
@@ -346,41 +426,93 @@ class Editor:
             )  # fmt: skip
         return edits
 
-    def remove(self, edit_id: int) -> None:
-        """Forget one edit. Raises KeyError for an unknown number; names the stored ones."""
-        adapters = self.adapters
-        holder = next((each for each in adapters if edit_id in each.group), adapters[0])
-        holder.group.remove(edit_id)
+    def replace(
+        self,
+        edit_id: int,
+        target: str,
+        author: str | None = None,
+        note: str | None = None,
+        tags: Sequence[str] | None = None,
+        expires: str | date | None = None,
+    ) -> Edit:
+        """Tell a stored edit another answer, to the same picture and question.
 
-    def undo(self) -> Edit:
-        """Take back this editor's newest edit; an edit that it had replaced comes back under its number.
-
-        Returns:
-            the edit that was taken back.
+        Args:
+            author, note, tags, expires: as `edit` takes them; what is not given stays as it was.
 
         Raises:
-            ValueError: nothing (left) to undo.
+            KeyError: an unknown number.
+            ValueError: its picture was not kept (`Editor(keep_pictures=True)` keeps it): use `edit`.
+            EditFailed: the model does not answer as told. The old edit stays.
         """
-        runtime = runtime_of(unwrap(self.model))
-        groups = [] if runtime is None else list(runtime.groups.values())
-        while self._undo:
-            adapter, edit_id, replaced = self._undo[-1]
-            try:
-                known = any(adapter.group is group for group in groups)
-                edit = edit_of(adapter, edit_id) if known else None
-            except KeyError:
-                edit = None  # removed by hand, or with its adapter
-            if edit is not None:
-                bring_back([(adapter.group, edit_id)], [old for old in replaced if old.group in groups])
-            self._undo.pop()
-            if edit is not None:
-                return edit
-        raise ValueError("Nothing to undo: this editor has made no edit that is still stored.")
+        old, record = self.get(edit_id), self.record(edit_id)
+        picture = noted_picture(record)
+        if picture is None and old.image_sha256 is not None:
+            raise ValueError(
+                f"edit_id={edit_id}: its picture is not kept. Use edit(image, {old.prompt!r}, {target!r}), "
+                "which takes the place of this one."
+            )
+        kept: dict[str, Any] = {
+            name: record[name] for name in ("author", "note", "tags", "expires") if name in record
+        }
+        kept |= checked_notes(author, note, tags, expires)
+        new = self._edit(picture, old.prompt, target, None, None, None, kept)
+        if any(each.id == edit_id for each in self.edits):  # another template: it was not seen as the same
+            self.remove(edit_id)
+        return new
 
-    @property
-    def edits(self) -> list[Edit]:
-        """The stored edits, oldest first."""
-        return sorted((edit for each in self.adapters for edit in edits_of(each)), key=lambda edit: edit.id)
+    def export(self, file: str | os.PathLike[str], edits: Sequence[Edit] | None = None) -> int:
+        """Write edits to one file of JSON lines, with their pictures where they are kept (else thumbnails).
+
+        Args:
+            edits: which (of `filter`); None: all.
+
+        Returns:
+            how many were written.
+
+        Raises:
+            OSError: the disk refused; an older file is as it was.
+        """
+        listed = self.edits if edits is None else list(edits)
+        write_export(file, [(edit.id, self.record(edit.id)) for edit in listed])
+        return len(listed)
+
+    def import_edits(
+        self,
+        file: str | os.PathLike[str],
+        images: Mapping[str, Picture] | None = None,
+        progress: bool = True,
+        keep_failed: bool | None = None,
+    ) -> list[Edit]:
+        """Tell this model the edits of a file: of `export` (on any model), or of people (JSON lines, CSV).
+
+        Each is made and asked back as by `edit`. One that this model was told from the same export already is
+        passed over.
+
+        Args:
+            images: pictures that were not kept in the export, by their digest (`Edit.image_sha256`).
+            progress, keep_failed: as in `edit_many`.
+
+        Raises:
+            ValueError: names the line. EditFailed: as `edit_many`.
+        """
+        known = {self.record(edit.id).get("imported", edit.uid) for edit in self.edits}
+        known |= {edit.uid for edit in self.edits}
+        requests = []
+        for number, request in enumerate(read_requests(file)):
+            uid, lost = request.pop("uid", None), request.pop("lost", False)
+            digest = request.pop("image_sha256", None)
+            if uid is not None and uid in known:
+                continue
+            if lost:
+                if digest not in (images or {}):
+                    raise ValueError(
+                        f"{os.fspath(file)}, edit {number + 1}: the export holds no picture of "
+                        f"{request['prompt']!r}. Pass images={{{digest!r}: its picture}}."
+                    )
+                request["image"] = (images or {})[digest]
+            requests.append(request | {"imported": uid})
+        return self.edit_many(requests, progress, keep_failed)
 
     def _warn_of_other_templates(self) -> None:
         """Say so where stored edits were made with another prompt template: their questions look
@@ -404,17 +536,77 @@ class Editor:
         return self.explain_many([(image, prompt)])[0]
 
     def explain_many(self, questions: Sequence[tuple[Pictures, Words]]) -> list[Explanation]:
-        """`explain` for a batch of questions, in one forward for each adapter that holds edits."""
+        """`explain` for a batch of questions, in two forwards for each adapter that holds edits."""
         inputs = self.prompter.inputs(open_questions(questions))
-        edits = {edit.id: edit for edit in self.edits}
-        first, *others = [lookup_in(each, inputs) for each in self.adapters]
+        adapters = self.adapters
+        first, *others = [lookup_in(each, inputs) for each in adapters]
+        few = [_few(each, inputs) for each in adapters]
         found = []
         for row, nearest in enumerate(first):
             more = [nearest, *(other[row] for other in others if other[row].edit_id is not None)]
             best = next((f for f in more if f.fired), min(more, key=lambda f: f.distance - f.radius))
-            edit = None if best.edit_id is None else edits.get(best.edit_id)
-            found.append(Explanation(best.fired and edit is not None, edit, best.distance, best.radius))
+            edit = None if best.edit_id is None else self._known(best.edit_id)
+            fired = best.fired and edit is not None
+            near = self._nearby([each[row] for each in few], edit if fired else None)
+            why = "no edit is stored that may answer" if edit is None else _why(fired, edit, best)
+            found.append(Explanation(fired, edit, best.distance, best.radius, near, why))
         return found
+
+    def _known(self, edit_id: int) -> Edit | None:
+        try:
+            return self.get(edit_id)
+        except KeyError:  # somebody has removed it meanwhile
+            return None
+
+    def _nearby(self, few: list[list[tuple[int, float, float]]], fired: Edit | None) -> tuple[Nearby, ...]:
+        found = []
+        for each in few:
+            for edit_id, distance, radius in each:
+                edit = self._known(edit_id)
+                if edit is None:
+                    continue
+                if fired is not None and edit.id == fired.id:
+                    why = "answers: the nearest, and within its radius"
+                elif distance > radius:
+                    why = "outside its radius"
+                else:
+                    why = "within its radius, and another edit is nearer"
+                found.append(Nearby(edit, distance, radius, why))
+        found.sort(key=lambda near: (fired is None or near.edit.id != fired.id, near.distance))
+        return tuple(found[:3])
+
+    def check(
+        self, edit_ids: Sequence[int] | None = None, images: Mapping[str, Picture] | None = None
+    ) -> list[Check]:
+        """Ask stored edits again: whether each still answers, and which are shadowed by others.
+
+        Args:
+            edit_ids: which; None: all.
+            images: pictures that were not kept with the edits, by their digest (`Edit.image_sha256`).
+
+        Raises:
+            KeyError: an unknown number.
+        """
+        edits = self.edits if edit_ids is None else [self.get(i) for i in edit_ids]
+        hidden: dict[int, int] = {}
+        for each in self.adapters:
+            hidden |= shadowed_by(each, [edit.id for edit in edits])
+        return [self._check(edit, hidden.get(edit.id), images or {}) for edit in edits]
+
+    def _check(self, edit: Edit, shadow: int | None, images: Mapping[str, Picture]) -> Check:
+        if not edit.enabled:
+            return Check(edit, None, None, shadow, "it is disabled or has expired")
+        given = images.get(edit.image_sha256 or "")
+        picture = noted_picture(self.record(edit.id)) if given is None else open_image(given)
+        shadowed = f"edit {shadow} is looked up in its place" if shadow is not None else ""
+        if not edit.prompt or (picture is None and edit.image_sha256 is not None):
+            why = "its picture or question is not kept, so it cannot be asked"
+            return Check(edit, None, None, shadow, shadowed or why)
+        answer = self.answer(picture, edit.prompt, max_new_tokens=max(20, 2 * len(edit.target.split()) + 20))
+        ids = self.prompter.target_ids(picture, edit.prompt, edit.target, self._eos())
+        right = self.prompter.as_told(answer, ids, self._eos() is not None)
+        why = shadowed or ("" if right else f"the model answers {answer!r}")
+        return Check(edit, right, answer, shadow, why)
 
     def answer(self, image: Pictures, prompt: Words, max_new_tokens: int = 20) -> str:
         """What the edited model answers: greedy generation, special tokens dropped.
@@ -431,5 +623,24 @@ class Editor:
         return generate_answers(self.model, self.prompter, questions, max_new_tokens)
 
 
-def _image_hash(image: Image.Image | None) -> str | None:
-    return None if image is None else hashlib.sha256(image.convert("RGB").tobytes()).hexdigest()[:16]
+@dataclass(frozen=True)
+class _Told:
+    """What `edit` was told beside the fact. `steps`: the ways that were tried; goes on with each."""
+
+    rephrases: Sequence[str | Sample] | None
+    negatives: Sequence[Picture | Sample] | None
+    noted: dict[str, Any]
+    steps: list[dict[str, Any]]
+
+
+def _few(adapter: EditAdapter, inputs: Mapping[str, Any]) -> list[list[tuple[int, float, float]]]:
+    if not len(adapter.stored()):
+        return [[] for _ in range(len(inputs["input_ids"]))]
+    return nearest_few(adapter, adapter.key_of(*record_states(adapter.base, inputs)), 3)
+
+
+def _why(fired: bool, edit: Edit, found: Lookup) -> str:
+    near = f"distance {found.distance:.3g}, radius {found.radius:.3g}"
+    if fired:
+        return f"edit {edit.id} answers ({near})"
+    return f"no edit answers; edit {edit.id} is nearest ({near})"

@@ -15,7 +15,8 @@ Pictures = Picture | Sequence[Picture] | None  # what may be asked about
 Words = str | Sequence[Mapping[str, Any]]  # a question or chat messages
 Sample = tuple[Picture | None, str]
 Question = tuple[Image.Image | None, str]
-_ARGUMENTS = ("image", "prompt", "target", "rephrases", "negatives")  # of `Editor.edit`
+_ARGUMENTS = ("image", "prompt", "target", "rephrases", "negatives")  # of `Editor.edit`, as a triple goes on
+_NAMED = ("author", "note", "tags", "expires")  # further ones, in a mapping
 
 
 def brighter(image: Image.Image) -> Image.Image:
@@ -41,13 +42,13 @@ def arguments_of(request: Any) -> dict[str, Any]:
             "prompt, target), or a mapping with these keys."
         )
     lacking = [name for name in _ARGUMENTS[:3] if name not in request]
-    unknown = sorted(map(str, set(request) - set(_ARGUMENTS)))
+    unknown = sorted(map(str, set(request) - {*_ARGUMENTS, *_NAMED}))
     if lacking or unknown:
         raise ValueError(
             f"the request has the keys {sorted(map(str, request))}: "
             + (f"{', '.join(lacking)} is missing" if lacking else f"{', '.join(unknown)} is not known")
-            + f". The keys are {', '.join(_ARGUMENTS)} (image None for an edit without one; the last two may "
-            "be left out)."
+            + f". The keys are {', '.join((*_ARGUMENTS, *_NAMED))} (image None for an edit without one; what "
+            "follows the target may be left out)."
         )
     return dict(request)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ class MemoryGroup:
     def __init__(self):
         self.memories: dict[str, EditMemory] = {}
         self._make_locks()
+        self._answering: tuple[dict[str, Snapshot], tuple[int, ...], dict[str, Snapshot]] | None = None
 
     def _make_locks(self) -> None:
         self._lock = threading.RLock()  # held while the memories change from one state to the next
@@ -48,6 +50,7 @@ class MemoryGroup:
     def __setstate__(self, state):
         self.__dict__.update(state)
         self._make_locks()
+        self._answering = None
 
     @contextmanager
     def trial(self) -> Iterator[Trial]:
@@ -107,9 +110,19 @@ class MemoryGroup:
         return self.listed()[1]
 
     def listed(self) -> tuple[dict[str, Snapshot], dict[int, dict]]:
-        """A snapshot and what was noted about each edit in it, both of one moment."""
+        """All edits and what was noted about each of them, both of one moment."""
         with self._lock:
-            return self.snapshot(), {i: self.first.record(i) for i in self.first.ids}
+            return self.everything(), {i: self.first.record(i) for i in self.first.ids}
+
+    def noted(self, edit_id: int) -> tuple[Snapshot, dict]:
+        """All edits of the memory with the records, and one edit's record, of one moment.
+
+        Raises:
+            KeyError: an unknown number.
+        """
+        with self._lock:
+            self.first.row_of(edit_id)
+            return self.first.snapshot(), self.first.record(edit_id)
 
     def rows(self, snapshots: Mapping[str, Snapshot], edit_id: int) -> dict[str, dict[str, Tensor]]:
         """An edit of an earlier moment, as `add` takes it."""
@@ -169,7 +182,21 @@ class MemoryGroup:
             for memory in self._memories().values():
                 memory.remove(edit_id)
 
-    def snapshot(self) -> dict[str, Snapshot]:
-        """Memory name to snapshot, all of one moment."""
+    def everything(self) -> dict[str, Snapshot]:
+        """Memory name to snapshot of all edits, those that do not answer included; all of one moment."""
         with self._lock:
             return {name: memory.snapshot() for name, memory in self._memories().items()}
+
+    def snapshot(self) -> dict[str, Snapshot]:
+        """Memory name to snapshot of the edits that may answer now (not disabled, not expired)."""
+        with self._lock:
+            memories = self._memories()
+            now = {name: memory.snapshot() for name, memory in memories.items()}
+            silent = self.first.silent(time.time()) if memories else ()
+            if not silent:
+                return now
+            known = self._answering
+            if known is None or known[1] != silent or any(now[n] is not known[0].get(n) for n in now):
+                made = {n: now[n].without(silent, memories[n].token_tables) for n in now}
+                known = self._answering = (now, silent, made)
+            return known[2]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -49,6 +49,19 @@ class Snapshot:
         if row == len(self) or self.id_of(row) != edit_id:
             raise KeyError(f"edit_id={edit_id!r}: no such edit in this snapshot.")
         return row
+
+    def without(self, edit_ids: Sequence[int], token_tables: Mapping[str, object]) -> Snapshot:
+        """The same moment without some of its edits; token tables stay as they are, other rows are copied."""
+        gone = torch.isin(self.edit_ids, torch.tensor(edit_ids, device=self.edit_ids.device))
+        kept = (~gone).nonzero()[:, 0]
+        with torch.inference_mode(False):
+            return Snapshot(
+                tables={
+                    name: table if name in token_tables else table[kept.to(table.device)]
+                    for name, table in self.tables.items()
+                },
+                edit_ids=self.edit_ids[kept], start=self.start[kept], length=self.length[kept],
+            )  # fmt: skip
 
     def codes(self, keys: Tensor, metric: str) -> KeyCodes | None:
         """Codes with which `nearest_key` looks among ``keys``; None where it is as well off without.

@@ -15,13 +15,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from ..records import expires_at
 from .key_codes import TableCodes
 from .snapshot import Snapshot
 
 _FIRST_CAPACITY = 8
 _LARGEST_ID = 2**53  # further on, JSON readers round
 # What changes when edits are added or removed, beside the tables and the records.
-_STATE = ("_num_edits", "_num_tokens", "_highest_id", "_snapshot", "_key_codes", "_expected")
+_STATE = ("_num_edits", "_num_tokens", "_highest_id", "_snapshot", "_key_codes", "_expected", "_timed")
 
 
 def _as_bytes_tensor(text: bytes) -> Tensor:
@@ -62,6 +63,8 @@ class EditMemory(nn.Module):
         self._snapshot: Snapshot | None = None
         self._key_codes = TableCodes()
         self._expected = 0  # edits that the saved folder holds and that have not been loaded
+        # Of the edits that do not always answer: number to when they stop (0: they are disabled).
+        self._timed: dict[int, float] = {}
 
     def __len__(self) -> int:
         return self._num_edits
@@ -82,6 +85,17 @@ class EditMemory(nn.Module):
     def record(self, edit_id: int) -> dict:
         """What was noted about an edit when it was stored (empty if nothing was)."""
         return dict(self._records.get(edit_id, {}))
+
+    def silent(self, now: float) -> tuple[int, ...]:
+        """Numbers of the edits that are stored and do not answer now, disabled or expired, ascending."""
+        return tuple(sorted(i for i, end in self._timed.items() if end <= now)) if self._timed else ()
+
+    def _set_record(self, edit_id: int, record: dict) -> None:
+        self._records[edit_id] = record
+        end = _ends(record)
+        # A new mapping: forks share the old one.
+        others = {i: t for i, t in self._timed.items() if i != edit_id} if self._timed else {}
+        self._timed = others if end is None else {**others, edit_id: end}
 
     def bytes_per_edit(self) -> float:
         """Mean size of an edit's rows, in bytes; 0.0 when there is none."""
@@ -163,7 +177,7 @@ class EditMemory(nn.Module):
         # Tables made in inference mode could be neither changed outside it nor kept for a backward pass.
         with torch.inference_mode(False), torch.no_grad():
             self._add_rows(edit_id, rows)
-        self._records[edit_id] = json.loads(text)
+        self._set_record(edit_id, json.loads(text))
         self._highest_id = max(self._highest_id, edit_id)
         self._snapshot, self._expected = None, 0
 
@@ -207,7 +221,7 @@ class EditMemory(nn.Module):
     def note(self, edit_id: int, record: Mapping[str, object]) -> None:
         """Put another record in the place of a stored edit's."""
         self.row_of(edit_id)
-        self._records[edit_id] = json.loads(json.dumps(dict(record)))
+        self._set_record(edit_id, json.loads(json.dumps(dict(record))))
 
     def row_of(self, edit_id: int) -> int:
         """Row of an edit in the edit tables.
@@ -236,6 +250,7 @@ class EditMemory(nn.Module):
             for name in self.token_tables:
                 setattr(self, name, _without(getattr(self, name)[: self._num_tokens], first, tokens))
         del self._records[edit_id]
+        self._timed = {i: end for i, end in self._timed.items() if i != edit_id}
         self._key_codes = self._key_codes.keep(_without(torch.arange(self._num_edits), row, 1))
         self._num_edits -= 1
         self._num_tokens -= tokens
@@ -365,11 +380,17 @@ class EditMemory(nn.Module):
                 table = table[order[name in self.token_tables].to(table.device)]
             # Cloned: tensors mapped from a file can be unaligned, which changes the last bit of a product.
             self._buffers[name] = table.to(place).clone()
-        self._records = dict(sorted(zip(ids, records, strict=True)))
+        self._records = dict(sorted(zip(ids, records, strict=True), key=lambda each: each[0]))
+        self._timed = {i: end for i, r in self._records.items() if (end := _ends(r)) is not None}
         self._num_edits, self._num_tokens, self._snapshot = len(ids), sum(lengths), None
         self._key_codes = TableCodes()
         self._expected = 0
         self._highest_id = max([self._highest_id, *ids])
+
+
+def _ends(record: Mapping[str, object]) -> float | None:
+    """When an edit stops to answer; 0: it is disabled; None: never."""
+    return 0.0 if record.get("disabled") else expires_at(record)
 
 
 def _storable(name: str, table: Tensor) -> bool:

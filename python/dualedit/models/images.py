@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 import io
 import os
 from collections.abc import Mapping
@@ -138,3 +139,57 @@ def shown(source: ImageSource) -> str:
     if isinstance(source, str) and len(source) > _SHOWN:
         return f"{source[: _SHOWN // 2]!r}...{source[-_SHOWN // 2 :]!r}"
     return repr(source)
+
+
+_THUMBNAIL = 48  # pixels of the longer side
+_SMALL = 32 * 1024  # bytes of a PNG that is kept whole without being asked for
+
+
+def picture_notes(image: Image | None, whole: bool | None = None) -> dict[str, Any]:
+    """What is noted of an edit's picture: digest, size, a thumbnail (JPEG), and the picture itself (PNG).
+
+    Args:
+        whole: whether the picture is kept; None: where its PNG has at most 32 KiB.
+
+    Returns:
+        "image_sha256", "image_size" [width, height], "thumbnail" and, where it is kept, "picture", both in
+        base64; an empty mapping without a picture.
+    """
+    if image is None:
+        return {"image_sha256": None}
+    colours = image.convert("RGB")
+    digest = hashlib.sha256(colours.tobytes()).hexdigest()[:16]
+    small = colours.copy()
+    small.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    notes = {
+        "image_sha256": digest,
+        "image_size": list(colours.size),
+        "thumbnail": _encoded(small, "JPEG", quality=70),
+    }
+    if whole is not False and (whole or colours.width * colours.height <= 16 * _SMALL):
+        picture = _encoded(colours, "PNG")
+        if whole or len(picture) <= _SMALL * 4 // 3:
+            notes["picture"] = picture
+    return notes
+
+
+def noted_picture(record: Mapping[str, Any], thumbnail: bool = False) -> Image | None:
+    """The picture that was noted with an edit, or its thumbnail; None where there is none.
+
+    Raises:
+        ValueError: what is noted is no picture.
+    """
+    kept = record.get("thumbnail" if thumbnail else "picture")
+    if kept is None:
+        return None
+    try:
+        data = base64.b64decode(kept, validate=True)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"the picture that is noted with the edit is damaged: {error}") from error
+    return open_image(data)
+
+
+def _encoded(image: Image, kind: str, **more: Any) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **more)
+    return base64.b64encode(buffer.getvalue()).decode("ascii")
