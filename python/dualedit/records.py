@@ -25,8 +25,8 @@ def new_uid() -> str:
 
     Ids made in one process sort in the order of their making, as long as its clock does not go back.
     """
-    milliseconds = time.time_ns() // 1_000_000
-    fraction = time.time_ns() % 1_000_000 * 4096 // 1_000_000
+    milliseconds, rest = divmod(time.time_ns(), 1_000_000)
+    fraction = rest * 4096 // 1_000_000
     chance = int.from_bytes(os.urandom(8), "big") >> 2
     return f"{milliseconds:012x}7{fraction:03x}{(0b10 << 62) | chance:016x}"
 
