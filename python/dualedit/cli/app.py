@@ -448,6 +448,51 @@ def layers(
 
 
 @app.command()
+def analyze(
+    model: Annotated[
+        str, typer.Option("--model", "-m", metavar="MODEL", help="toy, smol, or a local Hugging Face folder.")
+    ] = "toy",
+    data: Annotated[
+        Path | None, typer.Option(parser=path, metavar="FILE", help="Facts to choose by, for a folder.")
+    ] = None,
+    format: Format = "auto",
+    images: Images = None,
+    skip_bad: SkipBad = False,
+    facts: Annotated[int, typer.Option(metavar="N", help="Facts to study the gate with.")] = 32,
+    pairs: Annotated[
+        int, typer.Option(metavar="N", help="Pairs of layers whose adapters are trained briefly.")
+    ] = 0,
+    grid: Annotated[
+        str | None, typer.Option(metavar="A,B", help="Train every pair of these layers instead.")
+    ] = None,
+    steps: Annotated[int, typer.Option(metavar="N", help="Steps of that training.")] = 200,
+    layers: Annotated[int, typer.Option(metavar="N", help="Decoder layers to look at, at most.")] = 12,
+    seed: Annotated[int, typer.Option(metavar="N", help="Which facts, and the noise.")] = 0,
+    json: Annotated[
+        Path | None, typer.Option(parser=path, metavar="FILE", help="Write the figures as JSON.")
+    ] = None,
+    page: Annotated[
+        Path | None, typer.Option(parser=path, metavar="FILE", help="Write a page with drawings.")
+    ] = None,
+    records: Annotated[
+        Path | None,
+        typer.Option(parser=path, metavar="FILE", help="Keep what is measured; a stopped run goes on."),
+    ] = None,
+) -> None:
+    """Say which layers of a model to edit, and why: attention, noise, writes, gates, and trained pairs."""
+    from . import analyze as work
+    from .evaluate import numbers
+
+    chosen = () if grid is None else numbers(grid, "--grid")
+    options = work.Options(
+        model, data, format, images, skip_bad, facts, pairs, chosen, steps, layers, seed, json, page, records
+    )
+    options.check()
+    with quiet(), named(**READ):
+        work.run(options)
+
+
+@app.command()
 def fetch(
     name: Annotated[str, typer.Argument(metavar="NAME", help="What to fetch: smol.")] = "smol",
 ) -> None:

@@ -84,6 +84,7 @@ class PartialForward:
             called with. At least `start`, and at least 1. None: run the whole model.
 
     Attributes:
+        start: number of the first layer.
         states: [B, L, D] in front of layer `start`.
         end: [B, L, D] behind the last layer, or None where it was left out.
         logits: [B, L, V] of the whole model, or None where it was left out.
@@ -94,6 +95,7 @@ class PartialForward:
         path, layers = find_decoder_layers(self.model)
         stack = self.model.get_submodule(path.rpartition(".")[0])
         self._runtime = runtime_of(self.model)
+        self.start = start
         # What wrapped layers know of this forward (its masks) holds for the layers run again.
         self._pass: Any = None
         self.states: Tensor | None = None
@@ -174,14 +176,19 @@ class PartialForward:
         with framed(self._runtime, "replayed", self._pass):
             yield
 
-    def run(self, states: Tensor, recompute: bool = False) -> Tensor:
-        """States [B, L, D] behind the last layer, from those in front of layer `start`.
+    def run(
+        self, states: Tensor, recompute: bool = False, start: int | None = None, stop: int | None = None
+    ) -> Tensor:
+        """States [B, L, D] behind layers, from those in front of them.
 
         Args:
             recompute: keep nothing of the layers for the backward pass, and run them again there.
+            start: number of the first layer to run, from `self.start` on; None: that one.
+            stop: number of the layer in front of which to end; None: behind the last one.
         """
+        first = 0 if start is None else start - self.start
         with self.running():
-            for call in self._layers:
+            for call in self._layers[first : None if stop is None else stop - self.start]:
                 if recompute and torch.is_grad_enabled():
                     states = _checkpointed(call, states)
                 else:

@@ -75,6 +75,14 @@ class BatchMaker:
         questions: list[Question] = []
         for number, (sample, generator) in enumerate(zip(samples, generators, strict=True)):
             questions += questions_of(sample, number, self.weights, generator)
+        return self.of(questions, samples)
+
+    def of(self, questions: Sequence[Question], samples: Sequence[EditSample]) -> Batch:
+        """The batch of given questions about some edits; the edits' own ones are among them.
+
+        Args:
+            questions: answers go by their places in this list.
+        """
         sources = [sample.request.image_source for sample in samples]
         groups: dict[Hashable, list[int]] = {}
         for place, question in enumerate(questions):

@@ -132,11 +132,11 @@ def fit_pooled_key(
             centre = known.mean(0) if len(known) else torch.zeros_like(edits[0])
             half.centre.copy_(centre)
             if len(moved):  # else nothing varies in it: its map stays as it was
-                half.map.copy_(_discriminants(known - centre, moved, shrinkage)[: len(half.map)])
+                half.map.copy_(discriminants(known - centre, moved, shrinkage)[: len(half.map)])
     return {"facts": len(samples), "pairs": len(own)}
 
 
-def _discriminants(edits: Tensor, apart: Tensor, shrinkage: float) -> Tensor:
+def discriminants(edits: Tensor, apart: Tensor, shrinkage: float) -> Tensor:
     """Directions [D, D], best first, for centred edits [N, D] and differences [R, D] within a fact."""
     within = apart.T @ apart / len(apart)
     within += shrinkage * within.trace() / len(within) * torch.eye(len(within), dtype=within.dtype)

@@ -95,11 +95,8 @@ class TrainingStep(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """The sums over its answers of each term's losses, [6] float32 in the order of `TERMS`."""
         batch = on_device(batch, self.base)
-        kind, dtype = batch.terms.device.type, self.autocast
-        with torch.autocast(kind, dtype) if dtype is not None else nullcontext():
-            logits = self._partial_logits(batch) if self.partial else self._whole_logits(batch)
         losses, answers = [], []
-        for part, (now, before) in zip(batch.parts, logits, strict=True):
+        for part, (now, before) in zip(batch.parts, self.logits(batch), strict=True):
             at = part.labels != IGNORED
             change = batch.terms[part.answer[at]] < len(CHANGE)
             losses.append(token_losses(now, before, part.labels[at], change))
@@ -118,6 +115,16 @@ class TrainingStep(nn.Module):
         return [weight for parts in adapters if "vision" in parts for weight in parts["vision"].parameters()]
 
     # ------------------------------------------------------------------ both ways to the logits
+
+    def logits(self, batch: Batch) -> list[tuple[Tensor, Tensor | None]]:
+        """Logits [K, V] in front of the answers' tokens, with the edits and without, part by part.
+
+        Args:
+            batch: on the model's device; without the edits only parts with answers that must stay are run.
+        """
+        kind, dtype = batch.terms.device.type, self.autocast
+        with torch.autocast(kind, dtype) if dtype is not None else nullcontext():
+            return self._partial_logits(batch) if self.partial else self._whole_logits(batch)
 
     def _partial_logits(self, batch: Batch) -> list[tuple[Tensor, Tensor | None]]:
         """Logits [K, V] in front of the answers' tokens, with the edits and without, part by part."""
