@@ -44,6 +44,7 @@ def drawn(draw: Callable[[Any], None], width: float = 5.2, height: float = 3.1, 
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     svg = file.getvalue()
     svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', "", svg, count=1)
     return svg.replace("<svg", '<svg class="plot" role="img"', 1).replace("#000000", "currentColor")
 

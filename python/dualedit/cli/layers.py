@@ -27,6 +27,14 @@ def show(model: str) -> None:
     built = _without_weights(_folder(model))
     for name, value in describe(built):
         print(f"{name:17}{value}")
+    print(f"{'which of them':17}dualedit analyze --model {_analysed(model)}")
+
+
+def _analysed(model: str) -> str:
+    """What `dualedit analyze` calls the model, and the facts that it needs."""
+    if model in EMBEDDED:
+        return "toy"
+    return SMOL if is_smol(Path(model)) else f"{model} --data FACTS"
 
 
 def _folder(model: str) -> Path:
