@@ -139,7 +139,8 @@ def _gate(probe: Mapping) -> str:
         f'<div class=gate aria-hidden=true><i style="left:{min(share, 98):.1f}%" '
         f"class={'in' if probe['fired'] else 'out'}></i></div>"
         f"<p class=why>nearest edit: {asked}<b>{escape(probe['edit'] or '')}</b></p>"
-        f"<p class=why>{words}: distance {near(distance)} {relation} radius {near(radius)}</p>"
+        f"<p class=why>{words}: distance {escape(near(distance))} {relation} "
+        f"radius {escape(near(radius))}</p>"
     )
 
 

@@ -73,5 +73,5 @@ def method_name(method: str) -> str:
 
 
 def near(distance: float) -> str:
-    """A distance for people: three digits, and nothing behind the comma of what is nothing."""
-    return "0" if distance < 5e-4 else f"{distance:.3g}"
+    """A distance for people: three digits; what is nearly nothing is not called nothing."""
+    return "<0.001" if 0 < distance < 5e-4 else f"{distance:.3g}"

@@ -120,7 +120,8 @@ def _gate(moment: Moment) -> str:
     return (
         f'<div class=gate aria-hidden=true><i style="left:{min(share, 98):.1f}%" '
         f"class={'in' if moment.fired else 'out'}></i></div>"
-        f"<p class=why>{words}: distance {near(moment.distance)} {relation} radius {near(moment.radius)}</p>"
+        f"<p class=why>{words}: distance {escape(near(moment.distance))} {relation} "
+        f"radius {escape(near(moment.radius))}</p>"
     )
 
 

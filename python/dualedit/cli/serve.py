@@ -15,7 +15,7 @@ from .saved_folder import writing
 from .terminal import quiet
 
 if TYPE_CHECKING:
-    from ..serving import Settings
+    from ..serving import Example, Settings
 
 TOKEN = "DUALEDIT_TOKEN"
 _MISSING = "{} is not installed, which dualedit serve needs: pip install fastapi uvicorn prometheus-client{}"
@@ -98,13 +98,40 @@ def run(options: Options) -> None:
     with writing(options.edits):
         with quiet():
             editor = open_or_start(options.edits, options.model, options.start)
-        service = Service(editor, options.edits, settings_of(options, token))
+        examples = _examples(options.model) if options.page else []
+        service = Service(editor, options.edits, settings_of(options, token), examples)
         config = uvicorn.Config(create_app(service), options.host, options.port, log_level="warning")
         listening = config.bind_socket()  # port 0 takes any free one
         listening.listen(config.backlog)  # who calls from now on waits and is not turned away
         host, port = listening.getsockname()[:2]
         _announce(options, f"http://{f'[{host}]' if ':' in host else host}:{port}", token)
         uvicorn.Server(config).run(sockets=[listening])
+
+
+def _examples(model: Path | None) -> list[Example]:
+    """Pictures for the page that the shipped models know something about."""
+    from ..models.images import rgb
+    from ..serving import Example
+
+    if model is None:
+        from ..toy.pictures import sample_pictures
+
+        found = []
+        for picture in sample_pictures():
+            title = Path(picture.file).stem.replace("-again", " again")
+            asked = tuple(question for question, _ in picture.questions)
+            found.append(Example(picture.image, title, picture.shows, asked))
+        return found
+    if not is_smol(model):
+        return []
+    from ..smol import load_concepts
+
+    found = []
+    for family, count in (("flags", 2), ("animals", 2), ("food", 2)):
+        for concept in load_concepts((family,))[:count]:
+            picture = next(iter(concept.pictures.values()))
+            found.append(Example(rgb(str(picture)), concept.name, concept.name))
+    return found
 
 
 def _announce(options: Options, address: str, token: str) -> None:

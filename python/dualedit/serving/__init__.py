@@ -5,11 +5,11 @@ from dualedit.serving import Settings, create_app
 uvicorn.run(create_app(editor, Settings(token="...")))
 """
 
-from .service import Service
+from .service import Example, Service
 from .settings import Limits, Refused, Settings
 from .worker import Worker
 
-__all__ = ["Limits", "Refused", "Service", "Settings", "Worker", "create_app"]
+__all__ = ["Example", "Limits", "Refused", "Service", "Settings", "Worker", "create_app"]
 
 
 def create_app(service: Service):

@@ -44,10 +44,11 @@ def open_sent(sent: Any, settings: Settings) -> Image:
     except ValueError as error:
         status = 413 if "the limit" in str(error) else 400
         raise Refused(status, "invalid_image", str(error)) from error
-    return _decode(found, limits.pixels)
+    return decode(found, limits.pixels)
 
 
-def _decode(found: bytes, limit: int) -> Image:
+def decode(found: bytes, limit: int) -> Image:
+    """The picture in a file, in RGB, if it has at most `limit` pixels. Raises Refused as `open_sent`."""
     too_large = f"A picture may have {limit:,} pixels."
     try:
         with PIL.Image.open(io.BytesIO(found), formats=_FORMATS) as opened:  # reads the header alone

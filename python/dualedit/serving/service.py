@@ -6,7 +6,9 @@ import io
 import tempfile
 import time
 import zipfile
+from collections.abc import Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,29 @@ from PIL import Image
 from ..editing import Edit
 from ..editor import Editor, Explanation
 from ..storage import save_edits
+from ..tuners.adapters import disabled
 from .batches import Answer, Asked
 from .history import Change, History
 from .metrics import Metrics
+from .page_parts import Compared
 from .settings import Refused, Settings
 from .worker import Worker
+
+
+@dataclass(frozen=True)
+class Example:
+    """A picture that visitors of the page may choose.
+
+    Attributes:
+        title: of it, in a word or two.
+        shows: what it shows, for people who do not see it.
+        questions: that can be asked about it.
+    """
+
+    image: Image.Image
+    title: str
+    shows: str
+    questions: tuple[str, ...] = ()
 
 
 class Service:
@@ -30,10 +50,18 @@ class Service:
         folder: where the edits are saved after each change, before the change is confirmed; None keeps them
             in this process.
         settings: see `Settings`; None takes its defaults.
+        examples: pictures for visitors of the page.
     """
 
-    def __init__(self, editor: Editor, folder: Path | None = None, settings: Settings | None = None):
+    def __init__(
+        self,
+        editor: Editor,
+        folder: Path | None = None,
+        settings: Settings | None = None,
+        examples: Sequence[Example] = (),
+    ):
         settings = settings or Settings()
+        self.examples = list(examples)
         self.editor, self.folder, self.settings = editor, folder, settings
         self.history = History(folder)
         self.metrics = Metrics(lambda: len(self.edits), lambda: self.worker.waiting)
@@ -71,6 +99,23 @@ class Service:
     def explain(self, image: Image.Image | None, prompt: Any) -> Explanation:
         """Which edit answers, or which is nearest."""
         return self.worker.call(lambda: self.editor.explain(image, prompt)).result()
+
+    def compare(
+        self, questions: Sequence[tuple[Image.Image | None, str]], shows: Sequence[str]
+    ) -> list[Compared]:
+        """Questions to the model without its edits and with them; `shows`: what the pictures show."""
+        return self.worker.call(lambda: self._compare(questions, shows)).result()
+
+    def _compare(self, questions, shows) -> list[Compared]:
+        tokens = self.settings.limits.tokens
+        with disabled(self.editor.model, *(adapter.name for adapter in self.editor.adapters)):
+            before = self.editor.answer_many(questions, tokens)
+        after = self.editor.answer_many(questions, tokens)
+        found = self.editor.explain_many(questions)
+        return [
+            Compared(*question, was, now, why, what)
+            for question, was, now, why, what in zip(questions, before, after, found, shows, strict=True)
+        ]
 
     # ------------------------------------------------------------------ changing
 
