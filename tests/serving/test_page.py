@@ -97,6 +97,11 @@ def test_the_whole_story(visit, pictures, tmp_path):
         assert all("as before" in card for card in cards[3:])
         assert ann.evaluate("[...document.querySelectorAll('img')].filter(i => !i.alt).length") == 0
         shot(ann, "story")
+        ann.click("text=Switch off edit 1")
+        ann.wait_for_selector("text=Switch on edit 1")
+        assert not service.editor.explain(pictures[0].image, QUESTION).fired
+        ann.click("text=Switch on edit 1")
+        ann.wait_for_selector("text=Switch off edit 1")
         # somebody else, on a phone, in the dark, without the token, sees it and cannot change it
         bob = visit(address, "wrong", width=390, scheme="dark")
         bob.wait_for_selector(".edit-row")
@@ -109,9 +114,16 @@ def test_the_whole_story(visit, pictures, tmp_path):
         assert "Changes need the token" in text(bob, "#done") and len(service.edits) == 1
         bob.fill("#token input", "s3")
         bob.fill("#who input, #who textarea", "Bob")
+        bob.click("text=Remove edit 1")
+        bob.wait_for_selector("#done >> text=Edit 1 is removed.")
         bob.click("#undo")
-        bob.wait_for_selector("#done .note.good")
-        assert "Edit 1 is taken back" in text(bob, "#done") and service.edits == []
+        bob.wait_for_selector("#done >> text=The last change")
+        assert [edit.author for edit in service.edits] == ["Ann <b>"]
+        for _ in range(3):  # the two switches, then the edit
+            bob.click("#undo")
+            bob.wait_for_timeout(700)
+        bob.wait_for_selector("text=No edit is stored.")
+        assert "The last change, of edit 1, is taken back" in text(bob, "#done") and service.edits == []
         shot(bob, "phone")
         # the first one sees what the other did
         ann.wait_for_selector("text=No edit is stored.")

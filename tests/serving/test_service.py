@@ -11,6 +11,7 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from dualedit import Editor
 from dualedit.serving import Limits, Settings
 from dualedit.serving.batches import Asked, _Words
 from dualedit.storage import load_edits
@@ -38,7 +39,7 @@ def call(address, path, body=None, method=None, token=TOKEN, raw=None, headers=N
     except urllib.error.HTTPError as error:
         text, status, told = error.read(), error.code, error.headers
     kind = told.get("Content-Type", "")
-    return status, json.loads(text) if kind.startswith("application/json") else text, told
+    return status, json.loads(text) if kind == "application/json" else text, told
 
 
 def code(answer):
@@ -48,6 +49,12 @@ def code(answer):
 
 def client_of(address):
     return openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+
+
+def saved_answer(folder, image):
+    """What a model answers that has just loaded the saved edits."""
+    base, processor = load_embedded()
+    return Editor(load_edits(base, folder), processor).answer(image, QUESTION)
 
 
 def test_the_story_with_openais_client(serve, pictures, tmp_path):
@@ -89,23 +96,35 @@ def test_the_story_with_openais_client(serve, pictures, tmp_path):
     assert (status, told["Content-Type"]) == (200, "image/png")
     assert Image.open(io.BytesIO(kept)).size == logo.size
     # what is on disk answers the same in another process
-    saved = load_edits(load_embedded()[0], tmp_path / "edits")
-    assert len(saved.get_base_model()._dualedit_runtime.groups) == 1
-    _, packed, _ = call(address, "/v1/edits/export")
+    assert saved_answer(tmp_path / "edits", logo) == "norway"
+    _, lines, told = call(address, "/v1/edits/export")
+    assert told["Content-Disposition"].endswith('"edits.jsonl"') and json.loads(lines)["target"] == "norway"
+    _, packed, _ = call(address, "/v1/edits/export?format=zip")
     with zipfile.ZipFile(io.BytesIO(packed)) as archive:
         archive.extractall(tmp_path / "exported")
-    load_edits(load_embedded()[0], tmp_path / "exported")
+    assert saved_answer(tmp_path / "exported", logo) == "norway"
+    # switched off and on, removed and brought back; each is on the disk when it is confirmed
+    for path, method, answers in (
+        ("/1/disable", "POST", False), ("/1/enable", "POST", True), ("/1", "DELETE", False),
+        ("/undo", "POST", True), ("/redo", "POST", False), ("/undo", "POST", True),
+    ):  # fmt: skip
+        status, changed, _ = call(address, f"/v1/edits{path}", {} if method == "POST" else None, method)
+        assert (status, changed["id"]) == (200, 1)
+        wanted = ("norway", "1") if answers else (before["logo"], "none")
+        assert (asked(logo), saved_answer(tmp_path / "edits", logo)) == (wanted, wanted[0])
+    for _ in range(2):
+        assert call(address, "/v1/edits/undo", {})[0] == 200  # the two switches
     status, gone, _ = call(address, "/v1/edits/undo", {"who": "bob"})
-    assert status == 200 and gone["stored"] is False
+    assert status == 200 and gone["id"] == 1
     assert asked(logo) == (before["logo"], "none")
     _, changes, _ = call(address, "/v1/edits/changes", token=None)
-    assert [(c["who"], c["what"], c["edit"]) for c in changes["data"]] == [
-        ("ann", "add", 1),
-        ("bob", "undo", 1),
-    ]
+    told = [(c["who"], c["what"], c["edit"]) for c in changes["data"]]
+    assert (told[0], told[-1]) == (("ann", "add", 1), ("bob", "undo", 1)) and len(told) == 10
+    kept = [json.loads(line) for line in (tmp_path / "edits" / "changes.jsonl").read_text().splitlines()]
+    assert kept == changes["data"]
     assert code(call(address, "/v1/edits/undo", {})) == (409, "nothing_to_undo")
     text = call(address, "/metrics")[1].decode()
-    assert "dualedit_fired_total 3.0" in text and "dualedit_questions_total 6.0" in text
+    assert "dualedit_fired_total 6.0" in text and "dualedit_questions_total 12.0" in text
     assert "dualedit_edits 0.0" in text and "process_resident_memory_bytes" in text
     assert call(address, "/health")[1] == {
         "status": "ok", "model": "dualedit", "edits": 0, "waiting": 0, "version": "0.1.0"

@@ -1,10 +1,11 @@
-"""`/v1/edits`: add, list, look at, explain, export, remove and take back."""
+"""`/v1/edits`: add, list, look at, explain, export, switch off, remove and take back."""
 
 from __future__ import annotations
 
+import io
 import secrets
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import APIRouter, Depends, Request, Response
 
@@ -39,7 +40,7 @@ def edit_routes(service: Service) -> APIRouter:
 
     @router.get("")
     def listed() -> dict[str, Any]:
-        return {"object": "list", "data": [edit_json(service, edit) for edit in service.edits]}
+        return {"object": "list", "data": [edit_json(edit) for edit in service.edits]}
 
     @router.post("", status_code=201, dependencies=[Depends(writer)])
     def add(new: NewEdit) -> dict[str, Any]:
@@ -47,20 +48,25 @@ def edit_routes(service: Service) -> APIRouter:
             new.who, opened(new.image), new.prompt, new.target, rephrases=new.rephrases or None,
             negatives=[opened(sent) for sent in new.negatives] or None, keep_failed=new.keep_failed,
         )  # fmt: skip
-        return edit_json(service, edit)
+        return edit_json(edit)
 
     @router.post("/undo", dependencies=[Depends(writer)])
     def undo(by: By | None = None) -> dict[str, Any]:
-        return {**edit_json(service, service.undo(by.who if by else "")), "stored": False}
+        return edit_json(service.undo(by.who if by else ""))
+
+    @router.post("/redo", dependencies=[Depends(writer)])
+    def redo(by: By | None = None) -> dict[str, Any]:
+        return edit_json(service.undo(by.who if by else "", again=True))
 
     @router.post("/explain")
     def explain(asked: Question) -> dict[str, Any]:
         return explanation_json(service.explain(opened(asked.image), asked.prompt))
 
     @router.get("/export", dependencies=[Depends(owner)])
-    def export() -> Response:
-        headers = {"Content-Disposition": 'attachment; filename="edits.zip"'}
-        return Response(service.export(), media_type="application/zip", headers=headers)
+    def export(format: Literal["jsonl", "zip"] = "jsonl") -> Response:
+        kind = "application/zip" if format == "zip" else "application/jsonl"
+        headers = {"Content-Disposition": f'attachment; filename="edits.{format}"'}
+        return Response(service.export(whole=format == "zip"), media_type=kind, headers=headers)
 
     @router.get("/changes")
     def changes() -> dict[str, Any]:
@@ -68,18 +74,27 @@ def edit_routes(service: Service) -> APIRouter:
 
     @router.get("/{edit_id}")
     def get(edit_id: int) -> dict[str, Any]:
-        return edit_json(service, service.edit(edit_id))
+        return edit_json(service.edit(edit_id))
 
     @router.get("/{edit_id}/picture")
     def picture(edit_id: int) -> Response:
-        added = service.history.added(service.edit(edit_id).id)
-        found = service.history.picture(added.picture) if added else None
+        found = service.picture(edit_id)
         if found is None:
-            raise Refused(404, "no_picture", f"No picture of edit {edit_id} is kept.")
-        return Response(found, media_type="image/png")
+            raise Refused(404, "no_picture", f"Edit {edit_id} is about no picture.")
+        kept = io.BytesIO()
+        found.save(kept, "PNG")
+        return Response(kept.getvalue(), media_type="image/png")
+
+    @router.post("/{edit_id}/enable", dependencies=[Depends(writer)])
+    def enable(edit_id: int, by: By | None = None) -> dict[str, Any]:
+        return edit_json(service.enable(by.who if by else "", edit_id))
+
+    @router.post("/{edit_id}/disable", dependencies=[Depends(writer)])
+    def disable(edit_id: int, by: By | None = None) -> dict[str, Any]:
+        return edit_json(service.enable(by.who if by else "", edit_id, on=False))
 
     @router.delete("/{edit_id}", dependencies=[Depends(writer)])
     def remove(edit_id: int, who: str = "") -> dict[str, Any]:
-        return {**edit_json(service, service.remove(who[:80], edit_id)), "stored": False}
+        return edit_json(service.remove(who[:80], edit_id))
 
     return router

@@ -1,21 +1,16 @@
-"""Who changed what and when, and small pictures of what the edits are about."""
+"""Who changed what and when: a line for each change, beside the saved edits."""
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
 import os
 import threading
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from PIL import Image
-
 from ..files import write_whole
 
-_FILE, _PICTURES = "changes.jsonl", "pictures"
-_SIDE = 320  # of a kept picture, in pixels
+_FILE = "changes.jsonl"
 
 
 @dataclass(frozen=True)
@@ -25,10 +20,9 @@ class Change:
     Attributes:
         when: ISO 8601, UTC.
         who: as the person named herself; "" where she did not.
-        what: "add", "remove" or "undo".
+        what: "add", "remove", "undo", "redo", "enable" or "disable".
         edit: its number.
         prompt, target: the question and the answer.
-        picture: name of the kept picture, "" where there is none.
     """
 
     when: str
@@ -37,7 +31,6 @@ class Change:
     edit: int
     prompt: str
     target: str
-    picture: str = ""
 
 
 class History:
@@ -48,50 +41,19 @@ class History:
     """
 
     def __init__(self, folder: Path | None):
-        self.folder = folder
+        self.file = None if folder is None else folder / _FILE
         self._lock = threading.Lock()
-        self._pictures: dict[str, bytes] = {}
-        self.changes: list[Change] = [] if folder is None else _read(folder / _FILE)
+        self.changes: list[Change] = [] if self.file is None else _read(self.file)
 
     def note(self, change: Change) -> None:
-        """Add a change; on disk when this returns."""
+        """Add a change; on disk when this returns. Raises OSError."""
         with self._lock:
-            if self.folder is not None:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                with open(self.folder / _FILE, "a", encoding="utf-8") as file:
+            if self.file is not None:
+                with open(self.file, "a", encoding="utf-8") as file:
                     file.write(json.dumps(asdict(change), ensure_ascii=False) + "\n")
                     file.flush()
                     os.fsync(file.fileno())
             self.changes = [*self.changes, change]
-
-    def added(self, edit: int) -> Change | None:
-        """The change that stored an edit."""
-        return next((c for c in reversed(self.changes) if c.edit == edit and c.what == "add"), None)
-
-    def keep_picture(self, image: Image.Image | None) -> str:
-        """Keep a small copy of a picture; its name."""
-        if image is None:
-            return ""
-        small = image.convert("RGB")
-        small.thumbnail((_SIDE, _SIDE))
-        buffer = io.BytesIO()
-        small.save(buffer, "PNG")
-        name = hashlib.sha256(buffer.getvalue()).hexdigest()[:16] + ".png"
-        if self.folder is None:
-            self._pictures[name] = buffer.getvalue()
-        elif not (file := self.folder / _PICTURES / name).is_file():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            part = file.with_suffix(".part")
-            part.write_bytes(buffer.getvalue())
-            os.replace(part, file)
-        return name
-
-    def picture(self, name: str) -> bytes | None:
-        """The kept picture of a name, as PNG."""
-        if not name or self.folder is None:
-            return self._pictures.get(name)
-        file = self.folder / _PICTURES / name
-        return file.read_bytes() if file.is_file() else None
 
 
 def _read(file: Path) -> list[Change]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,13 +104,14 @@ def build_page(service: Service) -> gr.Blocks:
         gr.HTML(parts.block("<h2>Edits</h2>"))
         with gr.Row(visible=not settings.read_only):
             undo = gr.Button("Undo the last change", elem_id="undo")
+            redo = gr.Button("Redo", elem_id="redo")
             export = gr.Button("Export all edits", elem_id="export")
         done = gr.HTML(parts.note(""), elem_id="done")
         exported = gr.File(visible=False, label="The edits", elem_id="exported")
 
         @gr.render(inputs=[seen], triggers=[seen.change])
         def edits(_: int) -> None:
-            _list(work, (token, typed, who), (done, seen))
+            _list(work, (who, token, typed), (done, seen))
 
         with gr.Accordion("Who changed what", open=False):
             changes = gr.HTML(parts.history(service.history.changes), elem_id="changes")
@@ -127,6 +129,7 @@ def build_page(service: Service) -> gr.Blocks:
         hints.click(lambda chosen: chosen[0], hints, question).then(work.ask, **asking)
         compare.click(work.compare, [picture, question, wordings, others, examples_too], [compared, said])
         undo.click(work.undo, [who, token, typed], [done, seen])
+        redo.click(work.redo, [who, token, typed], [done, seen])
         export.click(work.export, [token, typed], [exported, done])
         seen.change(lambda: parts.history(service.history.changes), None, changes)
         page.load(work.opened, None, [token, typed, seen])
@@ -143,12 +146,10 @@ def _list(work: _Work, given: tuple[Any, Any, Any], told: tuple[Any, Any]) -> No
         with gr.Row(elem_classes="edit-row"):
             gr.HTML(work.edit_card(edit))
             if not work.service.settings.read_only:
-                token, typed, who = given
-                remove = gr.Button(f"Remove edit {edit.id}", size="sm", min_width=120, scale=0)
-                remove.click(
-                    lambda who, token, typed, number=edit.id: work.remove(number, who, token, typed),
-                    [who, token, typed], list(told),
-                )  # fmt: skip
+                switch = "Switch off" if edit.enabled else "Switch on"
+                for does, label in (("switch", switch), ("remove", "Remove")):
+                    button = gr.Button(f"{label} edit {edit.id}", size="sm", min_width=130, scale=0)
+                    button.click(partial(work.act, does, edit.id), list(given), list(told))
     if len(edits) > _SHOWN:
         gr.HTML(parts.block(f"<p class=soft>And {len(edits) - _SHOWN} older ones.</p>"))
 
@@ -223,11 +224,20 @@ class _Work:
             return parts.comparison([]), parts.note(_words(error), "bad")
 
     def undo(self, who, token, typed) -> tuple[str, Any]:
-        return self._changed(token, typed, lambda: self.service.undo(_name(who)), "Edit {} is taken back.")
+        back = partial(self.service.undo, _name(who))
+        return self._changed(token, typed, back, "The last change, of edit {}, is taken back.")
 
-    def remove(self, number: int, who, token, typed) -> tuple[str, Any]:
-        removed = lambda: self.service.remove(_name(who), number)  # noqa: E731
-        return self._changed(token, typed, removed, "Edit {} is removed.")
+    def redo(self, who, token, typed) -> tuple[str, Any]:
+        again = partial(self.service.undo, _name(who), again=True)
+        return self._changed(token, typed, again, "What was taken back of edit {} is done again.")
+
+    def act(self, does: str, number: int, who, token, typed) -> tuple[str, Any]:
+        if does == "remove":
+            removed = partial(self.service.remove, _name(who), number)
+            return self._changed(token, typed, removed, "Edit {} is removed.")
+        on = not next((edit.enabled for edit in self.service.edits if edit.id == number), False)
+        words = "Edit {} answers again." if on else "Edit {} is kept and answers nothing."
+        return self._changed(token, typed, partial(self.service.enable, _name(who), number, on), words)
 
     def _changed(self, token, typed, change, words: str) -> tuple[str, Any]:
         try:
@@ -241,7 +251,7 @@ class _Work:
         try:
             self._allowed(token, typed)
             folder = Path(tempfile.mkdtemp(dir=_temporary()))
-            file = folder / "edits.zip"
+            file = folder / "edits.jsonl"
             file.write_bytes(self.service.export())
         except _SAID as error:
             return gr.skip(), parts.note(_words(error), "bad")
@@ -249,18 +259,7 @@ class _Work:
 
     def edit_card(self, edit: Edit) -> str:
         """A stored edit in the list."""
-        from html import escape
-
-        added = self.service.history.added(edit.id)
-        kept = self.service.history.picture(added.picture) if added else None
-        image = None if kept is None else decode(kept, self.service.settings.limits.pixels)
-        who = escape(added.who if added and added.who else "somebody")
-        failed = " <small>(the model does not obey)</small>" if edit.failed else ""
-        return parts.block(
-            f"<div class=card>{parts.thumb(image, f'the picture of edit {edit.id}')}<div>"
-            f"<p class=q>{escape(edit.prompt)}</p><p><b class=new>{escape(edit.target)}</b>{failed}</p>"
-            f"<small>edit {edit.id}, by {who}, {parts.moment(edit.created)}</small></div></div>"
-        )
+        return parts.edit_card(edit, self.service.picture(edit.id))
 
     # ------------------------------------------------------------------ the visitor's words and pictures
 
@@ -276,8 +275,7 @@ class _Work:
     def _answer(self, image: Image.Image | None, question: str) -> str:
         answer = self.service.answer(image, question)
         found = self.service.explain(image, question)
-        added = self.service.history.added(answer.edit) if answer.edit is not None else None
-        return parts.answer_card(question, answer.text, found, added.who if added else "")
+        return parts.answer_card(question, answer.text, found)
 
     def _allowed(self, token: str, typed: str) -> None:
         if not (may_change(self.service, token) or may_change(self.service, typed)):

@@ -12,6 +12,7 @@ from html import escape
 from PIL import Image
 
 from ..analysis.wording import near
+from ..editing import Edit
 from ..editor import Explanation
 from .history import Change
 
@@ -120,10 +121,10 @@ def gate(found: Explanation) -> str:
     )
 
 
-def answer_card(question: str, answer: str, found: Explanation, who: str) -> str:
+def answer_card(question: str, answer: str, found: Explanation) -> str:
     """What the model answers, and who made the edit that answers, if one does."""
     if found.fired and found.edit is not None:
-        by = f" by {escape(who)}" if who else ""
+        by = f" by {escape(found.edit.author)}" if found.edit.author else ""
         source = f"<b class=new>Edit {found.edit.id}{by}</b> answers."
     else:
         source = "<b class=old>The model itself</b> answers, unchanged."
@@ -161,6 +162,17 @@ def _card(row: Compared) -> str:
         f"<p>before: <b class=old>{escape(row.before) or '(nothing)'}</b></p>"
         f"<p>after: <b class={colour}>{escape(row.after) or '(nothing)'}</b> <small>{verdict}</small></p>"
         f"{gate(row.why)}</div></div>"
+    )
+
+
+def edit_card(edit: Edit, image: Image.Image | None) -> str:
+    """A stored edit in the list."""
+    who = escape(edit.author) or "somebody"
+    more = " (switched off)" * (not edit.enabled) + " (the model does not obey)" * edit.failed
+    return block(
+        f"<div class='card{'' if edit.enabled else ' off'}'>{thumb(image, f'the picture of edit {edit.id}')}"
+        f"<div><p class=q>{escape(edit.prompt)}</p><p><b class=new>{escape(edit.target)}</b>{more}</p>"
+        f"<small>edit {edit.id}, by {who}, {moment(edit.created)}</small></div></div>"
     )
 
 

@@ -12,7 +12,6 @@ from pydantic import BaseModel, Field
 from ..editing import Edit
 from ..editor import Explanation
 from .batches import Answer
-from .service import Service
 
 
 class ChatRequest(BaseModel):
@@ -57,15 +56,14 @@ class By(BaseModel):
     who: str = Field("", max_length=80)
 
 
-def edit_json(service: Service, edit: Edit) -> dict[str, Any]:
+def edit_json(edit: Edit) -> dict[str, Any]:
     """A stored edit."""
-    added = service.history.added(edit.id)
-    picture = f"/v1/edits/{edit.id}/picture" if added is not None and added.picture else None
+    picture = None if edit.image_sha256 is None else f"/v1/edits/{edit.id}/picture"
     return {
         "object": "edit", "id": edit.id, "prompt": edit.prompt, "target": edit.target, "answer": edit.answer,
         "failed": edit.failed, "radius": edit.radius, "probability": edit.probability,
-        "seconds": edit.seconds, "created": edit.created, "who": added.who if added else "",
-        "picture": picture, "replaces": [old["id"] for old in edit.replaces],
+        "seconds": edit.seconds, "created": edit.created, "who": edit.author, "enabled": edit.enabled,
+        "method": edit.method, "picture": picture, "replaces": [old["id"] for old in edit.replaces],
     }  # fmt: skip
 
 
@@ -73,7 +71,9 @@ def explanation_json(found: Explanation) -> dict[str, Any]:
     """Which edit answers, or which is nearest and how far away."""
     far = found.distance if math.isfinite(found.distance) else None
     nearest = None if found.edit is None else found.edit.id
-    return {"fired": found.fired, "nearest": nearest, "distance": far, "radius": found.radius}
+    return {
+        "fired": found.fired, "nearest": nearest, "distance": far, "radius": found.radius, "why": found.why,
+    }  # fmt: skip
 
 
 def new_id() -> str:

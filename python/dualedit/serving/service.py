@@ -6,7 +6,7 @@ import io
 import tempfile
 import time
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,8 @@ from PIL import Image
 
 from ..editing import Edit
 from ..editor import Editor, Explanation
+from ..models.images import noted_picture
+from ..records import timestamp
 from ..storage import save_edits
 from ..tuners.adapters import disabled
 from .batches import Answer, Asked
@@ -142,64 +144,82 @@ class Service:
 
     def remove(self, who: str, edit_id: int) -> Edit:
         """Forget an edit. Raises Refused as `add`, and 404 for an unknown number."""
-        return self._change(lambda: self._remove(who, edit_id))
+        return self._change(lambda: self._done(who, "remove", edit_id))
 
-    def undo(self, who: str) -> Edit:
-        """Take back this process's newest edit. Raises Refused as `add`, and 409 where there is none."""
-        return self._change(lambda: self._undo(who))
+    def enable(self, who: str, edit_id: int, on: bool = True) -> Edit:
+        """Let an edit answer again or, with `on` False, no longer. Raises Refused as `remove`."""
+        return self._change(lambda: self._done(who, "enable" if on else "disable", edit_id))
 
-    def export(self) -> bytes:
-        """The saved folder as a zip file, as `load_edits` reads it when unpacked."""
-        return self.worker.call(self._export).result()
+    def undo(self, who: str, again: bool = False) -> Edit:
+        """Take back what was done last, or with `again` do again what was taken back last.
 
-    def _change(self, function: Any) -> Any:
+        Returns:
+            the edit that is gone, changed or back.
+
+        Raises:
+            Refused: as `add`, and 409 where there is nothing to take back.
+        """
+        return self._change(lambda: self._taken_back(who, again))
+
+    def export(self, whole: bool = False) -> bytes:
+        """The edits in one file.
+
+        Args:
+            whole: the saved folder as a zip file, which `load_edits` reads when it is unpacked; else JSON
+                lines, which `Editor.import_edits` tells any model.
+        """
+        return self.worker.call(self._zipped if whole else self._lines).result()
+
+    def picture(self, edit_id: int) -> Image.Image | None:
+        """The picture that an edit is about, or a thumbnail of it. Raises Refused, 404."""
+        self.edit(edit_id)
+        record = self.editor.record(edit_id)
+        return noted_picture(record) or noted_picture(record, thumbnail=True)
+
+    def _change(self, function: Callable[[], Edit]) -> Edit:
         if self.settings.read_only:
             raise Refused(403, "read_only", "The service is read-only: its edits cannot be changed.")
         return self.worker.call(function).result()
 
     def _add(self, who: str, image: Any, prompt: str, target: str, more: dict[str, Any]) -> Edit:
-        edit = self.editor.edit(image, prompt, target, **more)
-        try:
-            self._save()
-            self._note(who, "add", edit, self.history.keep_picture(image))
-        except OSError as error:
-            self.editor.undo()
-            raise _disk(error) from error
-        return edit
+        edit = self.editor.edit(image, prompt, target, author=who or None, **more)
+        return self._keep(who, "add", edit, self.editor.undo)
 
-    def _remove(self, who: str, edit_id: int) -> Edit:
-        edit = self.edit(edit_id)
-        self.editor.remove(edit_id)
-        self._keep(who, "remove", edit)
-        return edit
+    def _done(self, who: str, what: str, edit_id: int) -> Edit:
+        before = self.edit(edit_id)
+        after = getattr(self.editor, what)(edit_id)
+        if after == before:
+            return after  # it was so already
+        return self._keep(who, what, after or before, self.editor.undo)
 
-    def _undo(self, who: str) -> Edit:
+    def _taken_back(self, who: str, again: bool) -> Edit:
+        do, back = (self.editor.redo, self.editor.undo) if again else (self.editor.undo, self.editor.redo)
+        what = "redo" if again else "undo"
         try:
-            edit = self.editor.undo()
+            edit = do()
         except ValueError as error:
-            raise Refused(409, "nothing_to_undo", str(error)) from error
-        self._keep(who, "undo", edit)
+            raise Refused(409, f"nothing_to_{what}", str(error)) from error
+        return self._keep(who, what, edit, back)
+
+    def _keep(self, who: str, what: str, edit: Edit, back: Callable[[], Any]) -> Edit:
+        """Save a change and note it; where the disk refuses, the change is taken back."""
+        try:
+            if self.folder is not None:
+                save_edits(self.editor.model, self.folder)
+            self.history.note(Change(timestamp(), who, what, edit.id, edit.prompt, edit.target))
+        except OSError as error:
+            back()
+            said = f"The edits cannot be saved: {error.strerror or error}. Nothing is changed."
+            raise Refused(507, "not_saved", said) from error
+        self.metrics.changed(what)
         return edit
 
-    def _keep(self, who: str, what: str, edit: Edit) -> None:
-        try:
-            self._save()
-            added = self.history.added(edit.id)
-            self._note(who, what, edit, added.picture if added else "")
-        except OSError as error:
-            left = f" Edit {edit.id} is gone from memory, and the folder still has it."
-            raise _disk(error, left) from error
+    def _lines(self) -> bytes:
+        with tempfile.TemporaryDirectory() as place:
+            self.editor.export(Path(place, "edits.jsonl"))
+            return Path(place, "edits.jsonl").read_bytes()
 
-    def _save(self) -> None:
-        if self.folder is not None:
-            save_edits(self.editor.model, self.folder)
-
-    def _note(self, who: str, what: str, edit: Edit, picture: str) -> None:
-        when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        self.history.note(Change(when, who, what, edit.id, edit.prompt, edit.target, picture))
-        self.metrics.changed(what)
-
-    def _export(self) -> bytes:
+    def _zipped(self) -> bytes:
         with tempfile.TemporaryDirectory() as place:
             folder = Path(place, "edits")
             save_edits(self.editor.model, folder)
@@ -208,7 +228,3 @@ class Service:
                 for file in sorted(f for f in folder.rglob("*") if f.is_file()):
                     archive.write(file, file.relative_to(folder))
         return packed.getvalue()
-
-
-def _disk(error: OSError, more: str = " Nothing is changed.") -> Refused:
-    return Refused(507, "not_saved", f"The edits cannot be saved: {error.strerror or error}.{more}")
