@@ -171,7 +171,7 @@ setup(
         "dualedit_kernels": ["py.typed"],
         "dualedit": ["py.typed"]
         + [f"toy/weights/**/*.{end}" for end in ("safetensors", "json", "txt", "jinja")]
-        + ["training/launch/*.yaml", "smol/weights/*.safetensors"]
+        + ["training/launch/*.yaml", "smol/weights/*.safetensors", "datasets/facts.schema.json"]
         + [f"smol/weights/editors/*/*.{end}" for end in ("safetensors", "json")],
     },
     ext_modules=EXTENSIONS,

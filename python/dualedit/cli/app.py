@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from . import data_app
 from .errors import options as named
 from .errors import run
 from .options import (
@@ -65,6 +66,9 @@ def _version(wanted: bool) -> None:
 
         print(f"dualedit {__version__}")
         raise typer.Exit()
+
+
+app.add_typer(data_app.app)
 
 
 @app.callback()
