@@ -56,7 +56,7 @@ class Plan:
     exhaustive: bool = False
     grid_layers: tuple[int, ...] | None = None
     recipe: Recipe = field(default_factory=lambda: Recipe(
-        mid_dim=128, num_heads=8, steps=200, batch_size=8, learning_rate=5e-3, warmup=10, grad_clip=1.0,
+        mid_dim=128, num_heads=4, steps=300, batch_size=16, learning_rate=5e-3, warmup=10, grad_clip=1.0,
         beta2=0.98, precision="fp32", text_generality=0.0, image_generality=0.0, text_locality=0.0,
         image_locality=0.0,
     ))  # fmt: skip
@@ -76,6 +76,7 @@ class Studies:
         plan: how much is measured.
         journal: keeps the pieces.
         training: facts that adapters are trained on, apart from `samples`; may be empty.
+        held_out: facts that they are measured on; `samples` if empty.
         progress: show bars.
         template: of prompts, for models without a chat template.
 
@@ -91,6 +92,7 @@ class Studies:
         plan: Plan,
         journal: StudyJournal,
         training: Sequence[EditSample] = (),
+        held_out: Sequence[EditSample] = (),
         progress: bool = True,
         template: str | None = None,
     ):
@@ -98,7 +100,7 @@ class Studies:
             raise ValueError("samples is empty: there is nothing to analyse the model by.")
         self.model, self.processor, self.samples = model, processor, samples
         self.plan, self.journal, self.progress = plan, journal, progress
-        self.training = training
+        self.training, self.held_out = training, held_out or samples
         self.prompter = Prompter(processor, template)
         path, stack = architectures.find_decoder_layers(model)
         self.depth = len(stack)
@@ -303,7 +305,7 @@ class Studies:
                 own = (
                     self.training[: self.plan.training]
                     if name == "training"
-                    else self.samples[: self.plan.held_out]
+                    else self.held_out[: self.plan.held_out]
                 )
                 if name == "training" and not locality:
                     made[name] = list(own)

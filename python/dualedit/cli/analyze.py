@@ -20,8 +20,7 @@ if TYPE_CHECKING:
     from ..data import EditSample
 
 TOY = ("toy", "embedded")
-# Facts that adapters are trained on. Of the embedded world the new answers are any of all answers: with those
-# of one question alone, adapters first learn by heart which they are.
+# Facts that adapters are trained on.
 _TRAINING = 800
 
 
@@ -49,7 +48,7 @@ class Options:
     facts: int = 32
     pairs: int = 0
     grid: tuple[int, ...] = ()
-    steps: int = 200
+    steps: int = 300
     layers: int = 12
     seed: int = 0
     json: Path | None = None
@@ -92,8 +91,8 @@ def run(options: Options) -> None:
     )
     journal = StudyJournal(options.records, _arguments(options, plan))
     base, processor = load_base(None if options.model in TOY else Path(options.model))
-    samples, training = _samples(options, plan)
-    studies = Studies(base, processor, samples, plan, journal, training, shows_progress())
+    samples, training, held_out = _samples(options, plan)
+    studies = Studies(base, processor, samples, plan, journal, training, held_out, shows_progress())
     found = {"arguments": _arguments(options, plan), **studies.run()}
     _tell(found)
     if options.json is not None:
@@ -125,8 +124,8 @@ def _arguments(options: Options, plan: Plan) -> dict[str, Any]:
     return told
 
 
-def _samples(options: Options, plan: Plan) -> tuple[Sequence[EditSample], Sequence[EditSample]]:
-    """Facts to choose by, and others to train on; none of a test."""
+def _samples(options: Options, plan: Plan) -> tuple[Sequence[EditSample], ...]:
+    """Facts to choose by, to train on, and to measure trained adapters on; none of a test."""
     wanted = max(plan.facts, plan.questions, plan.writes, plan.held_out)
     trains = plan.pairs or plan.exhaustive
     if options.data is not None:
@@ -140,43 +139,42 @@ def _samples(options: Options, plan: Plan) -> tuple[Sequence[EditSample], Sequen
                 "measure on others. Leave --pairs out."
             )
         kept = min(wanted, len(loaded) // 2) if trains else wanted
-        return loaded[:kept], loaded[kept:]
+        return loaded[:kept], loaded[kept:], ()
     if options.model in TOY:
-        return _toy(options.seed, wanted, plan.training if trains else 0)
+        return _toy(options.seed, wanted, plan)
     from ..smol import load_concepts
     from ..smol.benchmark import Pictures
 
     benchmark = Pictures(load_concepts(), options.seed)
-    return benchmark.samples("validation", wanted), benchmark.samples(
-        "training", plan.training
-    ) if trains else []
+    training = benchmark.samples("training", plan.training) if trains else ()
+    return benchmark.samples("validation", wanted), training, ()
 
 
-def _toy(seed: int, wanted: int, training: int) -> tuple[Sequence[EditSample], Sequence[EditSample]]:
-    """Facts about training entities; those to train on are about other families of look-alikes."""
-    from ..data import EditRequest
+def _toy(seed: int, wanted: int, plan: Plan) -> tuple[Sequence[EditSample], ...]:
+    """Facts about training entities; those to train on are about other families of look-alikes.
+
+    Adapters are trained on, and asked, the questions whose answers are one word of few: what can be learned
+    in minutes.
+    """
     from ..toy.samples import edit_samples
-    from ..toy.world import ATTRIBUTES, World, answer_vocabulary
+    from ..toy.world import World
 
     world = World(0)
 
-    def drawn(count: int, odd: bool, number: int) -> list[EditSample]:
+    def drawn(count: int, odd: bool, number: int, short: bool = False) -> list[EditSample]:
+        def only(entity: int, attribute: str) -> bool:
+            return world.family[entity] % 2 == odd and not (short and attribute in ("brand", "founder"))
+
         found: list[EditSample] = []
-        only = (lambda entity, _: world.family[entity] % 2 == odd) if count else None
         tried = 2 * count + 16
-        while count and len(found) < count:
+        while len(found) < count:
             found, tried = edit_samples(world, "train", tried, seed + number, only)[:count], 2 * tried
         return found
 
-    answers = sorted({answer for attribute in ATTRIBUTES for answer in answer_vocabulary(attribute)})
-    chance = random.Random(seed)
-    to_train = [
-        dataclasses.replace(
-            sample, request=EditRequest(sample.request.image, sample.request.prompt, chance.choice(answers))
-        )
-        for sample in drawn(training, True, 1_000)
-    ]
-    return drawn(wanted, False, 0), to_train
+    samples = drawn(wanted, False, 0)
+    if not (plan.pairs or plan.exhaustive):
+        return samples, (), ()
+    return samples, drawn(plan.training, True, 1_000, True), drawn(plan.held_out, False, 2_000, True)
 
 
 def _tell(found: dict[str, Any]) -> None:
