@@ -11,11 +11,12 @@ KERNELS = ROOT / "dualedit_kernels"
 
 # From the bottom up. Rooms of one level do not import each other, except as listed.
 LEVELS = [
-    {"files", "models", "records", "when_imported"},
-    {"data", "runtime"},
+    {"files", "models", "records", "tensor_file", "version", "when_imported"},
+    {"data", "folder", "runtime"},
     {"memory", "requests"},
     {"tuners"},
-    {"editing", "storage"},
+    {"editing", "saved"},
+    {"storage"},
     {"checking", "exchange", "history", "overlaps"},
     {"book"},
     {"editor"},

@@ -23,6 +23,7 @@ def saved(method, folder, generator):
     model = editor_of(LLAVA, method)
     store(model, LLAVA.question(generator), generator)
     save_edits(model, folder)
+    (folder / "manifest.json").unlink()  # as version 0.1 left it: nothing is known of the files' digests
     return folder / "adapter_model.safetensors"
 
 
@@ -65,7 +66,7 @@ def test_add_refuses_them_too():
     memory = EditMemory({"key": (2,), "radius": ()}, {})
     with pytest.raises(ValueError, match="radius"):
         memory.check({"key": torch.ones(2), "radius": torch.tensor(float("inf"))})
-    memory.check({"key": torch.ones(2), "radius": torch.tensor(float("nan"))})
+    memory.check({"key": torch.ones(2), "radius": torch.tensor(-1.0)})
 
 
 def test_a_folder_of_a_lora_is_refused_before_the_model_is_touched(tmp_path):

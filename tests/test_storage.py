@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from dualedit import inject_dualedit, load_edits, save_edits, storage
+from dualedit import inject_dualedit, load_edits, save_edits
 from dualedit.runtime.context import runtime_of
 from safetensors.torch import load_file, save_file
 from tiny_models import LLAVA, METHODS, QWEN, editor_of, row_of, store, tiny_llama
@@ -72,11 +72,13 @@ def test_saving_again_keeps_other_files(saved, generator):
 
 @pytest.mark.parametrize("moves", [0, 1, 2])
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
-def test_a_failed_save_leaves_the_old_folder(moves, error, saved, generator, monkeypatch):
+def test_a_failed_save_leaves_the_old_edits_or_the_new_ones(moves, error, saved, generator, monkeypatch):
+    """The first move is that of the manifest: before it the folder is as it was, behind it all is saved."""
     model, inputs, folder = saved
     before, expected = contents(folder), logits_of(model, inputs)
     store(model, row_of(inputs, 2), generator)
     model.peft_config["default"].image_token_ids.append(111)  # so that the config changes too
+    new = logits_of(model, inputs)
     done, replace = [], os.replace
 
     def fail(source, target):
@@ -86,20 +88,33 @@ def test_a_failed_save_leaves_the_old_folder(moves, error, saved, generator, mon
         replace(source, target)
 
     with monkeypatch.context() as patched:
-        patched.setattr(storage.os, "replace", fail)
-        with pytest.raises(error):
+        patched.setattr(os, "replace", fail)
+        if moves and error is OSError:  # it is saved; what is left undone, the next writer does
             save_edits(model, folder)
+        else:
+            with pytest.raises(error):
+                save_edits(model, folder)
     assert len(done) == moves
-    assert contents(folder) == before
     assert not [p for p in folder.parent.iterdir() if p != folder]
-    assert torch.equal(logits_of(load_edits(LLAVA.build(), folder), inputs), expected)
+    if moves == 0:
+        assert contents(folder) == before
+        assert torch.equal(logits_of(load_edits(LLAVA.build(), folder), inputs), expected)
+    else:
+        with pytest.warns(UserWarning, match="is repaired: the files of the last save were not all in their"):
+            loaded = load_edits(LLAVA.build(), folder)
+        assert torch.equal(logits_of(loaded, inputs), new)
     save_edits(model, folder)
-    assert torch.equal(logits_of(load_edits(LLAVA.build(), folder), inputs), logits_of(model, inputs))
+    assert torch.equal(logits_of(load_edits(LLAVA.build(), folder), inputs), new)
+    assert sorted(f.name for f in folder.iterdir() if not f.name.startswith(".")) == [
+        "README.md", CONFIG, WEIGHTS, f"journal-00000{3 if moves and error is not OSError else 2}.jsonl",
+        "manifest.json",
+    ]  # fmt: skip
 
 
 def test_a_failed_write_leaves_the_old_folder(saved, monkeypatch):
     model, inputs, folder = saved
     before = contents(folder)
+    model.peft_config["default"].image_token_ids.append(111)
 
     def fail(path, *args, **kwargs):
         (path / WEIGHTS).write_bytes(b"half a file")
@@ -113,7 +128,7 @@ def test_a_failed_write_leaves_the_old_folder(saved, monkeypatch):
 
 def test_a_failed_first_save_leaves_no_folder(method, tmp_path, monkeypatch):
     model = editor_of(LLAVA, method)
-    monkeypatch.setattr(storage.os, "replace", lambda *args: (_ for _ in ()).throw(OSError("no space")))
+    monkeypatch.setattr(os, "replace", lambda *args: (_ for _ in ()).throw(OSError("no space")))
     with pytest.raises(OSError, match="no space"):
         save_edits(model, tmp_path / "edits")
     assert not list(tmp_path.iterdir())
@@ -133,12 +148,19 @@ def _cut(folder):
     file.write_bytes(file.read_bytes()[:-100])
 
 
+def _plain(folder):
+    """The folder as version 0.1 left it: without a manifest, nothing is known of its files' digests."""
+    (folder / "manifest.json").unlink()
+
+
 def _tensors(folder, change):
+    _plain(folder)
     tensors = load_file(folder / WEIGHTS)
     save_file({name: value for name, value in change(tensors).items()}, folder / WEIGHTS)
 
 
 def _config(folder, **changes):
+    _plain(folder)
     config = json.loads((folder / CONFIG).read_text())
     (folder / CONFIG).write_text(json.dumps(config | changes))
 
@@ -158,8 +180,10 @@ def _other_ids(tensors):
     [
         (_cut, "is cut short or damaged"),
         (lambda f: (f / WEIGHTS).write_bytes(b""), "is cut short or damaged"),
-        (lambda f: (f / WEIGHTS).unlink(), "holds no adapter_model.safetensors"),
-        (lambda f: (f / CONFIG).unlink(), "holds no adapter_config.json"),
+        (lambda f: (f / WEIGHTS).unlink(), "adapter_model.safetensors is missing"),
+        (lambda f: (f / CONFIG).unlink(), "adapter_config.json is missing"),
+        (lambda f: (_plain(f), (f / WEIGHTS).unlink()), "holds no adapter_model.safetensors"),
+        (lambda f: (_plain(f), (f / CONFIG).unlink()), "holds no adapter_config.json"),
         (shutil.rmtree, "does not exist"),
         (lambda f: _tensors(f, lambda t: dict(list(t.items())[1:])), "lacks 1 tensors"),
         (lambda f: _tensors(f, _wider), "has shape .* in the file, this model needs"),
@@ -168,7 +192,8 @@ def _other_ids(tensors):
             "another base model: hidden_size is 32 here",
         ),
     ],
-    ids=["cut", "empty", "no weights", "no config", "no folder", "a tensor less", "other size", "other base"],
+    ids=["cut", "empty", "no weights", "no config", "no weights, plain", "no config, plain", "no folder",
+         "a tensor less", "other size", "other base"],
 )
 def test_a_folder_that_cannot_be_loaded(damage, message, saved):
     _, inputs, folder = saved

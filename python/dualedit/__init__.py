@@ -17,6 +17,7 @@ import importlib
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
+from .version import __version__  # noqa: F401 (dualedit.__version__)
 from .when_imported import when_imported
 
 if TYPE_CHECKING:
@@ -26,11 +27,9 @@ if TYPE_CHECKING:
     from .editor import Editor, Explanation
     from .overlaps import Policies
     from .runtime.context import explicit_masks
-    from .storage import load_edits, save_edits
+    from .storage import load_edits, refresh_edits, save_edits
     from .tuners import BalancEditConfig, DualEditConfig, inject_balancedit, inject_dualedit
     from .tuners.adapters import disabled, lifted, remove_adapter
-
-__version__ = "0.1.0"
 
 _MODULES = {
     "checking": ("EditFailed",),
@@ -39,7 +38,7 @@ _MODULES = {
     "editor": ("Editor", "Explanation"),
     "overlaps": ("Policies",),
     "runtime.context": ("explicit_masks",),
-    "storage": ("load_edits", "save_edits"),
+    "storage": ("load_edits", "refresh_edits", "save_edits"),
     "tuners": ("BalancEditConfig", "DualEditConfig", "inject_balancedit", "inject_dualedit"),
     "tuners.adapters": ("disabled", "lifted", "remove_adapter"),
 }
@@ -66,6 +65,7 @@ __all__ = [
     "list_edits",
     "load_edits",
     "lookup",
+    "refresh_edits",
     "remove_adapter",
     "remove_edit",
     "save_edits",

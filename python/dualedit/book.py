@@ -59,12 +59,24 @@ class EditBook:
 
     @contextmanager
     def _changing(self, kind: str = "commit") -> Iterator[None]:
-        """A change of the stored edits: all of the block happens, or nothing."""
+        """A change of the stored edits: all of the block happens, or nothing; it is saved before it counts.
+
+        Args:
+            kind: of the commit, where there is a folder.
+        """
         with ExitStack() as stack:
+            self._hold(stack)
             trials = [stack.enter_context(each.group.trial()) for each in self.adapters]
             yield
+            self._commit(kind)
             for trial in trials:
                 trial.kept = True
+
+    def _hold(self, stack: ExitStack) -> None:
+        """Hold the folder, and bring what others have saved."""
+
+    def _commit(self, kind: str = "commit") -> None:
+        """Save what has changed."""
 
     # ------------------------------------------------------------------ reading
 

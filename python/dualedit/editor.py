@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -19,6 +20,7 @@ from .checking import UNRELATED, EditFailed, ask_back, failure, generate_answers
 from .data import EditRequest
 from .editing import Edit, Lookup, edit_of, lookup_in, trying
 from .exchange import read_requests, write_export
+from .folder.writing import held
 from .history import Change
 from .models.architectures import unwrap
 from .models.images import Picture, noted_picture, open_image, picture_notes
@@ -28,7 +30,7 @@ from .records import noted as checked_notes
 from .requests import Pictures, Question, Sample, Words, arguments_of, black, brighter, check_samples
 from .runtime.context import runtime_of
 from .runtime.recording import record_states
-from .storage import load_edits
+from .storage import check_folder, is_saved_in, load_edits, refresh_edits, save_edits
 from .tuners.adapter import EditAdapter, active_adapter, adapter_of
 from .tuners.adapters import disabled, remove_adapter
 from .tuners.config import EditConfig
@@ -110,12 +112,15 @@ class Editor(EditBook):
             where they do not help either. None: the adapter that saved edits name, if it is there.
         keep_failed: what `edit` and `edit_many` do where they are not told.
         policies: what happens to an edit where a near one is stored already.
+        folder: where the edits are saved, each change before it counts; a folder that the model was loaded
+            from, or none yet. What others save there is seen at each change, and by `refresh`.
         author: noted with each edit, where `edit` is not told another one.
         keep_pictures: whether edits keep their pictures (PNG), so that `check` and `export` can ask them
             again; None: small ones (32 KiB). A thumbnail and a digest are always kept.
 
     Raises:
-        ValueError: the model has no edit adapter, or no adapter of the fallback's name.
+        ValueError: the model has no edit adapter, or no adapter of the fallback's name; or the folder holds
+            edits that the model does not have.
     """
 
     def __init__(
@@ -128,6 +133,7 @@ class Editor(EditBook):
         policies: Policies | None = None,
         author: str | None = None,
         keep_pictures: bool | None = None,
+        folder: str | os.PathLike[str] | None = None,
     ):
         super().__init__()
         self.policies = policies or Policies()
@@ -140,7 +146,34 @@ class Editor(EditBook):
         self._fallback: str | None = None  # the name of an adapter on the model
         self._on_demand: Path | EditConfig | None = None
         self._choose_fallback(fallback)
+        self.folder: Path | None = None
+        if folder is not None:
+            self.bind(folder)
         self._warn_of_other_templates()
+
+    def _hold(self, stack: ExitStack) -> None:
+        if self.folder is not None:
+            stack.enter_context(held(self.folder))
+            self.refresh()
+
+    def _commit(self, kind: str = "commit") -> None:
+        if self.folder is not None:
+            save_edits(self.model, self.folder, kind=kind)
+
+    def bind(self, folder: str | os.PathLike[str]) -> None:
+        """Save each change in a folder from now on, as `Editor(folder=...)` does.
+
+        Raises:
+            ValueError: the folder holds edits that the model does not have.
+        """
+        check_folder(self.model, folder)
+        self.folder = Path(folder)
+
+    def refresh(self) -> int:
+        """Take over what others have saved in the editor's folder; how many edits changed."""
+        if self.folder is None or not is_saved_in(self.model, self.folder):
+            return 0
+        return refresh_edits(self.model)
 
     def _choose_fallback(self, fallback: str | os.PathLike[str] | EditConfig | None) -> None:
         known = getattr(unwrap(self.model), "peft_config", {})
@@ -241,13 +274,20 @@ class Editor(EditBook):
         further = self._further_ways()
         steps: list[dict[str, Any]] = []
         more = _Told(rephrases, negatives, noted, steps)
-        with self._changing():
-            edit, failed = self._try(adapter, request, more, keep and not further)
-            if edit is None and further:
-                edit, failed = self._fall_back(request, more, keep)
-        if edit is None:
-            assert failed is not None
-            raise failed
+        before = self._fallback
+        try:
+            with self._changing():
+                edit, failed = self._try(adapter, request, more, keep and not further)
+                if edit is None and further:
+                    edit, failed = self._fall_back(request, more, keep)
+                if edit is None:
+                    assert failed is not None
+                    raise failed
+        except BaseException:
+            if self._fallback != before and self._fallback is not None:  # saving it failed
+                remove_adapter(self.model, self._fallback)
+                self._fallback = self.adapter_config.fallback = None
+            raise
         return edit
 
     def _further_ways(self) -> bool:

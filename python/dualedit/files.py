@@ -1,77 +1,18 @@
-"""Files that appear whole or not at all: what they replace stays until they are written."""
+"""Writing files so that they are there after a power cut: whole or not at all, synced with their folders."""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
 import shutil
-import stat
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-
-def write_whole(file: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
-    handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-    try:
-        mode = _file_mode(file.parent)
-        with os.fdopen(handle, "w", encoding="utf-8") as opened:
-            opened.write(text)
-        os.chmod(name, mode)
-        os.replace(name, file)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+_PIECE = 1 << 20  # bytes read at a time
 
 
-@contextmanager
-def replacing(folder: Path, last: str) -> Iterator[Path]:
-    """A folder to write to, whose files take the places of those of the same names in `folder` at the end.
-
-    Args:
-        folder: made if it does not exist; other files in it are left alone.
-        last: name of the file that is moved last, such as a config that announces the others.
-
-    Raises:
-        OSError: the disk refused. After this or any other exception `folder` is as it was.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # In the same directory, so that moving files in is a rename within one file system.
-    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        made = work / "new"
-        made.mkdir()
-        yield made
-        files = sorted((f for f in made.rglob("*") if f.is_file()), key=lambda f: (f.name == last, str(f)))
-        mode = _file_mode(work)
-        for file in files:
-            file.chmod(mode)  # safetensors writes files that nobody else can read
-            _sync(file)
-        if folder.exists():
-            _move([file.relative_to(made) for file in files], made, folder, work / "old")
-        else:
-            os.replace(made, folder)
-        _sync(folder)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def _file_mode(folder: Path) -> int:
-    """What a new file may be used for here.
-
-    Seen from a file that is made for it: the process's mask could only be read by setting it, for every
-    thread.
-    """
-    with tempfile.TemporaryDirectory(prefix=".mode.", dir=folder) as place:
-        made = os.open(Path(place, "file"), os.O_CREAT | os.O_WRONLY, 0o666)
-        try:
-            return stat.S_IMODE(os.fstat(made).st_mode)
-        finally:
-            os.close(made)
-
-
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have the disk keep what was written to a file, or the names in a folder."""
     opened = os.open(path, os.O_RDONLY)
     try:
         os.fsync(opened)
@@ -79,26 +20,87 @@ def _sync(path: Path) -> None:
         os.close(opened)
 
 
-def _move(files: list[Path], made: Path, target: Path, kept: Path) -> None:
-    """Move the new files over the old ones, each in one step; if one move fails, all the old ones come back.
-
-    Only a power cut between two moves can leave new weights beside an old config. Where the two do not fit,
-    loading says so, and the old files are still in `kept`.
-    """
-    for file in files:
-        if (target / file).is_file():
-            (kept / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(target / file, kept / file)
-    moved: list[Path] = []
+def write_new(file: Path, data: bytes) -> None:
+    """Write a file in place and sync it; after an exception there is none. Nobody may be reading it."""
     try:
-        for file in files:
-            (target / file).parent.mkdir(parents=True, exist_ok=True)
-            os.replace(made / file, target / file)
-            moved.append(file)
+        with open(file, "wb", buffering=0) as opened:
+            view = memoryview(data)
+            while view:
+                view = view[opened.write(view) :]
+            os.fsync(opened.fileno())
     except BaseException:
-        for file in moved:
-            if (kept / file).is_file():
-                shutil.move(kept / file, target / file)
-            else:
-                (target / file).unlink()
+        with contextlib.suppress(OSError):
+            file.unlink(missing_ok=True)
         raise
+
+
+def replace_whole(file: Path, data: bytes) -> None:
+    """Put new contents in the place of a file's in one step; after an exception the old ones are there."""
+    # The process id keeps two writers apart; who dies half way leaves a file that begins with a dot.
+    part = file.with_name(f".{file.name}.{os.getpid()}.part")
+    try:
+        write_new(part, data)
+        os.replace(part, file)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise
+    sync(file.parent)
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    replace_whole(file, text.encode("utf-8"))
+
+
+def append_synced(file: Path, data: bytes, end: int) -> None:
+    """Add to a file of `end` bytes and sync it; after an exception it has its old length.
+
+    Raises:
+        OSError: the disk refused.
+    """
+    opened = os.open(file, os.O_WRONLY)
+    try:
+        try:
+            view, place = memoryview(data), end
+            while view:
+                done = os.pwrite(opened, view, place)
+                view, place = view[done:], place + done
+            os.fsync(opened)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.ftruncate(opened, end)
+            raise
+    finally:
+        os.close(opened)
+
+
+def cut(file: Path, end: int) -> None:
+    """Shorten a file and sync it."""
+    os.truncate(file, end)
+    sync(file)
+
+
+def sha256_of(file: Path) -> str:
+    """Digest of a file's contents. Raises OSError."""
+    digest = hashlib.sha256()
+    with open(file, "rb", buffering=0) as opened:
+        while piece := opened.read(_PIECE):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def sync_tree(folder: Path) -> None:
+    """Sync all files of a folder and the folders in it."""
+    for path in sorted(folder.rglob("*")):
+        sync(path)
+    sync(folder)
+
+
+def clear(path: Path) -> None:
+    """Remove a file or a folder with all that is in it; nothing happens where there is none."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)

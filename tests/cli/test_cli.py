@@ -1,14 +1,14 @@
 """The command line: what a user types, what comes back, and what happens to the saved files."""
 
 import json
+import os
 import re
 import threading
 import time
 from pathlib import Path
 
 import pytest
-from dualedit.cli import edits as commands
-from dualedit.cli import main
+from dualedit.cli import book, main
 from dualedit.cli.demo_story import TITLES
 from dualedit.cli.errors import with_options
 from dualedit.cli.saved_folder import read_saved, writing
@@ -58,7 +58,7 @@ def edit(image, answer, folder, *options):
 
 
 def bytes_of(folder):
-    return {file.name: file.read_bytes() for file in folder.iterdir()}
+    return {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 def complaint(capsys):
@@ -90,7 +90,8 @@ def test_edit_list_ask_remove(method, pictures, tmp_path, capsys):
     assert main(["ask", logo, QUESTION, "-e", str(folder)]) == 0
     answer, note = capsys.readouterr().out.splitlines()
     assert told[1] == f"after:  {answer}"
-    assert note.startswith("(edit 1 answers (distance 0,")
+    # Up to rounding: a batch of one row and the prompt of an edit are summed in another order.
+    assert note.startswith(("(edit 1 answers (distance 0,", "(edit 1 answers (distance <0.001,"))
     if method == "balancedit":  # it is fitted until it answers; DualEdit's adapters may be wrong about a fact
         assert answer == target
 
@@ -115,6 +116,7 @@ def test_removing_from_the_files_is_removing_with_the_model(method, gone, tmp_pa
     save_edits(editor.model, folders[1])
 
     assert remove_saved(folders[0], gone) == 2
+    assert main(["compact", str(folders[0])]) == 0
     left = [(edit.id, edit.target) for edit in editor.edits]
     assert [(edit.id, edit.target) for edit in read_saved(folders[0]).edits] == left
     one, other = (load_file(folder / "adapter_model.safetensors") for folder in folders)
@@ -226,7 +228,7 @@ def test_an_error_without_words(monkeypatch, capsys):
     def refuse(*_):
         raise ValueError
 
-    monkeypatch.setattr(commands, "show_list", refuse)
+    monkeypatch.setattr(book, "show_list", refuse)
     assert main(["list"]) == 2
     assert "ValueError" in complaint(capsys)
 
@@ -301,7 +303,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch, tmp_path):
     def broken(*_):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(commands, "show_list", broken)
+    monkeypatch.setattr(book, "show_list", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         main(["list"])
 
@@ -310,12 +312,10 @@ def test_a_bug_keeps_its_traceback(monkeypatch, tmp_path):
 
 
 def test_ctrl_c_leaves_the_folder_as_it_was(saved, pictures, monkeypatch, capsys):
-    from dualedit import files
-
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(files, "_sync", interrupted)  # while saving: files are written, not yet in place
+    monkeypatch.setattr(os, "fsync", interrupted)  # while saving: a file is written, and no line of it
     before = bytes_of(saved)
     assert edit(pictures / "logo.png", "leon", saved) == 130
     assert "stopped" in complaint(capsys)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from dualedit.cli.tensor_file import TensorFile
+from dualedit.tensor_file import TensorFile
 from safetensors.torch import load_file, save_file
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64)

@@ -7,6 +7,7 @@ import threading
 import pytest
 import torch
 from dualedit.memory import EditMemory, MemoryGroup
+from dualedit.memory.routing import cosine_radius
 
 D, M = 6, 4
 
@@ -191,10 +192,17 @@ def test_bad_rows(bad, generator):
     assert_holds(memory, stored)
 
 
-def test_nan_radius_means_the_threshold(generator):
+def test_a_radius_of_none_is_a_flag_and_no_nan(generator):
+    """Tensors with NaN are not equal to themselves. Version 0.1 saved NaN; it is read as the flag."""
     memory = gate_memory()
-    memory.add(1, rows_for(memory, generator) | {"radius": torch.tensor(float("nan"))})
-    assert memory.snapshot().tables["radius"].isnan().all()
+    rows = rows_for(memory, generator)
+    with pytest.raises(ValueError, match="radius: NaN or infinite"):
+        memory.add(1, rows | {"radius": torch.tensor(float("nan"))})
+    memory.add(1, rows | {"radius": torch.tensor(0.5)})
+    state = dict(memory.state_dict()) | {"radius": torch.tensor([float("nan")])}
+    memory.load_state_dict(state)
+    assert memory.snapshot().tables["radius"].tolist() == [-1.0]
+    assert cosine_radius(memory.snapshot().tables["radius"], 0.75).tolist() == [0.25]
 
 
 def test_inference_mode(generator):

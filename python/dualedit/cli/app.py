@@ -8,7 +8,9 @@ from typing import Annotated
 
 import typer
 
+from ..records import noted as checked_notes
 from . import data_app
+from .book_commands import ASKED, FOLDER, Author, Expires, Json, Note, Tags, add_commands
 from .errors import options as named
 from .errors import run
 from .options import (
@@ -18,7 +20,6 @@ from .options import (
     Images,
     Layer,
     Model,
-    NoModel,
     Picture,
     Question,
     SkipBad,
@@ -36,11 +37,8 @@ app = typer.Typer(
 )
 
 # Arguments of Python functions as the command line has them, for errors.
-ASKED = {"image": "IMAGE", "prompt": "QUESTION", "target": "ANSWER", "rephrases": "--rephrase",
-         "negatives": "--unlike", "layer": "--layer", "folder": "--edits"}  # fmt: skip
 READ = {"path": "--data", "format": "--format", "image_root": "--images", "skip_bad": "--skip-bad",
         "layer": "--layer", "folder": "--adapter"}  # fmt: skip
-FOLDER = Path("edits")
 PAGE = Path("demo_output/demo.html")
 RETRAINED = Path("demo_output/retrained")
 CALIBRATED = Path("calibrated")
@@ -264,12 +262,14 @@ def report(
 
 
 @app.command()
-def ask(image: Picture, question: Question, edits: Edits = FOLDER, model: Model = None) -> None:
+def ask(
+    image: Picture, question: Question, edits: Edits = FOLDER, model: Model = None, json: Json = False
+) -> None:
     """Ask about a picture, and see whether an edit answers."""
     from .edits import ask as work
 
     with quiet(), named(**ASKED):
-        work(edits, model, image, question)
+        work(edits, model, image, question, json)
 
 
 @app.command()
@@ -302,6 +302,11 @@ def edit(
     keep_failed: Annotated[
         bool, typer.Option("--keep-failed", help="Save the edit, marked, though the model does not obey.")
     ] = False,
+    author: Author = None,
+    note: Note = None,
+    tag: Tags = None,
+    expires: Expires = None,
+    json: Json = False,
 ) -> int:
     """Make the model answer ANSWER, and save that with the other edits.
 
@@ -314,69 +319,10 @@ def edit(
     start = Start(method, adapter, layer, fallback)
     start.check()
     with quiet(), named(**ASKED):
-        return work(edits, model, start, image, question, answer, rephrase or [], unlike or [], keep_failed)
-
-
-@app.command(name="list")
-def list_(edits: Edits = FOLDER) -> None:
-    """List the saved edits."""
-    from .edits import show_list
-
-    show_list(edits)
-
-
-@app.command()
-def remove(
-    edit_id: Annotated[int, typer.Argument(metavar="ID", help="Number of the edit, from 'dualedit list'.")],
-    edits: Edits = FOLDER,
-    model: NoModel = None,
-) -> None:
-    """Forget one saved edit."""
-    from .edits import remove as work
-
-    work(edits, edit_id)
-
-
-@app.command()
-def serve(
-    edits: Edits = FOLDER,
-    model: Model = None,
-    method: Annotated[
-        str | None, typer.Option(metavar="NAME", help="dualedit or balancedit, for a new folder.")
-    ] = None,
-    adapter: Adapter = None,
-    layer: Layer = None,
-    host: Annotated[
-        str, typer.Option(metavar="ADDRESS", help="Where to listen; 0.0.0.0 is everywhere.")
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(metavar="N", help="Port; 0 takes a free one.")] = 8000,
-    token: Annotated[
-        str | None,
-        typer.Option(metavar="TEXT", help="What changes must carry ($DUALEDIT_TOKEN; else one is drawn)."),
-    ] = None,
-    read_only: Annotated[bool, typer.Option("--read-only", help="No changes at all.")] = False,
-    urls: Annotated[
-        bool, typer.Option("--urls", help="Fetch pictures by their public http addresses, too.")
-    ] = False,
-    page: Annotated[bool, typer.Option("--page/--no-page", help="A page for people at /.")] = True,
-    batch: Annotated[int, typer.Option(metavar="N", help="Questions answered together.")] = 16,
-    tokens: Annotated[int, typer.Option(metavar="N", help="Most tokens of an answer.")] = 256,
-    queue: Annotated[int, typer.Option(metavar="N", help="Most requests that wait.")] = 256,
-) -> None:
-    """Serve an edited model: a page to ask and correct, and a service that OpenAI's clients call.
-
-    Edits are saved in the folder after each change.
-    """
-    from . import serve as work
-    from .loading import Start
-
-    options = work.Options(
-        edits, model, Start(method, adapter, layer), host, port, token, read_only, urls, page, batch, tokens,
-        queue,
-    )  # fmt: skip
-    options.check()
-    with named(**ASKED):
-        work.run(options)
+        return work(
+            edits, model, start, image, question, answer, rephrase or [], unlike or [], keep_failed,
+            checked_notes(author, note, tag, expires), json,
+        )  # fmt: skip
 
 
 @app.command()
@@ -527,3 +473,6 @@ def doctor(
 
     with quiet():
         raise typer.Exit(show(json))
+
+
+add_commands(app)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from .book import plain, say
 from .loading import Start, load_base, open_editor, open_or_start
-from .saved_folder import is_saved, read_config, read_saved, remove_saved, writing
+from .saved_folder import is_saved, writing
 
 if TYPE_CHECKING:
     from ..editor import Explanation
@@ -15,7 +17,8 @@ if TYPE_CHECKING:
 NO_IMAGE = "-"
 
 
-def _picture(image: str):
+def picture_of(image: str):
+    """The picture behind an argument; None for "-"."""
     from ..models.images import open_image
 
     return None if image == NO_IMAGE else open_image(image)
@@ -33,19 +36,28 @@ def why(found: Explanation) -> str:
     return f"no edit answers; edit {found.edit.id} is nearest ({how_near})"
 
 
-def ask(folder: Path, model: Path | None, image: str, question: str) -> None:
+def ask(folder: Path, model: Path | None, image: str, question: str, as_json: bool = False) -> None:
     """Print the answer, and which edit gave it."""
-    picture = _picture(image)
+    picture = picture_of(image)
     if not is_saved(folder):
         from ..editor import generate_answers
         from ..models.prompting import Prompter
 
         base, processor = load_base(model)
-        print(generate_answers(base, Prompter(processor), [(picture, question)])[0])
+        answer = generate_answers(base, Prompter(processor), [(picture, question)])[0]
+        if as_json:
+            say({"answer": answer, "fired": False, "edit": None, "why": "no edits are saved"})
+            return
+        print(answer)
         print(f"(the unedited model: no edits are saved in {folder})")
         return
     editor = open_editor(folder, model)
-    print(editor.answer(picture, question))
+    if as_json:
+        from .telling import told
+
+        say({"answer": editor.answer(picture, question), **told(editor.explain(picture, question))})
+        return
+    print(plain(editor.answer(picture, question)))
     print(f"({why(editor.explain(picture, question))})")
 
 
@@ -59,56 +71,38 @@ def edit(
     rephrases: list[str],
     unlike: list[Path],
     keep_failed: bool = False,
+    noted: Mapping[str, Any] | None = None,
+    as_json: bool = False,
 ) -> int:
     """Store an edit that takes, save the folder, print the answer before and after.
 
     Returns:
         exit code: 1 for an edit that is saved (`keep_failed`) and failed.
     """
-    picture = _picture(image)
+    picture = picture_of(image)
     with writing(folder):
         from ..checking import told_steps
         from ..storage import save_edits
 
         editor = open_or_start(folder, model, start)
         before = editor.answer(picture, question)
-        print(f"before: {before}")
+        if not as_json:
+            print(f"before: {plain(before)}")
         made = editor.edit(
             picture, question, answer, rephrases=rephrases or None, negatives=unlike or None,
-            keep_failed=keep_failed,
+            keep_failed=keep_failed, **(noted or {}),
         )  # fmt: skip
         save_edits(editor.model, folder)
-    print(f"after:  {made.answer}")
+    if as_json:
+        say({"before": before, **made.as_dict()})
+        return int(made.failed)
+    print(f"after:  {plain(made.answer or '')}")
     for old in made.replaces:
         print(f"(it replaces edit {old['id']}, {old.get('target', '?')!r}, of the same image and question)")
     print(f"(edit {made.id}, {made.seconds:.2f} s: {told_steps(made.steps)}; saved in {folder})")
     if made.failed:
         print("(FAILED: the edit is saved, and the model does not answer as told)")
     return int(made.failed)
-
-
-def show_list(folder: Path) -> None:
-    """Print the edits of a folder."""
-    saved = read_saved(folder)
-    count = len(saved.edits)
-    print(f"{count} {saved.method} edit{'' if count == 1 else 's'} in {folder}")
-    if not count:
-        return
-    rows = [("id", "question", "answer", "radius", "stored", "method", "check")]
-    rows += [
-        (str(e.id), e.prompt, e.target, f"{e.radius:.3g}", e.created, e.method, e.check) for e in saved.edits
-    ]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-
-
-def remove(folder: Path, edit_id: int) -> None:
-    """Forget one edit of a saved folder."""
-    read_config(folder)
-    with writing(folder):
-        left = remove_saved(folder, edit_id)
-    print(f"edit {edit_id} is removed; {left} left in {folder}")
 
 
 def sample(folder: Path, seed: int) -> None:

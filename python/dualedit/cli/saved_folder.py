@@ -1,25 +1,25 @@
-"""A folder of saved edits without its base model: what is in it, taking one out, one writer at a time.
+"""A folder of saved edits without its base model: what is in it, and changes that need no model.
 
 Works on the files alone, without torch: listing and removing would otherwise wait for it most of their time.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import re
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
-from ..files import replacing
-from .tensor_file import TensorFile
+from ..folder import View, Writer, find_folder, read_folder
+from ..folder.manifest import CONFIG, WEIGHTS
+from ..folder.reading import settings_of
+from ..folder.sealing import migrate
+from ..folder.verifying import bytes_of
+from ..folder.writing import held
+from ..records import answers, uid_of
 
-_CONFIG, _WEIGHTS, _CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
-_IDS = ".edit_ids"  # how a memory's table of numbers ends; its other tables begin alike
 NAMES = {"DUALEDIT": "DualEdit", "BALANCEDIT": "BalancEdit"}
 
 
@@ -35,13 +35,26 @@ class SavedEdit:
     method: str = ""
     failed: bool = False
     answer: str | None = None
+    uid: str = ""
+    author: str = ""
+    note: str = ""
+    tags: tuple[str, ...] = ()
+    expires: str | None = None
+    enabled: bool = True
+    image_sha256: str | None = None
 
     @property
     def check(self) -> str:
-        """What came of asking it back, in words."""
+        """What came of asking it back, and whether it answers at all, in words."""
+        if not self.enabled:
+            return "off"
         if self.failed:
             return f"FAILED, answers {self.answer!r}"
         return "" if self.answer is None else "ok"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Its attributes in a mapping that JSON can hold."""
+        return asdict(self) | {"radius": self.radius if math.isfinite(self.radius) else None}
 
 
 @dataclass(frozen=True)
@@ -49,21 +62,25 @@ class Saved:
     """What a saved folder holds.
 
     Attributes:
-        method: "DualEdit", "BalancEdit" or the PEFT type of another method.
+        method: "DualEdit", "BalancEdit" or the PEFT type of another method: where edits go first.
         base: the folder of the base model that the edits were made on, as PEFT noted it.
         edits: oldest first, those of the fallback beside the adapter among them.
+        bytes: on the disk: "own" files of the adapters, "segments", "journal".
+        notes: what a writer that was stopped has left, in words.
     """
 
     method: str
     base: str
     edits: list[SavedEdit]
+    bytes: Mapping[str, int] = field(default_factory=dict)
+    notes: Sequence[str] = ()
 
 
 def is_saved(folder: Path, option: str = "--edits") -> bool:
     """Whether a folder holds saved edits, whole or damaged. Raises ValueError if it is a file."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{option} {folder} is a file: pass a folder.")
-    return (folder / _CONFIG).exists() or (folder / _WEIGHTS).exists()
+    return (folder / CONFIG).exists() or (folder / WEIGHTS).exists() or find_folder(folder) is not None
 
 
 def read_config(folder: Path, option: str = "--edits") -> dict:
@@ -80,17 +97,29 @@ def read_config(folder: Path, option: str = "--edits") -> dict:
             what = "holds no adapter" if folder.is_dir() else "is no folder"
             raise ValueError(f"{option} {folder} {what}: pass a folder that 'dualedit train' has written.")
         raise ValueError(f"no edits are saved in {folder}: make one with 'dualedit edit' or pass --edits.")
-    file = folder / _CONFIG
+    found = find_folder(folder)
+    file = folder / CONFIG if found is None else read_folder(found[0], False).own_file(found[1], CONFIG)
     if not file.is_file():
-        raise ValueError(f"{folder} holds no {_CONFIG}: the folder is damaged, restore it from a copy.")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        known = config["peft_type"] in NAMES or "memory_sizes" in config
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is damaged ({error}): restore it from a copy.") from error
-    if not known:
-        raise ValueError(f"{folder} holds a {config['peft_type']} adapter, not edits: pass another folder.")
+        raise ValueError(f"{folder} holds no {CONFIG}: the folder is damaged, restore it from a copy.")
+    return _known(file)
+
+
+def _known(file: Path) -> dict:
+    config = settings_of(file)
+    kind = config.get("peft_type")
+    if not isinstance(kind, str):
+        raise ValueError(f"{file} is damaged (peft_type={kind!r}): restore it from a copy.")
+    if kind not in NAMES and "memory_sizes" not in config:
+        raise ValueError(f"{file.parent} holds a {kind} adapter, not edits: pass another folder.")
     return config
+
+
+def _view(folder: Path) -> View:
+    """A folder's files, and what they make of its edits. Raises ValueError."""
+    read_config(folder)
+    if not (folder / WEIGHTS).is_file() and find_folder(folder) is None:
+        raise ValueError(f"{folder} holds no {WEIGHTS}: the folder is damaged, restore it from a copy.")
+    return read_folder(folder)
 
 
 def read_saved(folder: Path) -> Saved:
@@ -99,46 +128,63 @@ def read_saved(folder: Path) -> Saved:
     Raises:
         ValueError: no edits there, or files that are damaged.
     """
-    config = read_config(folder)
-    method = NAMES.get(config["peft_type"], config["peft_type"])
-    edits = _edits(folder, config, method)
-    beside = _fallback(folder, config)
-    if beside is not None:
-        more = read_config(beside)
-        edits += _edits(beside, more, NAMES.get(more["peft_type"], more["peft_type"]))
+    view = _view(folder)
+    edits: list[SavedEdit] = []
+    configs = {name: _known(view.own_file(name, CONFIG)) for name in view.adapters}
+    for name, config in configs.items():
+        method = NAMES.get(config["peft_type"], config["peft_type"])
+        threshold = config.get("threshold")
+        reach = 1.0 - threshold if isinstance(threshold, (int, float)) else math.nan
+        for number, kept in view.contents[name].items():
+            radius = reach if kept.radius is None else kept.radius
+            edits.append(_saved_edit(number, kept.record, radius, method))
     edits.sort(key=lambda edit: edit.id)
-    return Saved(method, config.get("base_model_name_or_path") or "", edits)
+    first = next(iter(configs.values()))
+    base = first.get("base_model_name_or_path")
+    notes = [f"the last commit is not whole ({view.torn} bytes) and is left out"] if view.torn else []
+    kind = NAMES.get(first["peft_type"], first["peft_type"])
+    return Saved(kind, base if isinstance(base, str) else "", edits, bytes_of(view), notes)
 
 
-def _fallback(folder: Path, config: dict) -> Path | None:
-    """The folder of the adapter that holds what this one could not write, or None."""
-    name = config.get("fallback")
-    if name is None:
-        return None
-    if not isinstance(name, str) or Path(name).name != name or name in ("", "..", "."):
-        raise ValueError(f"{folder / _CONFIG} is damaged (fallback={name!r}): restore it from a copy.")
-    return folder / name
+def _saved_edit(number: int, r: Mapping[str, Any], radius: float, method: str) -> SavedEdit:
+    """An edit out of a record, whatever stands in that."""
+
+    def text(name: str) -> str:
+        return r[name] if isinstance(r.get(name), str) else ""
+
+    tags = r.get("tags")
+    return SavedEdit(
+        number, text("prompt"), text("target"), radius, text("created"), method, bool(r.get("failed", False)),
+        r["answer"] if isinstance(r.get("answer"), str) else None, uid_of(r, number), text("author"),
+        text("note"), tuple(tag for tag in tags if isinstance(tag, str)) if isinstance(tags, list) else (),
+        text("expires") or None, answers(r), text("image_sha256") or None,
+    )  # fmt: skip
 
 
-def _edits(folder: Path, config: dict, method: str) -> list[SavedEdit]:
-    with _tensors(folder) as tensors:
-        gate = next(name for name in tensors.shapes if name.endswith(".radius")).removesuffix(".radius")
-        ids = tensors.numbers(gate + _IDS)
-        records = _records(tensors, gate, ids)
-        # NaN stands for the threshold of the config (DualEdit).
-        threshold = 1.0 - config.get("threshold", math.nan)
-        radii = [threshold if math.isnan(r) else r for r in tensors.numbers(gate + ".radius")]
-        return [
-            SavedEdit(
-                i, r.get("prompt", ""), r.get("target", ""), radius, r.get("created", ""), method,
-                bool(r.get("failed", False)), r.get("answer"),
-            )
-            for i, r, radius in zip(ids, records, radii, strict=True)
-        ]  # fmt: skip
+def record_of(folder: Path, edit_id: int) -> dict[str, Any]:
+    """All that is noted about a saved edit. Raises ValueError: no such edit, no edits there, damage."""
+    view = _view(folder)
+    return dict(view.contents[_holder(view, edit_id)][edit_id].record)
+
+
+def records_of(folder: Path) -> list[tuple[int, Mapping[str, Any]]]:
+    """Number and record of each saved edit, oldest first. Raises ValueError."""
+    found = [(i, kept.record) for edits in _view(folder).contents.values() for i, kept in edits.items()]
+    return sorted(found, key=lambda each: each[0])
+
+
+def _holder(view: View, edit_id: int) -> str:
+    """The adapter that holds an edit. Raises ValueError; names the stored ones."""
+    for name, edits in view.contents.items():
+        if edit_id in edits:
+            return name
+    numbers = sorted(i for edits in view.contents.values() for i in edits)
+    stored = ", ".join(map(str, numbers[:20])) + (", ..." if len(numbers) > 20 else "")
+    raise ValueError(f"no edit {edit_id} in {view.folder}; stored: {stored or 'none'}.")
 
 
 def remove_saved(folder: Path, edit_id: int) -> int:
-    """Take one edit out of a folder; the folder holds the old edits or the new ones, whole.
+    """Take one edit out of a folder.
 
     Returns:
         how many edits are left.
@@ -147,101 +193,39 @@ def remove_saved(folder: Path, edit_id: int) -> int:
         ValueError: no such edit (names the stored ones), no edits there, or files that are damaged.
         OSError: the disk refused; the folder is as it was.
     """
-    saved = read_saved(folder)
-    if edit_id not in (edit.id for edit in saved.edits):
-        stored = ", ".join(str(edit.id) for edit in saved.edits) or "none"
-        raise _NoEdit(f"no edit {edit_id} in {folder}; stored: {stored}.")
-    for place in filter(None, (folder, _fallback(folder, read_config(folder)))):
-        config = read_config(place)
-        if edit_id in (edit.id for edit in _edits(place, config, "")):
-            _remove(place, config, edit_id)
-    return len(saved.edits) - 1
+    return _commit(folder, edit_id, lambda record: None)
 
 
-def _remove(folder: Path, config: dict, edit_id: int) -> None:
-    """Take an edit out of the files of one adapter."""
-    with _tensors(folder) as tensors, replacing(folder, last=_CONFIG) as made:
-        cuts: dict[str, tuple[int, int]] = {}
-        texts: dict[str, bytes] = {}
-        left = 0
-        for memory in (name.removesuffix(_IDS) for name in tensors.shapes if name.endswith(_IDS)):
-            ids, lengths = tensors.numbers(memory + _IDS), tensors.numbers(memory + ".edit_lengths")
-            row, left = ids.index(edit_id), len(ids) - 1
-            first = sum(lengths[:row])
-            records = _records(tensors, memory, ids)
-            del records[row]
-            name = memory + ".record_bytes"
-            texts[name] = json.dumps(records, ensure_ascii=False).encode() if records else b""
-            for table in tensors.shapes:
-                if table.startswith(memory + ".") and table != name:
-                    # A table has a row for each edit or for each of its tokens. Where there are as many
-                    # tokens as edits, each edit has one, and both come to the same.
-                    rows = tensors.shapes[table][0]
-                    if rows not in (len(ids), sum(lengths)):
-                        raise ValueError(f"{table} has {rows} rows for {len(ids)} edits")
-                    cuts[table] = (row, row + 1) if rows == len(ids) else (first, first + lengths[row])
-            sizes = {"edits": left, "tokens": sum(lengths) - lengths[row], "records": len(texts[name])}
-            _shrink(config, memory, sizes)
-        tensors.write_without(made / _WEIGHTS, cuts, texts)
-        (made / _CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
-        if (folder / _CARD).is_file():
-            card = (folder / _CARD).read_text(encoding="utf-8")
-            plural = "" if left == 1 else "s"
-            card = re.sub(r"( adapter with )\d+( stored edit)s?", rf"\g<1>{left}\g<2>{plural}", card)
-            (made / _CARD).write_text(card, encoding="utf-8")
+def note_saved(folder: Path, edit_id: int, changed: Mapping[str, Any]) -> None:
+    """Change what is noted about a saved edit; None takes a note away. Raises as `remove_saved`."""
+
+    def noted(record: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in {**record, **changed}.items() if value not in (None, "", [])}
+
+    _commit(folder, edit_id, noted)
 
 
-class _NoEdit(ValueError):
-    """An edit that is not stored; no fault of the file."""
+def _commit(folder: Path, edit_id: int, change: Callable[[Mapping[str, Any]], dict | None]) -> int:
+    from ..version import __version__
 
-
-@contextmanager
-def _tensors(folder: Path) -> Iterator[TensorFile]:
-    """The weights of a folder, opened. What goes wrong with their contents is said to be damage."""
-    file = folder / _WEIGHTS
-    if not file.is_file():
-        raise ValueError(f"{folder} holds no {_WEIGHTS}: the folder is damaged, restore it from a copy.")
-    try:
-        with TensorFile(file) as tensors:
-            yield tensors
-    except _NoEdit:
-        raise
-    except (StopIteration, KeyError, IndexError, ValueError) as error:
-        raise ValueError(f"{file} is cut short or damaged ({error}): restore it from a copy.") from error
-
-
-def _records(tensors: TensorFile, memory: str, ids: list[int]) -> list[dict]:
-    """What was noted about each edit."""
-    text = tensors.data(memory + ".record_bytes").decode()
-    records = json.loads(text) if text else [{} for _ in ids]
-    if len(records) != len(ids):
-        raise ValueError(f"{len(ids)} edits with {len(records)} records")
-    return records
-
-
-def _shrink(config: dict, memory: str, sizes: dict[str, int]) -> None:
-    """Note the new sizes of a memory in the config, under its layer's name."""
-    layer = memory.rpartition(".")[0].removeprefix("base_model.model.")
-    noted = (config.get("memory_sizes") or {}).get(layer, {})
-    noted.update({name: size for name, size in sizes.items() if name in noted})
+    _holder(_view(folder), edit_id)
+    with held(folder):
+        migrate(folder, __version__)  # a folder of version 0.1 gets its journal
+        with Writer(folder).open() as writer:
+            view = _view(folder)  # records too, as they are now
+            name = _holder(view, edit_id)
+            before = view.contents[name][edit_id].record
+            record = change(before)
+            what: dict[str, Any] = {"adapter": name, "id": edit_id}
+            if record is None:
+                writer.commit([{**what, "op": "remove"}])
+            elif record != before:
+                writer.commit([{**what, "op": "note", "record": record}])
+    return sum(len(edits) for edits in view.contents.values()) - int(record is None)
 
 
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
     """Hold the folder from reading to writing: of two commands at once, neither loses the other's edit."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        import fcntl
-    except ImportError:  # not a Unix
+    with held(folder, timeout=600.0):
         yield
-        return
-    place = os.open(folder.parent, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"Waiting for another dualedit that writes in {folder.parent} ...", file=sys.stderr)
-            fcntl.flock(place, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(place)

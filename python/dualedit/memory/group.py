@@ -100,6 +100,16 @@ class MemoryGroup:
     def __contains__(self, edit_id: int) -> bool:
         return bool(self.memories) and edit_id in self.first
 
+    def sizes(self) -> dict[str, dict[str, int]]:
+        """Rows of each memory's tables and bytes of its records, as a saved folder's config names them."""
+        with self._lock:
+            return {name: memory.sizes() for name, memory in self._memories().items()}
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """Each memory's tensors as they are saved, as this thread sees them; all of one moment."""
+        with self._lock:
+            return {name: memory.state_dict() for name, memory in self._memories().items()}
+
     def ids(self) -> list[int]:
         """Numbers of the stored edits, oldest first."""
         with self._lock:
@@ -160,6 +170,7 @@ class MemoryGroup:
             if edit_id is not None and edit_id in self.first:
                 raise ValueError(f"edit_id={edit_id} is stored already; remove it first.")
             edit_id = self.next_id() if edit_id is None else edit_id
+            self.first.touch(edit_id)
             try:
                 for name, memory in memories.items():
                     memory.add(edit_id, rows[name], record if memory is self.first else None)
@@ -173,12 +184,15 @@ class MemoryGroup:
     def note(self, edit_id: int, record: Mapping[str, object]) -> None:
         """Put another record in the place of a stored edit's. Raises KeyError for an unknown number."""
         with self._writing, self._lock:
+            self.first.row_of(edit_id)
+            self.first.touch(edit_id)
             self.first.note(edit_id, record)
 
     def remove(self, edit_id: int) -> None:
         """Forget one edit everywhere. Raises KeyError for an unknown number."""
         with self._writing, self._lock:
             self.first.row_of(edit_id)
+            self.first.touch(edit_id)
             for memory in self._memories().values():
                 memory.remove(edit_id)
 

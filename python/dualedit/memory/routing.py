@@ -32,8 +32,8 @@ class Decision:
 
 
 def cosine_radius(radius: Tensor, threshold: float) -> Tensor:
-    """Radii [N] in cosine distance: an edit's own, and 1 - threshold where it has none (NaN)."""
-    return torch.where(radius.isnan(), torch.full_like(radius, 1.0 - threshold), radius).float()
+    """Radii [N] in cosine distance: an edit's own, and 1 - threshold where it has none (negative)."""
+    return torch.where(radius < 0, torch.full_like(radius, 1.0 - threshold), radius).float()
 
 
 def last_state(hidden: Tensor, position: Tensor) -> Tensor:

@@ -10,19 +10,22 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from ..records import expires_at
+from ..records import expires_at, uid_of
 from .key_codes import TableCodes
 from .snapshot import Snapshot
 
 _FIRST_CAPACITY = 8
+NO_RADIUS = -1.0  # of an edit that reaches as far as the adapter's settings say
 _LARGEST_ID = 2**53  # further on, JSON readers round
 # What changes when edits are added or removed, beside the tables and the records.
-_STATE = ("_num_edits", "_num_tokens", "_highest_id", "_snapshot", "_key_codes", "_expected", "_timed")
+_STATE = (
+    "_num_edits", "_num_tokens", "_highest_id", "_snapshot", "_key_codes", "_expected", "_timed", "_touched",
+)  # fmt: skip
 
 
 def _as_bytes_tensor(text: bytes) -> Tensor:
@@ -65,6 +68,9 @@ class EditMemory(nn.Module):
         self._expected = 0  # edits that the saved folder holds and that have not been loaded
         # Of the edits that do not always answer: number to when they stop (0: they are disabled).
         self._timed: dict[int, float] = {}
+        # Since the edits were last saved or loaded: number to the id that the saved edit of this number has,
+        # None where no edit of this number is saved.
+        self._touched: dict[int, str | None] = {}
 
     def __len__(self) -> int:
         return self._num_edits
@@ -97,6 +103,26 @@ class EditMemory(nn.Module):
         others = {i: t for i, t in self._timed.items() if i != edit_id} if self._timed else {}
         self._timed = others if end is None else {**others, edit_id: end}
 
+    def touch(self, edit_id: int) -> None:
+        """Note that an edit is about to be added, changed or removed."""
+        if edit_id not in self._touched:
+            known = self._records.get(edit_id)
+            self._touched[edit_id] = None if known is None else uid_of(known, edit_id)
+
+    @property
+    def touched(self) -> dict[int, str | None]:
+        """What has changed since the edits were last saved: number to id of the saved edit, or None."""
+        return dict(self._touched)
+
+    def settled(self, edit_ids: Iterable[int] | None = None) -> None:
+        """Take note that edits (None: all) are saved as they are."""
+        for edit_id in list(self._touched) if edit_ids is None else edit_ids:
+            self._touched.pop(edit_id, None)
+
+    def reserve(self, highest_id: int) -> None:
+        """Let no new edit have a number up to this one."""
+        self._highest_id = max(self._highest_id, highest_id)
+
     def bytes_per_edit(self) -> float:
         """Mean size of an edit's rows, in bytes; 0.0 when there is none."""
         snapshot = self.snapshot()
@@ -114,6 +140,7 @@ class EditMemory(nn.Module):
         made = copy.copy(self)
         made._buffers = dict(self._buffers)
         made._records = dict(self._records)
+        made._touched = dict(self._touched)
         # Codes of rows that may never be stored would be wrong for those that come in their place.
         made._key_codes = self._key_codes.fork()
         made._snapshot = None
@@ -154,7 +181,7 @@ class EditMemory(nn.Module):
             shape = tuple(row.shape) if name in self.edit_tables else tuple(row.shape[1:])
             if shape != wanted[name]:
                 raise ValueError(f"{name}: a row has shape {shape}, this memory stores {wanted[name]}.")
-            if not _storable(name, row):
+            if not _storable(row):
                 raise ValueError(
                     f"{name}: NaN or infinite values cannot be stored. The forward of the edit overflowed; "
                     f"run the model in bfloat16 or float32."
@@ -339,7 +366,7 @@ class EditMemory(nn.Module):
                     f"{name} is {table.dtype} of shape {tuple(table.shape)}; the file is "
                     "damaged. Restore it from a copy."
                 )
-            if name not in wanted and not table.is_meta and not _storable(name, table):
+            if name not in wanted and not table.is_meta and not _storable(table):
                 raise ValueError(
                     f"{name} holds values that are not finite, and no edit has such; the file is "
                     "damaged. Restore it from a copy."
@@ -352,6 +379,10 @@ class EditMemory(nn.Module):
             )
 
     def _adopt(self, found: dict[str, Tensor]) -> None:
+        radius = found.get("radius")
+        if radius is not None and radius.is_floating_point() and not radius.is_meta:
+            # Version 0.1 had NaN for an edit without a radius of its own.
+            found["radius"] = torch.where(radius.isnan(), NO_RADIUS, radius)
         self._check_types(found)
         ids, lengths = found["edit_ids"].tolist(), found["edit_lengths"].tolist()
         counts = dict.fromkeys(self.edit_tables, len(ids)) | dict.fromkeys(self.token_tables, sum(lengths))
@@ -384,7 +415,7 @@ class EditMemory(nn.Module):
         self._timed = {i: end for i, r in self._records.items() if (end := _ends(r)) is not None}
         self._num_edits, self._num_tokens, self._snapshot = len(ids), sum(lengths), None
         self._key_codes = TableCodes()
-        self._expected = 0
+        self._expected, self._touched = 0, {}
         self._highest_id = max([self._highest_id, *ids])
 
 
@@ -393,10 +424,8 @@ def _ends(record: Mapping[str, object]) -> float | None:
     return 0.0 if record.get("disabled") else expires_at(record)
 
 
-def _storable(name: str, table: Tensor) -> bool:
-    """Whether values can be stored: finite ones, and for a radius NaN, which is none of its own."""
-    if name == "radius":
-        return not bool(torch.isinf(table).any())
+def _storable(table: Tensor) -> bool:
+    """Whether values can be stored: finite ones."""
     return bool(torch.isfinite(table).all())
 
 

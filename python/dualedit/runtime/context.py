@@ -106,12 +106,14 @@ class EditRuntime:
     Attributes:
         image_ids: ids of image content in the input.
         groups: memories of each adapter, by (method, adapter name).
+        saved_in: the folder that its edits are saved in (`saved.Origin`), once there is one.
     """
 
     def __init__(self, image_ids: list[int]):
         self.handle = compiling.handle(self)
         self.image_ids = list(image_ids)
         self.groups: dict[tuple[str, str], Any] = {}
+        self.saved_in: Any = None
         self._handles: list[Any] = []
         self._watched: list[nn.Module] = []
         self._model: nn.Module | None = None

@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, ClassVar
 from peft.config import PeftConfig
 from safetensors import SafetensorError, safe_open
 
+from ..folder import View, find_folder, read_folder
+from ..folder.manifest import CONFIG, WEIGHTS
+from ..folder.sealing import seal
 from .model_card import how_to_load, write_card
 
 if TYPE_CHECKING:
@@ -83,6 +86,9 @@ class EditConfig(PeftConfig):
     """
 
     method: ClassVar[EditMethod]
+    # The folder that the settings were read from, where it has a manifest, and the adapter's name in it. No
+    # field: it is not saved.
+    saved_in: ClassVar[tuple[View, str] | None] = None
 
     target_modules: list[str] | None = field(
         default=None, metadata={"help": "Full names of the wrapped modules; found at injection."}
@@ -124,11 +130,21 @@ class EditConfig(PeftConfig):
             max((sizes["edits"] for sizes in (self.memory_sizes or {}).values()), default=0),
         )
         write_card(save_directory, section, self.base_model_name_or_path)
+        seal(Path(save_directory))  # of what stood there before, journal and manifest speak no longer
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, subfolder=None, **kwargs):
         """Read the config of a saved folder, after checking that the weights beside it are whole."""
         folder = Path(pretrained_model_name_or_path) / (subfolder or "")
-        if folder.is_dir():
-            check_adapter_file(folder)
-        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        if not folder.is_dir():
+            return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        found = find_folder(folder)
+        view = None if found is None else read_folder(found[0], records=False)
+        check_adapter_file(folder if found is None else view.own_file(found[1], WEIGHTS).parent)
+        if found is None or view.own_file(found[1], CONFIG).parent == folder:
+            config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        else:  # a save was stopped before its files were in their places
+            config = super().from_pretrained(str(view.own_file(found[1], CONFIG).parent), **kwargs)
+        if found is not None:
+            config.saved_in = (view, found[1])
+        return config

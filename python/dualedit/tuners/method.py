@@ -81,7 +81,7 @@ class EditMethod(ABC):
         return True
 
     def radius(self, config: EditConfig, positive: Sequence[float], negative: Sequence[float]) -> float:
-        """How far an edit reaches, from the distances of its samples; NaN: as far as the settings say.
+        """How far an edit reaches, from the distances of its samples; negative: as far as the settings say.
 
         Raises:
             ValueError: samples that are needed are missing.
@@ -180,7 +180,7 @@ def radius_between(alpha: float, positive: Sequence[float], negative: Sequence[f
             "with a black image."
         )
     far, near = max(positive), min(negative)
-    radius = min(alpha * far + (1 - alpha) * near, near * (1 - 1e-4))
+    radius = max(0.0, min(alpha * far + (1 - alpha) * near, near * (1 - 1e-4)))
     if far >= near:
         warnings.warn(
             f"The positive sample (distance {far:.4g}) is not nearer than the negative one ({near:.4g}); "

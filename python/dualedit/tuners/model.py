@@ -20,6 +20,7 @@ from ..models import architectures
 from ..runtime.context import EditRuntime, runtime_of
 from .adapters import lifted_layers, put_beside, unwrap_layers
 from .config import EditConfig
+from .journaled import with_journal
 from .layer import CANNOT_MERGE, EditLayer
 
 
@@ -120,7 +121,7 @@ class EditTuner(BaseTuner):
         runtime = runtime_of(architectures.unwrap(model))
         group = None if runtime is None else runtime.groups.get((cls.prefix, adapter_name))
         if group is not None:
-            config.memory_sizes = {name: memory.sizes() for name, memory in group.memories.items()}
+            config.memory_sizes = group.sizes()
         return super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
@@ -129,6 +130,8 @@ class EditTuner(BaseTuner):
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         # Tensors mapped from a file can be unaligned, and an unaligned operand changes the last bit of a
         # product.
+        if config.saved_in is not None:
+            state_dict = with_journal(*config.saved_in, state_dict)
         aligned = {key: value.clone() for key, value in state_dict.items()}
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, aligned)
 

@@ -90,3 +90,9 @@ def write_card(folder: str | os.PathLike[str], section: str, base: str | None) -
     else:
         body = f"{body.rstrip()}\n\n{section}\n"
     file.write_text(metadata + body, encoding="utf-8")
+
+
+def with_count(card: str, edits: int) -> str:
+    """A model card that says another number of stored edits."""
+    plural = "" if edits == 1 else "s"
+    return re.sub(r"( adapter with )\d+( stored edit)s?", rf"\g<1>{edits}\g<2>{plural}", card)

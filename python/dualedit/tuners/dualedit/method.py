@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...memory.routing import cosine_radius
+from ...memory.tables import NO_RADIUS
 from ...runtime.recording import record_states
 from ...runtime.sequence import Prompt
 from ..adapter import EditAdapter
@@ -44,13 +45,13 @@ class DualEditMethod(EditMethod):
         return config.radius == "own"
 
     def radius(self, config: DualEditConfig, positive: Sequence[float], negative: Sequence[float]) -> float:
-        """NaN (the config's threshold), its own, or as far as given positives need and negatives allow."""
+        """`NO_RADIUS` (the config's threshold), its own, or as far as positives need and negatives allow."""
         if config.radius == "own":
             return radius_between(config.alpha, positive, negative)
         if not positive and not negative:
-            return float("nan")
+            return NO_RADIUS
         radius = max([1.0 - config.threshold, *positive])
-        return min([radius, *(d * (1 - 1e-4) for d in negative)])
+        return max(0.0, min([radius, *(d * (1 - 1e-4) for d in negative)]))
 
     def make_edit(
         self, adapter: EditAdapter, inputs: Inputs, full: Inputs, positives: Sequence[Inputs],

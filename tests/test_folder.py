@@ -1,0 +1,521 @@
+"""The folder of saved edits: what a save writes, what two writers make of it, and what damage is."""
+
+import json
+import multiprocessing
+import os
+import shutil
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from dualedit import Editor, load_edits, refresh_edits, save_edits
+from dualedit.folder import Damaged, FolderLocked, Writer, read_folder
+from dualedit.folder.lock import writing_in
+from dualedit.folder.sealing import migrate
+from dualedit.folder.verifying import verify
+from dualedit.records import uid_of
+from dualedit.storage import compact_edits
+from dualedit.tuners.adapter import active_adapter, adapter_of
+from peft import PeftModel
+from safetensors.torch import load_file
+from tiny_models import FITTING, LLAVA, METHODS, editor_of, row_of, sharp, store, tiny_processor
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+OLD = Path(__file__).parent / "saved_folders"
+
+
+@pytest.fixture(params=METHODS)
+def method(request):
+    return request.param
+
+
+def logits_of(model, inputs):
+    with torch.no_grad():
+        return model(**inputs).logits
+
+
+def state(model):
+    """The edits of all adapters, bit for bit: records and rows by adapter and number."""
+    found = {}
+    for name in model.peft_config:
+        group = adapter_of(model.get_base_model(), name).group
+        snapshots, records = group.listed()
+        for number, record in records.items():
+            rows = group.rows(snapshots, number)
+            tables = {
+                f"{m}.{t}": row.numpy().tobytes() for m, each in rows.items() for t, row in each.items()
+            }
+            found[name, number] = (record, tables)
+    return found
+
+
+@pytest.fixture
+def saved(method, generator, tmp_path):
+    """A model with one edit, questions, and the folder that it is saved in."""
+    model = editor_of(LLAVA, method)
+    inputs = LLAVA.questions(4, generator)
+    store(model, row_of(inputs, 0), generator)
+    folder = tmp_path / "edits"
+    save_edits(model, folder)
+    return model, inputs, folder
+
+
+def files_of(folder):
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not path.name.startswith(".lock")
+    }
+
+
+# ---------------------------------------------------------------------- what a save writes
+
+
+def test_an_edit_writes_itself_alone(saved, generator):
+    model, inputs, folder = saved
+    before = files_of(folder)
+    store(model, row_of(inputs, 1), generator)
+    save_edits(model, folder)
+    after = files_of(folder)
+    journal = "journal-000001.jsonl"
+    assert {name for name in after if after[name] != before.get(name)} == {
+        journal, "segments/00000001.safetensors",
+    }  # fmt: skip
+    assert after[journal].startswith(before[journal]) and after[journal].count(b"\n") == 1
+    loaded = load_edits(LLAVA.build(), folder)
+    assert state(loaded) == state(model)
+    assert torch.equal(logits_of(loaded, inputs), logits_of(model, inputs))
+    save_edits(model, folder)
+    assert files_of(folder) == after  # nothing new, nothing written
+    by_peft = PeftModel.from_pretrained(LLAVA.build(), folder)
+    assert state(by_peft) == state(model)
+
+
+def test_removing_noting_and_bringing_back_are_lines(saved, generator):
+    model, inputs, folder = saved
+    second = store(model, row_of(inputs, 1), generator)
+    save_edits(model, folder)
+    group = active_adapter(model).group
+    rows, record = group.rows(group.everything(), 1), group.first.record(1)
+    group.remove(1)
+    save_edits(model, folder)
+    assert state(load_edits(LLAVA.build(), folder)) == state(model)
+    group.add(rows, record, 1)
+    group.note(second.id, {**group.first.record(second.id), "note": "Zürich ☃"})
+    save_edits(model, folder)
+    assert state(load_edits(LLAVA.build(), folder)) == state(model)
+    entries = read_folder(folder).entries
+    assert [[change["op"] for change in entry.changes] for entry in entries] == [
+        ["add"], ["remove"], ["add", "note"],
+    ]  # fmt: skip
+    assert "generation" in json.loads((folder / "manifest.json").read_text())
+    assert len(list(folder.glob("segments/*"))) == 2
+
+
+def test_numbers_are_not_used_again_by_the_next_process(saved, generator):
+    model, inputs, folder = saved
+    last = store(model, row_of(inputs, 1), generator)
+    save_edits(model, folder)
+    active_adapter(model).group.remove(last.id)
+    save_edits(model, folder)
+    for compacted in (False, True):
+        if compacted:
+            compact_edits(folder)
+        loaded = load_edits(LLAVA.build(), folder)
+        assert active_adapter(loaded).group.next_id() == last.id + 1
+
+
+def test_trained_parameters_and_settings_are_written_anew(saved, generator):
+    model, inputs, folder = saved
+    store(model, row_of(inputs, 1), generator)
+    save_edits(model, folder)
+    config = model.peft_config["default"]
+    config.alpha = 0.25
+    save_edits(model, folder)
+    view = read_folder(folder)
+    assert view.manifest.generation == 2 and view.entries == []
+    assert load_edits(LLAVA.build(), folder).peft_config["default"].alpha == 0.25
+    parameters = [p for n, p in model.named_parameters() if "dualedit_adapter" in n]
+    for parameter in parameters:
+        parameter.data.mul_(1.5)  # moves no version counter
+    save_edits(model, folder)
+    assert read_folder(folder).manifest.generation == (3 if parameters else 2)
+    loaded = load_edits(LLAVA.build(), folder)
+    assert torch.equal(logits_of(loaded, inputs), logits_of(model, inputs)) and state(loaded) == state(model)
+
+
+def test_pefts_own_save_writes_the_same_folder(saved, generator):
+    model, inputs, folder = saved
+    store(model, row_of(inputs, 1), generator)
+    save_edits(model, folder)
+    active_adapter(model).group.remove(1)
+    model.save_pretrained(folder)
+    assert state(load_edits(LLAVA.build(), folder)) == state(model)
+    assert not (folder / "manifest.json").exists() and not (folder / "segments").exists()
+    store(model, row_of(inputs, 2), generator)
+    save_edits(model, folder)
+    assert state(load_edits(LLAVA.build(), folder)) == state(model)
+    model.peft_config["default"].save_pretrained(folder)  # the settings alone: the edits stay
+    assert state(load_edits(LLAVA.build(), folder)) == state(model)
+
+
+def test_two_adapters_are_of_one_commit(generator, tmp_path):
+    model = editor_of(LLAVA, "dualedit")
+    inputs = LLAVA.questions(3, generator)
+    store(model, row_of(inputs, 0), generator)
+    from dualedit import inject_balancedit
+    from dualedit.tuners.adapters import disabled
+
+    inject_balancedit(model, adapter_name="more", layer=LLAVA.linear, alpha=0.9, max_steps=3, rank=4)
+    model.peft_config["default"].fallback = "more"
+    save_edits(model, tmp_path / "edits")
+    base = model.get_base_model()
+    gate = adapter_of(base, "default").group.first
+    key = torch.ones(adapter_of(base, "more").group.first.edit_tables["key"])
+    rows = {"key": key, "radius": torch.tensor(0.5)}
+    tables = adapter_of(base, "more").group.first.edit_tables
+    rows |= {name: torch.rand(shape) for name, shape in tables.items() if name not in rows}
+    layer = next(iter(adapter_of(base, "more").group.memories))
+    for number in (5, 6):
+        adapter_of(base, "more").group.add({layer: rows}, {"uid": f"u{number}"}, number)
+        save_edits(model, tmp_path / "edits")
+    with disabled(model, "more"):
+        store(model, row_of(inputs, 1), generator)
+    adapter_of(base, "more").group.remove(5)
+    save_edits(model, tmp_path / "edits")
+    assert gate.touched == {}
+    view = read_folder(tmp_path / "edits")
+    assert {change["adapter"] for change in view.entries[-1].changes} == {"default", "more"}
+    assert state(load_edits(LLAVA.build(), tmp_path / "edits")) == state(model)
+    compact_edits(tmp_path / "edits")
+    assert state(load_edits(LLAVA.build(), tmp_path / "edits")) == state(model)
+
+
+def test_compacting_keeps_every_bit(saved, generator):
+    model, inputs, folder = saved
+    for row in (1, 2, 3):
+        store(model, row_of(inputs, row), generator)
+        save_edits(model, folder)
+    active_adapter(model).group.remove(2)
+    save_edits(model, folder)
+    report = verify(folder)
+    assert report["commits"] == 4 and report["edits"] == {"default": 3} and report["notes"] == []
+    assert compact_edits(folder) == 4
+    assert verify(folder)["commits"] == 0 and not (folder / "segments").exists()
+    loaded = load_edits(LLAVA.build(), folder)
+    assert state(loaded) == state(model) and torch.equal(logits_of(loaded, inputs), logits_of(model, inputs))
+    store(model, row_of(inputs, 1), generator)  # a model that knows the folder as it was
+    save_edits(model, folder)
+    assert state(load_edits(LLAVA.build(), folder)) == state(model)
+
+
+# ---------------------------------------------------------------------- several writers
+
+
+def test_two_models_that_save_lose_nothing(saved, generator):
+    """Each with edits that the other does not know, of the same number; one removes, one annotates."""
+    model, inputs, folder = saved
+    other = load_edits(LLAVA.build(), folder)
+    mine = store(model, row_of(inputs, 1), generator)
+    theirs = store(other, row_of(inputs, 2), generator)
+    assert mine.id == theirs.id == 2
+    save_edits(other, folder)
+    save_edits(model, folder)
+    held = {uid_of(record, n): n for (_, n), (record, _) in state(load_edits(LLAVA.build(), folder)).items()}
+    assert held[theirs.uid] == 2 and held[mine.uid] == 3 and len(held) == 3
+    assert refresh_edits(other) == 1 and state(other) == state(model)
+    active_adapter(other).group.remove(1)
+    save_edits(other, folder)
+    store(model, row_of(inputs, 3), generator)
+    compact_edits(folder)  # a third one
+    save_edits(model, folder)
+    assert refresh_edits(other) == 1
+    assert state(other) == state(model) == state(load_edits(LLAVA.build(), folder))
+    assert 1 not in active_adapter(model).group.ids() and len(state(model)) == 3
+
+
+def test_a_folder_of_somebody_elses_edits_is_not_replaced(saved, generator, tmp_path):
+    _, inputs, folder = saved
+    stranger = editor_of(LLAVA, "dualedit" if "dualedit_memory" in str(files_of(folder)) else "balancedit")
+    before = files_of(folder)
+    with pytest.raises(ValueError, match="holds 1 edits that this model does not have .* overwrite=True"):
+        save_edits(stranger, folder)
+    assert files_of(folder) == before
+    save_edits(stranger, folder, overwrite=True)
+    assert state(load_edits(LLAVA.build(), folder)) == {}
+
+
+def _hold(folder, ready, done):
+    with writing_in(Path(folder)):
+        ready.set()
+        done.wait(20)
+
+
+def test_the_message_of_a_held_lock_names_who_holds_it(saved, capsys):
+    model, _, folder = saved
+    context = multiprocessing.get_context("fork")
+    ready, done = context.Event(), context.Event()
+    holder = context.Process(target=_hold, args=(str(folder), ready, done))
+    holder.start()
+    assert ready.wait(20)
+    try:
+        with pytest.raises(FolderLocked, match=f"is being written by process {holder.pid}, since 20"):
+            with Writer(folder, timeout=0.1).open():
+                pass
+        assert f"Waiting for process {holder.pid}" in capsys.readouterr().err
+        load_edits(LLAVA.build(), folder)  # readers do not wait
+    finally:
+        done.set()
+        holder.join()
+    save_edits(model, folder)
+    with writing_in(folder), writing_in(folder):  # the same thread may hold it again
+        save_edits(model, folder)
+
+
+# ---------------------------------------------------------------------- an editor on a folder
+
+
+def editor_on(folder, generator):
+    from dualedit import BalancEditConfig
+    from peft import get_peft_model
+
+    if folder.exists():
+        model = load_edits(sharp(LLAVA), folder)
+    else:
+        model = get_peft_model(sharp(LLAVA), BalancEditConfig(layer=LLAVA.linear, alpha=0.9, **FITTING))
+    return Editor(model, tiny_processor(), folder=folder)
+
+
+@pytest.fixture
+def quiet():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The positive sample")
+        yield
+
+
+def test_an_editor_saves_each_change_before_it_counts(generator, tmp_path, quiet, monkeypatch):
+    from tiny_models import random_image
+
+    brand, folder = "what brand is this computer ?", tmp_path / "edits"
+    editor = editor_on(folder, generator)
+    images = [random_image(generator) for _ in range(3)]
+    first = editor.edit(images[0], brand, "lenovo")
+
+    def there():
+        return {edit.id: edit for edit in editor_on(folder, generator).edits}
+
+    assert there() == {1: first}
+    second = editor.edit(images[1], brand, "acer")
+    editor.disable(first.id)
+    assert [edit.enabled for edit in there().values()] == [False, True]
+    editor.undo()
+    editor.remove(second.id)
+    assert there() == {1: first}
+    editor.undo()
+    assert there() == {1: first, 2: second} and editor.redo() == second
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            os, "pwrite", lambda *args: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+        )
+        with pytest.raises(OSError, match="No space"):
+            editor.edit(images[2], brand, "dell")
+        with pytest.raises(OSError, match="No space"):
+            editor.remove(first.id)
+    assert editor.edits == [first] and there() == {1: first}
+    assert [entry.kind for entry in read_folder(folder).entries] == [
+        "commit",
+        "commit",
+        "undo",
+        "commit",
+        "undo",
+        "redo",
+    ]
+
+
+def test_an_editor_sees_what_others_have_saved(generator, tmp_path, quiet):
+    from tiny_models import random_image
+
+    brand, folder = "what brand is this computer ?", tmp_path / "edits"
+    one = editor_on(folder, generator)
+    images = [random_image(generator) for _ in range(3)]
+    one.edit(images[0], brand, "lenovo")
+    other = editor_on(folder, generator)
+    theirs = other.edit(images[1], brand, "acer")
+    assert one.refresh() == 1 and one.edits[-1] == theirs and one.answer(images[1], brand) == "acer"
+    replaced = other.edit(images[0], brand, "dell")
+    mine = one.edit(images[2], brand, "apple")  # brings the other's change along
+    assert [edit.id for edit in one.edits] == [theirs.id, replaced.id, mine.id]
+    with pytest.raises(ValueError, match="holds .* edits that this model does not have"):
+        from dualedit import BalancEditConfig
+        from peft import get_peft_model
+
+        config = BalancEditConfig(layer=LLAVA.linear, alpha=0.9, **FITTING)
+        Editor(get_peft_model(sharp(LLAVA), config), tiny_processor(), folder=folder)
+
+
+# ---------------------------------------------------------------------- damage
+
+
+def test_flipped_bits_and_swapped_tensors_are_refused(saved, generator, tmp_path):
+    model, inputs, folder = saved
+    store(model, row_of(inputs, 1), generator)
+    save_edits(model, folder)
+    names = [n for n in files_of(folder) if n != "README.md"]
+    whole = files_of(folder)
+    assert len(names) == 5
+    for name in names:
+        for place in (0, len(whole[name]) // 2, len(whole[name]) - 2):
+            data = bytearray(whole[name])
+            data[place] ^= 4
+            (folder / name).write_bytes(data)
+            with pytest.raises(ValueError, match="damaged|cut short"):
+                load_edits(LLAVA.build(), folder)
+            with pytest.raises(Damaged):
+                verify(folder)
+        (folder / name).write_bytes(whole[name])
+    tensors = load_file(folder / WEIGHTS)
+    swapped = dict(zip(tensors, reversed(tensors.values()), strict=True))
+    from safetensors.torch import save_file
+
+    save_file(swapped, folder / WEIGHTS)
+    with pytest.raises(ValueError, match="is damaged|cut short"):
+        load_edits(LLAVA.build(), folder)
+    (folder / WEIGHTS).write_bytes(whole[WEIGHTS])
+    load_edits(LLAVA.build(), folder)
+
+
+def test_every_torn_tail_of_the_journal_is_cut_with_a_word(saved, generator):
+    model, inputs, folder = saved
+    states = [state(model)]
+    for row in (1, 2):
+        store(model, row_of(inputs, row), generator)
+        save_edits(model, folder)
+        states.append(state(model))
+    journal = folder / "journal-000001.jsonl"
+    data = journal.read_bytes()
+    first = data.index(b"\n") + 1
+    for length in range(0, len(data) + 1, 7):
+        (folder / "journal-000001.jsonl").write_bytes(data[:length])
+        view = read_folder(folder)
+        whole = (length >= first) + (length == len(data))
+        assert view.seq == whole and view.torn == length - [0, first, len(data)][whole]
+    for length in (first - 1, first, len(data) - 1):
+        copy = folder.parent / f"copy-{length}"
+        shutil.copytree(folder, copy)
+        (copy / journal.name).write_bytes(data[:length])
+        with pytest.warns(
+            UserWarning, match="is repaired: .*At most the change that was being written is lost"
+        ):
+            loaded = load_edits(LLAVA.build(), copy)
+        assert state(loaded) == states[0 if length < first else 1]
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", ".*is repaired")
+            assert state(load_edits(LLAVA.build(), copy)) == state(loaded)
+        store(loaded, row_of(inputs, 3), generator)
+        save_edits(loaded, copy)
+        assert state(load_edits(LLAVA.build(), copy)) == state(loaded) and verify(copy)["notes"] == []
+
+
+def test_a_damaged_line_in_the_middle_is_no_torn_tail(saved, generator):
+    model, inputs, folder = saved
+    for row in (1, 2):
+        store(model, row_of(inputs, row), generator)
+        save_edits(model, folder)
+    journal = folder / "journal-000001.jsonl"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    for wrong in ([lines[1]], [lines[1], lines[0]], [lines[0][:-2] + b"\n", lines[1]], [*lines, b"{}\n"]):
+        journal.write_bytes(b"".join(wrong))
+        with pytest.raises(ValueError, match=r"commit \d: the line is damaged .*Restore the folder"):
+            load_edits(LLAVA.build(), folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (dict(format=99), "has format 99, and this version of dualedit reads up to 1"),
+        (dict(generation=-1), "is damaged"),
+        (dict(adapters={"default": "../elsewhere"}), "is damaged"),
+        (dict(files={}), "is damaged"),
+        (dict(staged="/tmp"), "is damaged"),
+    ],
+)
+def test_manifests_that_cannot_be(change, says, saved):
+    from dualedit.folder.manifest import _check
+
+    _, _, folder = saved
+    content = json.loads((folder / "manifest.json").read_text()) | change
+    content.pop("check")
+    (folder / "manifest.json").write_text(json.dumps({**content, "check": _check(content)}))
+    with pytest.raises(ValueError, match=says):
+        load_edits(LLAVA.build(), folder)
+
+
+def test_a_folder_changed_by_hand_is_taken_as_it_is_by_migrate(saved, generator):
+    model, inputs, folder = saved
+    store(model, row_of(inputs, 1), generator)
+    save_edits(model, folder)
+    assert migrate(folder, "x") is False
+    config = json.loads((folder / CONFIG).read_text()) | {"alpha": 0.125}
+    (folder / CONFIG).write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="dualedit migrate"):
+        load_edits(LLAVA.build(), folder)
+    assert migrate(folder, "x") is True
+    loaded = load_edits(LLAVA.build(), folder)
+    assert loaded.peft_config["default"].alpha == 0.125 and state(loaded) == state(model)
+    (folder / "manifest.json").write_text("{")  # the journal goes on under a new one
+    assert migrate(folder, "x") is True
+    assert state(load_edits(LLAVA.build(), folder)) == state(model)
+
+
+# ---------------------------------------------------------------------- folders of version 0.1
+
+
+def test_a_folder_of_0_1_loads_for_ever(method, generator, tmp_path):
+    folder = tmp_path / "edits"
+    shutil.copytree(OLD / f"{method}-0.1", folder)
+    asked = load_file(OLD / f"{method}-0.1.asked.safetensors")
+    expected = asked.pop("logits")
+
+    def answers(model):
+        return logits_of(model, asked)[:, -1]
+
+    before = files_of(folder)
+    model = load_edits(editor_base(method), folder)
+    torch.testing.assert_close(answers(model), expected)
+    assert files_of(folder) == before and verify(folder)["format"] == 0
+    held = state(model)
+    active_adapter(model).group.remove(1)
+    save_edits(model, folder)  # the same model may take one away
+    assert list(state(load_edits(editor_base(method), folder))) == [("default", 2)]
+    shutil.rmtree(folder)
+    shutil.copytree(OLD / f"{method}-0.1", folder)
+    assert migrate(folder, "x") is True and verify(folder)["format"] == 1
+    assert state(load_edits(editor_base(method), folder)) == held
+    model = load_edits(editor_base(method), folder)
+    store(model, LLAVA.question(generator), generator)
+    save_edits(model, folder)
+    assert len(read_folder(folder).entries) == 1
+    assert state(load_edits(editor_base(method), folder)) == state(model)
+
+
+def editor_base(method):
+    return LLAVA.build()
+
+
+def test_a_fallback_of_0_1_loads_with_it(tmp_path):
+    from PIL import Image
+
+    folder = tmp_path / "edits"
+    shutil.copytree(OLD / "both-0.1", folder)
+    editor = Editor(load_edits(sharp(LLAVA), folder), tiny_processor())
+    assert [(edit.id, edit.target, edit.method) for edit in editor.edits] == [
+        (1, "lenovo", "BalancEdit"), (2, "red", "BalancEdit"),
+    ]  # fmt: skip
+    picture = Image.open(OLD / "both-0.1.png")
+    assert editor.answer(picture, "what brand is this computer ?") == "lenovo"
+    migrate(folder, "x")
+    editor = Editor(load_edits(sharp(LLAVA), folder), tiny_processor(), folder=folder)
+    editor.remove(2)
+    again = Editor(load_edits(sharp(LLAVA), folder), tiny_processor())
+    assert [edit.id for edit in again.edits] == [1] and read_folder(folder).seq == 1
