@@ -1,6 +1,6 @@
 """EfficientNet-Lite0 for training on a CPU: the function of transformers' `EfficientNetModel` with frozen
 batch-norm statistics, each batch norm folded into its convolution on the fly, the gates (which are 1) left
-out.
+out. The grid is that of Lite's last convolution, in front of the visual vocabulary.
 
 Faster than the stock module; its parameters are those of the model given.
 """
@@ -35,7 +35,8 @@ class Lite(nn.Module):
         self.blocks = nn.ModuleList()
         e = model.embeddings
         self.stem = FoldedConv(e.convolution, e.batchnorm, e.padding.padding)
-        for block in model.encoder.blocks:
+        *blocks, vocabulary, _ = model.encoder.blocks
+        for block in blocks:
             layers = nn.ModuleList()
             if block.expand:
                 layers.append(FoldedConv(block.expansion.expand_conv, block.expansion.expand_bn))
@@ -46,7 +47,7 @@ class Lite(nn.Module):
             layers.append(FoldedConv(p.project_conv, p.project_bn, act=False))
             layers.residual = p.apply_dropout
             self.blocks.append(layers)
-        self.top = FoldedConv(model.encoder.top_conv, model.encoder.top_bn)
+        self.top = FoldedConv(vocabulary.expansion.expand_conv, vocabulary.expansion.expand_bn)
 
     def lower(self, x, upto: int):
         x = self.stem(x)

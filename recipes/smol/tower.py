@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from common import SIDE, WORK, Pictures, augment, load_parts, name_embeddings, save
+from dualedit.smol.model import VOCABULARY
 from lite import Lite
 from torch import nn
 
@@ -59,9 +60,11 @@ def start_projector(projector: Projector, x: torch.Tensor, target: torch.Tensor,
 
 def tuned(name: str) -> bool:
     """Whether a parameter of the tower is trained: blocks from `FROZEN` up without their gates."""
-    if name.startswith("encoder.blocks."):
+    if name.startswith(f"{VOCABULARY[0]}.expansion"):  # Lite's last convolution
+        return True
+    if name.startswith("encoder.blocks.") and not name.startswith(VOCABULARY):
         return int(name.split(".")[2]) >= FROZEN and "squeeze_excite" not in name
-    return name.startswith("encoder.top_")
+    return False
 
 
 def trainable(model) -> list[nn.Parameter]:
@@ -93,6 +96,30 @@ class Views:
         self.kept[at, index] = low.half()
         self.count[index] += 1
         return low.float()
+
+
+def views(data, model, count: int) -> torch.Tensor:
+    """Features of `count` views of every training picture, fp16 [count, N, 16, 1280]; the first is clean."""
+    file = WORK / "views.npy"
+    train = data.of("training")
+    if file.exists() and len(np.load(file, mmap_mode="r")) >= count:
+        return torch.from_numpy(np.load(file, mmap_mode="c"))
+    tower, keep = Lite(model), data.flag | data.logo
+    out = np.lib.format.open_memmap(
+        WORK / "views.part.npy", "w+", np.float16, (count, len(train), (SIDE // 32) ** 2, 1280)
+    )
+    with torch.inference_mode():
+        for v in range(count):
+            for start in range(0, len(train), 128):
+                i = train[start : start + 128]
+                x = data.pixels[i].float() / 127.5 - 1 if v == 0 else augment(data.pixels[i], keep[i])
+                with torch.autocast("cpu", dtype=BF):
+                    grid = tower(x)
+                out[v, start : start + 128] = grid.float().flatten(2).transpose(1, 2).half().numpy()
+            print(f"view {v}", flush=True)
+    out.flush()
+    (WORK / "views.part.npy").replace(file)
+    return torch.from_numpy(np.load(file, mmap_mode="c"))
 
 
 def main(minutes: float, batch: int, base_rate: float, seed: int):

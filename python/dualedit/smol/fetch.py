@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 REMEDY = "dualedit fetch smol"
-ASSEMBLED = "3"  # changes when `model.py` assembles otherwise, so that an older folder is made anew
+ASSEMBLED = "4"  # changes when `model.py` assembles otherwise, so that an older folder is made anew
 SPACE = 900 * 2**20  # bytes while converting; about 520 MB stay
 WEIGHTS = Path(__file__).parent / "weights" / "smol.safetensors"
 

