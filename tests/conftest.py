@@ -24,6 +24,13 @@ def seed(request):
     return value
 
 
+@pytest.fixture(autouse=True)
+def own_cache(request, tmp_path_factory, monkeypatch):
+    """No test but those of `smol` itself depends on what the user has fetched."""
+    if "smol" not in request.path.parts:
+        monkeypatch.setenv("DUALEDIT_CACHE", str(tmp_path_factory.getbasetemp() / "nothing-fetched"))
+
+
 @pytest.fixture
 def generator(seed):
     """A torch generator from the test's seed."""

@@ -6,8 +6,9 @@ export PYTHONPATH="python:recipes/smol:$PYTHONPATH" SMOL_WORK="${SMOL_WORK:-$PWD
 PYTHON="${PYTHON:-python}"
 "$PYTHON" -m dualedit.cli fetch smol
 "$PYTHON" recipes/smol/tower.py --minutes "${TOWER_MINUTES:-26}"
+[ -f "$SMOL_WORK/vocabulary.pt" ] || "$PYTHON" recipes/smol/vocabulary.py
 [ -f "$SMOL_WORK/replay.pt" ] || "$PYTHON" recipes/smol/replay.py
-"$PYTHON" recipes/smol/reader.py --minutes "${READER_MINUTES:-30}" --projector-minutes "${PROJECTOR_MINUTES:-3}"
+"$PYTHON" recipes/smol/reader.py --minutes "${READER_MINUTES:-66}"
 "$PYTHON" recipes/smol/export.py
 "$PYTHON" -m dualedit.cli fetch smol
 "$PYTHON" recipes/smol/measure.py --role validation

@@ -89,7 +89,7 @@ def demo(
     ] = None,
     seed: Annotated[int, typer.Option(metavar="N", help="Which facts are edited.")] = 0,
     model: Annotated[
-        str | None, typer.Option(metavar="NAME", help="smol (where it is fetched) or embedded.")
+        str | None, typer.Option(metavar="NAME", help="smol (where it is fetched) or toy.")
     ] = None,
     picture: Annotated[
         Path | None, typer.Option(parser=path, metavar="IMAGE", help="Tell an edit of your own picture,")
@@ -208,19 +208,20 @@ def eval_(
     """Measure editing methods, one edit at a time, many at once or one after the other."""
     if answers is not None:
         from .answers import run
-        from .loading import Start
+        from .loading import Start, own_model
 
         start = Start(methods, adapter, layer)
         start.check()
         with quiet(), named(**ASKED):
-            return run(answers, model, start, json)
+            return run(answers, own_model(model), start, json)
     from . import evaluate as work
+    from .loading import own_model
     from .methods import Source
 
     chosen = work.scorings(scoring)
     options = work.Options(
         methods, chosen, protocol, None if edits is None else work.numbers(edits, "--edits"), asked,
-        Source(model, adapter, layer, weights, "published" in chosen, published_threshold),
+        Source(own_model(model), adapter, layer, weights, "published" in chosen, published_threshold),
         work.Facts(
             benchmark, data, format, images, skip_bad, seed, world_seed, work.names(family), unseen
         ), json, records,
@@ -375,10 +376,10 @@ def calibrate(
     The folder then serves as --adapter or --edits of the other commands.
     """
     from . import calibrate as work
-    from .loading import Start
+    from .loading import Start, own_model
 
     start = Start(method, adapter, layer)
-    options = work.Options(model, start, data, format, images, skip_bad, edits, together, seed, out)
+    options = work.Options(own_model(model), start, data, format, images, skip_bad, edits, together, seed, out)
     options.check()
     with quiet(), named(**READ):
         work.run(options)
@@ -387,7 +388,7 @@ def calibrate(
 @app.command()
 def layers(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Local Hugging Face folder (its config.json), or embedded.")
+        str, typer.Argument(metavar="MODEL", help="Local Hugging Face folder (its config.json), smol or toy.")
     ] = "embedded",
 ) -> None:
     """Say which layers of a model take an edit, from its config alone."""

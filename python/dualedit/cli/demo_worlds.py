@@ -10,6 +10,7 @@ from PIL import Image
 
 from ..data import EditRequest, EditSample, Probe
 from ..models.images import open_image
+from .loading import EMBEDDED, SMOL
 
 if TYPE_CHECKING:
     from ..editor import Editor
@@ -156,15 +157,15 @@ def world_of(model: str | None, weights: Path | None) -> DemoWorld:
     """What the demo is about.
 
     Args:
-        model: "embedded", "smol", or None: `smol` where it has been fetched, the embedded one elsewhere.
+        model: "toy" (or "embedded"), "smol", or None: `smol` where it has been fetched, the embedded one elsewhere.
         weights: of a retrained embedded model.
 
     Raises:
         ValueError: another model, or `smol` where it has not been fetched.
     """
-    if model not in (None, "embedded", "smol"):
-        raise ValueError(f"--model {model}: the demo is about embedded or smol; others go to dualedit edit.")
-    if model == "embedded" or weights is not None:
+    if model not in (None, SMOL, *EMBEDDED):
+        raise ValueError(f"--model {model}: the demo is about smol or toy; others go to dualedit edit.")
+    if model in EMBEDDED or weights is not None:
         return EmbeddedWorld(weights)
     if model is None:
         from ..smol import is_fetched

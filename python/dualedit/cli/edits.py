@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .book import plain, say
-from .loading import Start, load_base, open_editor, open_or_start
+from .loading import Start, load_base, model_for, open_editor, open_or_start
 from .saved_folder import is_saved, writing
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def ask(folder: Path, model: Path | None, image: str, question: str, as_json: bo
         from ..editor import generate_answers
         from ..models.prompting import Prompter
 
-        base, processor = load_base(model)
+        base, processor = load_base(model_for(folder, model))
         answer = generate_answers(base, Prompter(processor), [(picture, question)])[0]
         if as_json:
             say({"answer": answer, "fired": False, "edit": None, "why": "no edits are saved"})

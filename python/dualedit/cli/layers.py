@@ -6,12 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import first_line
-from .loading import SMOL, is_smol
+from .loading import EMBEDDED, SMOL, is_smol
 
 if TYPE_CHECKING:
     from torch import nn
-
-EMBEDDED = ("embedded", "dualedit-embedded")
 
 
 def show(model: str) -> None:
@@ -38,7 +36,7 @@ def _analysed(model: str) -> str:
 
 
 def _folder(model: str) -> Path:
-    if model in EMBEDDED:
+    if model in EMBEDDED or model == "dualedit-embedded":
         from ..toy.model import WEIGHTS
 
         return WEIGHTS

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ..editor import Editor
 
 METHODS = tuple(name.lower() for name in NAMES)
-SMOL = "smol"
+SMOL, EMBEDDED = "smol", ("toy", "embedded")
 FALLBACKS = ("balancedit", "none")
 
 
@@ -46,6 +46,32 @@ class Start:
 def is_smol(model: Path | None) -> bool:
     """Whether `--model` means what `dualedit fetch smol` brings: a model's folder of that name goes first."""
     return model is not None and str(model) == SMOL and not (model / "config.json").is_file()
+
+
+def own_model(model: Path | None) -> Path | None:
+    """`--model` without the embedded model's names, which stand for None; a folder of that name goes first."""
+    if model is None or str(model) not in EMBEDDED or (model / "config.json").is_file():
+        return model
+    return None
+
+
+def model_for(folder: Path, model: Path | None) -> Path | None:
+    """The model that a command on a folder of edits is about.
+
+    Args:
+        model: `--model`; None for the model that the folder's edits belong to, and where it holds none for
+            `smol` if it has been fetched.
+
+    Returns:
+        as `load_base` takes it: None is the embedded model.
+    """
+    if model is not None:
+        return own_model(model)
+    if is_saved(folder):
+        return Path(SMOL) if read_config(folder).get("base_model_name_or_path") == SMOL else None
+    from ..smol import is_fetched
+
+    return Path(SMOL) if is_fetched() else None
 
 
 def load_base(model: Path | None, device: str | None = None) -> tuple[Any, Any]:
@@ -98,6 +124,7 @@ def open_editor(folder: Path, model: Path | None, start: Start = Start()) -> Edi
     from ..storage import load_edits
 
     kind = read_config(folder)["peft_type"]
+    model = model_for(folder, model)
     base, processor = load_base(model)
     try:
         loaded = load_edits(base, folder)
@@ -119,7 +146,7 @@ def open_or_start(folder: Path, model: Path | None, start: Start) -> Editor:
     """
     start.check()
     if not is_saved(folder):
-        return start_editor(model, start)
+        return start_editor(model_for(folder, model), start)
     kind = read_config(folder)["peft_type"]
     used = NAMES.get(kind, kind)
     asked = start.method or ("dualedit" if start.adapter else "balancedit" if start.layer else used.lower())

@@ -22,7 +22,7 @@ Model = Annotated[
     Path | None,
     typer.Option(
         "--model", "-m", parser=path, metavar="DIR",
-        help="Local Hugging Face model, or smol (else the embedded one).",
+        help="Local Hugging Face model, smol or toy.",
     ),
 ]
 NoModel = Annotated[

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .loading import Start, is_smol, open_or_start
+from .loading import Start, is_smol, model_for, open_or_start
 from .saved_folder import writing
 from .terminal import quiet
 
@@ -79,7 +79,8 @@ def settings_of(options: Options, token: str) -> Settings:
     """The service's settings of a command line."""
     from ..serving import Limits, Settings
 
-    name = "embedded" if options.model is None else "smol" if is_smol(options.model) else options.model.name
+    model = model_for(options.edits, options.model)
+    name = "embedded" if model is None else "smol" if is_smol(model) else model.name
     hosts = ("localhost", "127.0.0.1", "[::1]", options.host) if is_loopback(options.host) else ("*",)
     limits = Limits(questions=options.queue, batch=options.batch, tokens=options.tokens)
     return Settings(
