@@ -17,13 +17,13 @@ from dualedit.smol import load_concepts, load_smol
 from dualedit.smol.benchmark import Pictures
 from dualedit.smol.editors import BALANCEDIT, EDITORS
 from dualedit.storage import load_edits, save_edits
-from dualedit.training import fit_pooled_key, measure_curve, sweep_alpha
+from dualedit.training import fit_pooled_key, measure_curve, sweep_reach
 from dualedit.training.calibration import with_alpha
 from dualedit.training.pooled_key import read_questions
 from dualedit.tuners import inject_balancedit
 from dualedit.tuners.adapter import active_adapter
 
-WEIGHTS = (0.5, 1.0, 1.5, 3.0, 6.0)  # of the pictures' cosine against the questions', to choose from
+WEIGHTS = (0.5, 0.75, 1.0, 1.5, 2.0)  # of the pictures' cosine against the questions', to choose from
 
 
 def auc(near, far) -> float:
@@ -33,15 +33,20 @@ def auc(near, far) -> float:
     return 100 * float(less)
 
 
-def apart(kinds, others) -> float:
+def apart(kinds) -> float:
     """With the best radius for all: the share inside of what must change, by kind, plus that outside of what
-    must not."""
+    must not: look-alikes of three kinds, and other questions."""
     near = [torch.tensor(kinds[name]) for name in ("t_gen", "v_gen_view", "v_gen_artist")]
-    far = [torch.tensor(kinds[name]) for name in others]
+    alike = [torch.tensor(found) for name, found in kinds.items() if name.startswith("hard_image")]
+    other = torch.tensor(kinds["hard_question"])
+
+    def outside(found, radius):
+        return float((found > radius).double().mean())
 
     def score(radius):
-        inside = sum(float((found <= radius).double().mean()) for found in near) / len(near)
-        return inside + sum(float((found > radius).double().mean()) for found in far) / len(far)
+        inside = sum(1 - outside(found, radius) for found in near) / len(near)
+        images = sum(outside(found, radius) for found in alike) / len(alike)
+        return inside + (images + outside(other, radius)) / 2
 
     return max(score(i / 100) for i in range(201))
 
@@ -83,11 +88,11 @@ def main(facts: int, choose: int, calibrate: int, seed: int):
     curve = measure_curve(
         editor, benchmark.samples("validation", calibrate), max(1, calibrate // 2), progress=False
     )
-    sweep = sweep_alpha(curve)
-    with_alpha(editor, sweep.chosen)
-    print(f"alpha {sweep.chosen}, {time.time() - start:.0f} s", flush=True)
+    sweep, limit = sweep_reach(curve)
+    with_alpha(editor, sweep.chosen, limit)
+    print(f"alpha {sweep.chosen}, largest radius {limit}, {time.time() - start:.0f} s", flush=True)
     print(json.dumps(sweep.chosen_figures), flush=True)
-    for alpha, figures in list(zip(sweep.values, sweep.figures, strict=True))[::10]:
+    for alpha, figures in zip(sweep.values, sweep.figures, strict=True):
         print(alpha, {k: None if v is None else round(v, 1) for k, v in figures.items()}, flush=True)
     save_edits(editor.model, folder)
 
@@ -103,7 +108,7 @@ def choose_key(editor, benchmark, facts: int, choose: int, start: float) -> None
         same = kinds["v_gen_artist"]
         others = [name for name in kinds if name.startswith("hard_")]
         told = {name: round(auc(same, kinds[name]), 1) for name in (*others, "m_loc", "t_loc")}
-        best = max(best, (score := apart(kinds, others), weight))
+        best = max(best, (score := apart(kinds), weight))
         print(f"weight {weight}: score {score:.3f}, AUC of other artists' pictures against", told, flush=True)
     adapter = active_adapter(model)
     router = next(layer.router(adapter.name) for layer in adapter.layers.values())

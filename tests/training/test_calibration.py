@@ -17,6 +17,7 @@ from dualedit.training import (
     plot_calibration,
     save_calibration,
     sweep_alpha,
+    sweep_reach,
     sweep_threshold,
     with_threshold,
 )
@@ -65,6 +66,19 @@ def test_a_sweep_of_alpha_by_hand():
     assert sweep.scores == (75, 75, 100, 75, 75)
     assert sweep.chosen == 0.5
     assert calibrate_alpha(_curve(0.15, 0.65), 4) == (0.5, sweep.figures[2])
+
+
+def test_a_largest_radius_where_the_black_image_is_too_far():
+    """Two edits want a radius of 0.4, and black images at 0.65 and 9 give it at no alpha."""
+    far = [
+        Point(1, p.metric, p.distance, p.open, p.closed, 0.05, 9.0) for p in _curve().points
+    ]
+    curve = Curve(_curve(0.15, 0.65).points + tuple(far))
+    assert max(sweep_alpha(curve, steps=10).scores) < 100
+    sweep, limit = sweep_reach(curve, alphas=10, steps=20)
+    assert 0.3 <= limit < 0.5
+    assert max(sweep.scores) == 100
+    assert sweep_reach(_curve(0.15, 0.65), alphas=4) == (sweep_alpha(_curve(0.15, 0.65), 4), None)
 
 
 def test_what_is_not_asked_does_not_count():

@@ -98,6 +98,25 @@ def test_radius_is_clamped_below_a_nearer_negative(alpha, generator):
     assert not lookup(model, others[nearer]).fired
 
 
+@pytest.mark.parametrize("share", [0.5, 2.0])
+def test_no_edit_reaches_farther_than_the_largest_radius(share, generator):
+    """The limit counts where it is below the edit's own radius, and nowhere else."""
+    inputs = LLAVA.questions(3, generator)
+    question, *others = (row_of(inputs, row) for row in range(3))
+    free = editor_of(LLAVA, "balancedit", alpha=0.0, max_steps=1)
+    samples = {"positives": [others[0]], "negatives": [others[1]]}
+    own = add_edit(free, question, torch.tensor([5]), **samples).radius
+    model = editor_of(LLAVA, "balancedit", alpha=0.0, max_steps=1, max_radius=share * own)
+    edit = add_edit(model, question, torch.tensor([5]), **samples)
+    assert edit.radius == pytest.approx(min(1.0, share) * own, rel=1e-5)
+
+
+@pytest.mark.parametrize("limit", [0.0, -1.0, "1"])
+def test_a_largest_radius_is_a_positive_number(limit):
+    with pytest.raises(ValueError, match="max_radius"):
+        editor_of(LLAVA, "balancedit", max_radius=limit)
+
+
 @pytest.mark.parametrize("missing", ["positives", "negatives"])
 def test_samples_are_needed(missing, generator):
     model = editor_of(LLAVA, "balancedit")

@@ -65,7 +65,7 @@ def run(options: Options) -> None:
         measure_curve,
         plot_calibration,
         save_calibration,
-        sweep_alpha,
+        sweep_reach,
         sweep_threshold,
         with_alpha,
         with_threshold,
@@ -78,8 +78,10 @@ def run(options: Options) -> None:
     curve = measure_curve(editor, samples, options.together, shows_progress())
     config = active_adapter(editor.model).config
     if NAMES[config.peft_type.value] == "BalancEdit":
-        sweep = sweep_alpha(curve)
-        with_alpha(editor, sweep.chosen)
+        sweep, limit = sweep_reach(curve)
+        with_alpha(editor, sweep.chosen, limit)
+        if limit is not None:
+            print(f"max_radius = {limit:.4g}: no edit reaches farther")
     else:
         sweep = sweep_threshold(curve)
         with_threshold(editor, sweep.chosen)

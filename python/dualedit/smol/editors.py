@@ -13,7 +13,7 @@ METHODS = ("balancedit",)
 EDITORS = Path(__file__).parent / "weights" / "editors"
 # Chosen on validation concepts drawn by validation artists; see recipes/smol/README.md.
 BALANCEDIT = {
-    "layer": "layers.15.mlp.up_proj", "key": "pooled", "key_dim": 192, "rank": 8, "learning_rate": 1e-2,
+    "layer": "layers.21.mlp.up_proj", "key": "pooled", "key_dim": 192, "rank": 8, "learning_rate": 1e-2,
     "max_steps": 60, "stop_probability": 0.99,
 }  # fmt: skip
 

@@ -14,6 +14,7 @@ from .calibration import (
     plot_calibration,
     save_calibration,
     sweep_alpha,
+    sweep_reach,
     sweep_threshold,
     with_threshold,
 )
@@ -33,6 +34,7 @@ __all__ = [
     "plot_calibration",
     "save_calibration",
     "sweep_alpha",
+    "sweep_reach",
     "sweep_threshold",
     "read_recipe",
     "train",

@@ -192,12 +192,17 @@ def sweep_threshold(curve: Curve, steps: int = 200) -> Sweep:
     return _sweep("threshold", [1.0 - r for r in radii], found)
 
 
-def sweep_alpha(curve: Curve, steps: int = 100) -> Sweep:
-    """Every alpha of a BalancEdit curve, from 0 (as far as the negative sample) to 1 (the positive one)."""
+def sweep_alpha(curve: Curve, steps: int = 100, max_radius: float | None = None) -> Sweep:
+    """Every alpha of a BalancEdit curve, from 0 (as far as the negative sample) to 1 (the positive one).
+
+    Args:
+        max_radius: as in `BalancEditConfig`.
+    """
+    most = math.inf if max_radius is None else max_radius
 
     def radius(point: Point, alpha: float) -> float:
         between = alpha * point.positive + (1 - alpha) * point.negative
-        return min(between, point.negative * (1 - 1e-4))  # as an edit is stored
+        return min(between, point.negative * (1 - 1e-4), most)  # as an edit is stored
 
     alphas = [i / steps for i in range(steps + 1)]
     return _sweep("alpha", alphas, [curve.figures(lambda point, a=a: radius(point, a)) for a in alphas])
@@ -210,6 +215,26 @@ def _sweep(setting: str, values: list[float], figures: list[dict[str, float | No
     good = [i for i, score in enumerate(scores) if score >= best - 0.25]
     chosen = good[len(good) // 2]
     return Sweep(setting, tuple(values), tuple(figures), tuple(scores), values[chosen], figures[chosen])
+
+
+def sweep_reach(curve: Curve, alphas: int = 10, steps: int = 60) -> tuple[Sweep, float | None]:
+    """The alpha and the largest radius of a BalancEdit curve that are best together.
+
+    Returns:
+        the sweep over alpha at the best largest radius, and that radius; None where a limit gains less than
+        half a point.
+    """
+    farthest = max(point.distance for point in curve.points)
+    free = sweep_alpha(curve, alphas)
+    limits = [farthest * i / steps for i in range(1, steps + 1)]
+    sweeps = [sweep_alpha(curve, alphas, limit) for limit in limits]
+    scores = [max(sweep.scores) for sweep in sweeps]
+    best = max(scores)
+    if best < max(free.scores) + 0.5:
+        return free, None
+    good = [i for i, score in enumerate(scores) if score >= best - 0.25]
+    middle = good[len(good) // 2]
+    return sweeps[middle], limits[middle]
 
 
 def calibrate_threshold(curve: Curve, steps: int = 200) -> tuple[float, dict[str, float | None]]:
@@ -234,10 +259,12 @@ def with_threshold(editor: Editor, threshold: float) -> None:
     config.threshold = config.calibrated_threshold = checked.threshold
 
 
-def with_alpha(editor: Editor, alpha: float) -> None:
-    """Set alpha of the active BalancEdit adapter; edits stored from now on get their radius by it."""
+def with_alpha(editor: Editor, alpha: float, max_radius: float | None = None) -> None:
+    """Set alpha and the largest radius of the active BalancEdit adapter; edits stored from now on get their
+    radius by them."""
     config = active_adapter(editor.model).config
-    config.alpha = dataclasses.replace(config, alpha=alpha).alpha  # checked like any other
+    checked = dataclasses.replace(config, alpha=alpha, max_radius=max_radius)  # checked like any other
+    config.alpha, config.max_radius = checked.alpha, checked.max_radius
 
 
 def save_calibration(folder: str | os.PathLike[str], sweep: Sweep, curve: Curve) -> Path:

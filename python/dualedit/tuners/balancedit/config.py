@@ -21,6 +21,10 @@ class BalancEditConfig(EditConfig):
         alpha: where the radius lies between the positive and the negative sample:
             alpha * d(positive) + (1 - alpha) * d(negative). The paper's Eq. 3 and Eq. 10 contradict each
             other; its experiments (Fig. 5, Table 10: alpha = 0 is the widest scope) match this one.
+        max_radius: no edit reaches farther than this, in units of `metric`; None: its two samples decide
+            alone. Not in the paper: distances of a fitted pooled key mean the same for every edit, and what
+            other pictures of a thing need is known from calibration facts, where one edit has only its own
+            rewordings and a black image.
         metric: "l2" or "cosine", the distance between keys.
         key: "mean" pools the layer's input over the prompt tokens (the paper's), "last" takes the last prompt
             token, "pooled" linear maps of that and of the mean image token as it enters the decoder
@@ -35,6 +39,9 @@ class BalancEditConfig(EditConfig):
     layer: str | None = field(default=None, metadata={"help": "Name of the linear layer that is edited."})
     alpha: float = field(
         default=0.2, metadata={"help": "Radius between positive (1) and negative (0) sample."}
+    )
+    max_radius: float | None = field(
+        default=None, metadata={"help": "Largest radius of an edit; None: its samples decide alone."}
     )
     metric: str = field(default="l2", metadata={"help": "'l2' or 'cosine'."})
     key: str = field(
@@ -62,6 +69,9 @@ class BalancEditConfig(EditConfig):
             "name the linear layer to edit",
         )
         require(0.0 <= self.alpha <= 1.0, "alpha", self.alpha, "pass a number in [0, 1]")
+        if self.max_radius is not None:
+            require_numbers(self, "max_radius")
+            require(self.max_radius > 0, "max_radius", self.max_radius, "pass a positive number, or None")
         require(self.metric in METRICS, "metric", self.metric, f"choose one of {METRICS}")
         require(self.key in KEYS, "key", self.key, f"choose one of {KEYS}")
         fits = self.key_dim > 0 and self.key_dim % 2 == 0

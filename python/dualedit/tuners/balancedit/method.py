@@ -40,6 +40,12 @@ class BalancEditMethod(EditMethod):
     def metric(self, config: BalancEditConfig) -> str:
         return config.metric
 
+    def radius(
+        self, config: BalancEditConfig, positive: Sequence[float], negative: Sequence[float]
+    ) -> float:
+        own = super().radius(config, positive, negative)
+        return own if config.max_radius is None else min(own, config.max_radius)
+
     def make_edit(
         self, adapter: EditAdapter, inputs: Inputs, full: Inputs, positives: Sequence[Inputs],
         negatives: Sequence[Inputs],
