@@ -135,7 +135,7 @@ def test_writes_and_keys(tiny):
     model, inputs, _ = tiny
     path, layers = find_decoder_layers(model)
     image_ids = None
-    full = append_target(inputs, torch.tensor([5, 9]))
+    full = append_target(inputs, torch.tensor([5]))
     questions = questions_from(model, full, image_ids)
     found = effects(model, questions, [0, len(layers) - 1])
     assert set(found) == {"text", "image", "all"}

@@ -76,7 +76,8 @@ def test_what_it_would_cost(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["build", "gone.jsonl"], "gone.jsonl"),
+        (["build", "gone.jsonl"], "gone.jsonl: pass --model MODEL"),
+        (["build", "gone.jsonl", "--model", "none"], "gone.jsonl"),
         (["build", "toy", "--limit", "0"], "--limit 0"),
         (["build", "toy", "--price", "much"], "--price much"),
         (["build", "toy", "--rephrases", "-1"], "rephrases=-1"),

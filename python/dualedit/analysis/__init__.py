@@ -1,6 +1,7 @@
-"""Reading results: the report of an evaluation as a page and as tables.
+"""Reading results, and seeing inside a model.
 
-`read_results` takes what `dualedit eval` wrote; `render_report` and `markdown_tables` say what is in it.
+`read_results` takes what `dualedit eval` wrote; `render_report` and `markdown_tables` say what is in it. What
+`dualedit analyze` measures is in `studies`: attention, noise, writes and gates, layer by layer.
 """
 
 from .markdown import markdown_tables

@@ -1,8 +1,7 @@
 """What a gate sees: how near related, hard and unrelated questions lie to an edit, by key and layer.
 
-DualEdit (COLM 2025), Figure 4. Keys of an edit's own question are compared with those of other questions
-about
-it: by the state of the last prompt token (the paper's key), the mean text token, the mean image token, and a
+DualEdit (COLM 2025), Figure 4. Keys of an edit's own question are compared with those of other questions:
+by the state of the last prompt token (the paper's key), the mean text token, the mean image token, and a
 pooled key that has not been fitted, all behind a decoder layer; and by what BalancEdit's codebook would
 compare, the inputs of a linear layer.
 """

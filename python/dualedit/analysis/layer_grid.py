@@ -1,11 +1,12 @@
 """Which layers an edit should write to, without training: a proxy for every layer and pair of layers.
 
-The proxy of a pair is the sum of two numbers between 0 and 1. *Effect*: a write of a fixed size along the
-gradient of the new answer, found on the edit's own question alone, is put behind a layer at all text tokens,
-all image tokens, or both, of that question, of a rephrased one and of one about another picture; how much of
-the new answer's negative log-likelihood goes away. *Gate*: the balanced accuracy of the last token's key at
-the earlier of the two layers, where the gate decides (`gate_study`). Source of the question: DualEdit (COLM
-2025), Table 1 and Figure 5, which train adapters for each layer; `trained_pairs` does so for some pairs.
+The proxy of a pair is the sum of two numbers between 0 and 1. *Effect*: a write along the gradient of the new
+answer, found on the edit's own question alone, is put behind a layer at all text tokens or all image tokens
+of the prompt (for BalancEdit at all tokens, the answer's too), of that question, of a rephrased one and of
+one about another picture; how much of the loss of the answer's worst token goes away. *Gate*: the balanced
+accuracy of the last token's key at the earlier of the two layers, where the gate decides (`gate_study`).
+Source of the question: DualEdit (COLM 2025), Table 1 and Figure 5, which train adapters for each layer;
+`trained_pairs` does so for some pairs.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from ..training.batches import with_answers
 from ..training.losses import IGNORED, answer_positions
 from .asking_layers import GROUPS, LayerStates, Questions, questions_from
 
-SIZE = 0.5  # of a write, in root mean squares of the states that it is added to
+# Of a write, in root mean squares of the states that it is added to; the one that suits the edit's own
+# question better is taken, for early layers bear less than late ones.
+SIZES = (0.15, 0.5)
 
 
 def probes_to_write(sample: EditSample) -> list[Probe]:
@@ -37,28 +40,31 @@ def probes_to_write(sample: EditSample) -> list[Probe]:
     return found + [Probe(probe.image_source, request.prompt, request.target) for probe in others]
 
 
-def answer_loss(logits: Tensor, tokens: Tensor, row: Tensor) -> Tensor:
-    """Negative log-likelihood of each row's answer, [B] in nats, mean over its tokens.
+def token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Negative log-likelihood of each token, [K] in nats, of logits [K, V] in front of tokens [K]."""
+    return nn.functional.cross_entropy(logits.float(), tokens, reduction="none")
+
+
+def worst_loss(logits: Tensor, tokens: Tensor, row: Tensor) -> Tensor:
+    """The loss of each answer's worst token, [B] in nats: an answer is right only if all of its tokens are.
 
     Args:
-        logits: [K, V] in front of the answers' tokens; tokens, row: [K] those tokens and whose they are.
+        row: [K], whose token each is; every row has one.
     """
-    lost = nn.functional.cross_entropy(logits.float(), tokens, reduction="none")
-    rows = int(row.max()) + 1
-    sums = torch.zeros(rows, dtype=lost.dtype, device=lost.device).index_add(0, row, lost)
-    return sums / torch.bincount(row, minlength=rows).to(lost.device)
+    lost = token_loss(logits, tokens)
+    return torch.stack([lost[row == number].max() for number in range(int(row.max()) + 1)])
 
 
 @torch.no_grad()
 def effects(
-    model: nn.Module, questions: Questions, layers: Sequence[int], size: float = SIZE
+    model: nn.Module, questions: Questions, layers: Sequence[int], sizes: Sequence[float] = SIZES
 ) -> dict[str, list[list[float]]]:
-    """How much of the answers' loss a write found on the first row takes away, at most 1.
+    """How much of the loss of the answers' worst tokens a write found on the first row takes away, at most 1.
 
     Args:
         questions: the edit's own question first, answers behind (`labels`).
         layers: where to write.
-        size: of the write, in root mean squares of each state.
+        sizes: of the write, in root mean squares of each state.
 
     Returns:
         group ("text", "image", "all") to a list a layer, a number a row: 1 - loss after / loss before, at
@@ -68,24 +74,30 @@ def effects(
     at = answer_positions(questions.labels)
     tokens = questions.labels[questions.labels != IGNORED]
     row = at.nonzero()[:, 0]
-    before = answer_loss(known.logits(len(known.layers) - 1, known.behind[-1], at), tokens, row)
-    slopes = known.gradients(lambda logits: answer_loss(logits, tokens, row)[0], at)
+    before = worst_loss(known.logits(len(known.layers) - 1, known.behind[-1], at), tokens, row)
+    slopes = known.gradients(lambda logits: token_loss(logits, tokens)[row == 0].mean(), at)
     told: dict[str, list[list[float]]] = {group: [] for group in GROUPS}
     for layer in layers:
         states = known.behind[layer]
         scale = states.float().square().mean(-1, keepdim=True).sqrt()
         for group in GROUPS:
             where = questions.positions(group)
+            if group == "all":  # BalancEdit's value answers for the tokens of the answer, too
+                where = where | (questions.labels != IGNORED)
             pull = (slopes[layer][0].float() * scale[0])[where[0]].sum(0)
             length = float(pull.norm())
             if not where.any() or length < 1e-30:
                 told[group].append([0.0] * questions.size)
                 continue
             write = -pull / length * pull.numel() ** 0.5  # its root mean square is 1
-            moved = torch.where(where[..., None], states + (size * scale * write).to(states.dtype), states)
-            after = answer_loss(known.logits(layer, moved, at), tokens, row)
-            gain = (1 - after / before.clamp(min=1e-6)).clamp(min=-1.0)
-            told[group].append([round(float(v), 6) for v in gain])
+            gains = []
+            for size in sizes:
+                pushed = states + (size * scale * write).to(states.dtype)
+                moved = torch.where(where[..., None], pushed, states)
+                after = worst_loss(known.logits(layer, moved, at), tokens, row)
+                gains.append((1 - after / before.clamp(min=1e-6)).clamp(min=-1.0))
+            best = max(gains, key=lambda gain: float(gain[0]))
+            told[group].append([round(float(v), 6) for v in best])
     return told
 
 

@@ -161,8 +161,7 @@ def sensitivity_peaks(
         sigma: place of the sigma that is looked at.
 
     Returns:
-        {"peak": group to layer, "apart": share of bootstrap resamples of the questions in which text and
-            image
+        {"peak": group to layer, "apart": share of bootstrap resamples of the questions where text and image
         peak at different layers}, without what was not measured.
     """
     table = {

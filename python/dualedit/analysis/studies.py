@@ -13,17 +13,17 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..data import EditSample
-from ..editor import Editor
+from ..datasets.build import Answerer
 from ..models import architectures
 from ..models.prompting import Prompter
 from ..training.recipe import Recipe
-from ..tuners import inject_balancedit
 from . import gate_study, layer_grid, modality_attention, sensitivity, trained_pairs
 from .asking_layers import LayerStates, Questions, counted, layers_to_study, linear_of, questions_from
 from .recommendation import against_the_proxy, recommend_balancedit, recommend_dualedit, sensitivity_peaks
 from .study_journal import StudyJournal
 
 VERSION = 1
+_HEAT_MAPS = 4  # layers whose attention is drawn over pictures: those that look at the image most
 _COSINE = tuple(f"cosine/{key}" for key in gate_study.KEYS)
 _ALL_KEYS = (*_COSINE, *(f"l2/{key}" for key in gate_study.LINEAR_KEYS))
 
@@ -46,9 +46,9 @@ class Plan:
         heat_maps: pictures that attention is drawn over.
     """
 
-    questions: int = 12
-    facts: int = 32
-    writes: int = 8
+    questions: int = 8
+    facts: int = 24
+    writes: int = 5
     batch: int = 4
     most_layers: int = 12
     sigmas: tuple[float, ...] = (0.5, 1.0, 2.0)
@@ -101,7 +101,7 @@ class Studies:
         self.model, self.processor, self.samples = model, processor, samples
         self.plan, self.journal, self.progress = plan, journal, progress
         self.training, self.held_out = training, held_out or samples
-        self.prompter = Prompter(processor, template)
+        self.prompter, self.template = Prompter(processor, template), template
         path, stack = architectures.find_decoder_layers(model)
         self.depth = len(stack)
         self.layers = layers_to_study(self.depth, plan.most_layers)
@@ -155,13 +155,17 @@ class Studies:
         shares = [None if a is None else modality_attention.shares(a, asked) for a in found]
         maps = []
         if number == 0:
-            looked = [layer for layer in self.layers if found[layer] is not None]
-            chosen = [looked[i * (len(looked) - 1) // 3] for i in range(4)] if looked else []
+            looked = {
+                layer: sum(told["image"] for told in each)
+                for layer, each in enumerate(shares)
+                if each is not None and not any(math.isnan(told["image"]) for told in each)
+            }
+            chosen = sorted(sorted(looked, key=looked.__getitem__)[-_HEAT_MAPS:])
             for row, sample in enumerate(samples[: self.plan.heat_maps]):
                 image = sample.request.image
                 if image is None:
                     continue
-                for layer in dict.fromkeys(chosen):
+                for layer in chosen:
                     grid = modality_attention.heat_map(found[layer], asked, row, image.width / image.height)
                     if grid is not None:
                         maps.append({"sample": row, "layer": layer, "grid": grid})
@@ -257,7 +261,7 @@ class Studies:
         gates = gate_study.gate_summary(self._gate_units(), self.layers, ["cosine/last"])["cosine/last"]
         pairs = layer_grid.proxy_of_pairs(effects, gates["balanced"], self.layers, self.image)
         trained = self._trained(pairs) if self.training and (self.plan.pairs or self.plan.exhaustive) else []
-        told = {"facts": len(units), "size": layer_grid.SIZE, "effects": effects, "pairs": pairs}
+        told = {"facts": len(units), "sizes": list(layer_grid.SIZES), "effects": effects, "pairs": pairs}
         return told | {"trained": trained, "agreement": against_the_proxy(pairs, trained)}
 
     def _trained(self, pairs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -310,23 +314,12 @@ class Studies:
                 if name == "training" and not locality:
                     made[name] = list(own)
                 else:
-                    made[name] = self._answered(own)
+                    made[name] = trained_pairs.with_model_answers(
+                        Answerer(self.model, self.processor, self.template, new_tokens=6), own
+                    )
             return made[name]
 
         return lambda: get("training"), lambda: get("held out")
-
-    def _answered(self, samples: Sequence[EditSample]) -> list[EditSample]:
-        name = next(iter(self.linear_names.values()), None)
-        if (
-            all(p.answer for s in samples for probes in s.locality.values() for p in probes[:1])
-            or name is None
-        ):
-            return trained_pairs.with_model_answers(None, samples)
-        model = inject_balancedit(self.model, layer=name)
-        try:
-            return trained_pairs.with_model_answers(Editor(model, self.processor), samples)
-        finally:
-            model.unload()
 
     def recommendation(self, told: Mapping[str, Any]) -> dict[str, Any]:
         """What to begin with, for both methods."""

@@ -125,10 +125,10 @@ def _grid(found: Mapping[str, Any]) -> str:
     told = found["layer_grid"]
     parts = [
         "<p class=soft>Effect: a write along the new answer's gradient, found on the edit's own question, "
-        "also tried "
-        f"on a rephrased one and on another picture; its size is {told['size']:g} root mean squares of a "
-        f"state; "
-        f"{told['facts']} facts. A pair's proxy is its effect plus its gate's balanced accuracy.</p>"
+        f"also tried on a rephrased one and on another picture; of the sizes {_sizes(told['sizes'])} (in "
+        "root mean squares of a state) the one that suits the edit's own question best; "
+        f"{told['facts']} facts. What counts is the loss of the answer's worst token. A pair's proxy is its "
+        f"effect plus its gate's balanced accuracy.</p>"
     ]
     drawings = [_figure("Effect of a write", plots.effects_plot(told, found["layers"]))]
     pairs = [row for row in told["pairs"] if row["vis_layer"] is not None]
@@ -151,6 +151,10 @@ def _grid(found: Mapping[str, Any]) -> str:
     if trained:
         parts.append(_table(sorted(trained, key=lambda row: -row["score"])))
     return _section("Where a write works", *parts)
+
+
+def _sizes(sizes: Sequence[float]) -> str:
+    return " and ".join(f"{size:g}" for size in sizes)
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:

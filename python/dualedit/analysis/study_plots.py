@@ -189,7 +189,7 @@ def effects_plot(told: Mapping[str, Any], layers: Sequence[int]) -> str:
         for group in ("text", "image", "all"):
             rows = told["effects"][group]
             _band(axes, layers, rows["effect"], rows["stderr"], _COLOURS[group], f"written to {NAMES[group]}")
-        axes.set_ylabel("share of the new answer's loss removed")
+        axes.set_ylabel("share of the worst token's loss removed")
         _layers(axes)
         axes.legend(frameon=False, fontsize=8)
 

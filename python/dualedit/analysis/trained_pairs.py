@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..data import EditSample, Probe
-from ..editor import Editor
+from ..datasets.build import Answerer
 from ..models.architectures import unwrap
 from ..models.prompting import Prompter
 from ..training.losses import IGNORED, answer_positions
@@ -36,23 +36,19 @@ _RELATION = {"t_gen": 0, "v_gen": 0, "hard_image": 1, "hard_question": 1, "t_loc
 
 
 def with_model_answers(
-    editor: Editor, samples: Sequence[EditSample], each: int = 1, new_tokens: int = 6
+    answerer: Answerer | None, samples: Sequence[EditSample], each: int = 1
 ) -> list[EditSample]:
     """Samples with fewer questions of each kind, those that must stay with an answer: the data set's, or what
     the unedited model says.
 
     Args:
-        editor: asks the model; without edits.
+        answerer: asks the model; not needed where the data set says every answer.
         each: most questions of a kind.
     """
     found = []
     for sample in samples:
         asked = [p for probes in sample.locality.values() for p in probes[:each] if not p.answer]
-        said = iter(
-            editor.answer_many([(p.image, p.prompt) for p in asked], max_new_tokens=new_tokens)
-            if asked
-            else []
-        )
+        said = iter(answerer.answers([(p.image_source, p.prompt) for p in asked]) if asked else [])
         locality = {
             kind: [p if p.answer else _answered(p, next(said)) for p in probes[:each]]
             for kind, probes in sample.locality.items()

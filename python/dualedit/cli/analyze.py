@@ -45,7 +45,7 @@ class Options:
     format: str = "auto"
     images: Path | None = None
     skip_bad: bool = False
-    facts: int = 32
+    facts: int = 24
     pairs: int = 0
     grid: tuple[int, ...] = ()
     steps: int = 300
@@ -108,17 +108,19 @@ def run(options: Options) -> None:
 def _arguments(options: Options, plan: Plan) -> dict[str, Any]:
     """Everything that decides the figures, by option."""
     from .. import __version__
+    from ..analysis.layer_grid import SIZES
 
     told: dict[str, Any] = {
         "--model": options.model, "--facts": options.facts, "--layers": options.layers,
-        "--seed": options.seed, "--pairs": options.pairs, "--grid": list(options.grid),
-        "--steps": options.steps, "version": __version__,
+        "--seed": options.seed, "version": __version__,
     }  # fmt: skip
-    told |= {name: getattr(plan, name) for name in ("questions", "writes", "batch", "held_out", "training")}
-    told["sigmas"] = list(plan.sigmas)
-    told["recipe"] = {
-        name: getattr(plan.recipe, name) for name in ("mid_dim", "num_heads", "batch_size", "learning_rate")
-    }
+    told |= {name: getattr(plan, name) for name in ("questions", "writes", "batch")}
+    told |= {"sigmas": list(plan.sigmas), "sizes": list(SIZES)}
+    if plan.pairs or plan.exhaustive:
+        told |= {"--pairs": options.pairs, "--grid": list(options.grid), "--steps": options.steps}
+        told |= {name: getattr(plan, name) for name in ("held_out", "training")}
+        recipe = ("mid_dim", "num_heads", "batch_size", "learning_rate")
+        told["recipe"] = {name: getattr(plan.recipe, name) for name in recipe}
     if options.data is not None:
         told |= {"--data": str(options.data), "contents of --data": fingerprint(options.data)}
     return told

@@ -409,7 +409,7 @@ def analyze(
     format: Format = "auto",
     images: Images = None,
     skip_bad: SkipBad = False,
-    facts: Annotated[int, typer.Option(metavar="N", help="Facts to study the gate with.")] = 32,
+    facts: Annotated[int, typer.Option(metavar="N", help="Facts to study the gate with.")] = 24,
     pairs: Annotated[
         int, typer.Option(metavar="N", help="Pairs of layers whose adapters are trained briefly.")
     ] = 0,

@@ -27,7 +27,7 @@ class Options:
 
     rows: str
     out: Path
-    model: str
+    model: str | None
     text_model: Path | None
     endpoint: str | None
     endpoint_model: str
@@ -46,6 +46,21 @@ class Options:
     decisions: Path | None
 
     @property
+    def asked(self) -> str:
+        """The model that is asked: a world's own unless told otherwise. Raises ValueError."""
+        if self.model is None and not self.of_world:
+            raise ValueError(
+                f"{self.rows}: pass --model MODEL, which says what must stay (a folder, toy or smol), or "
+                f"--model none."
+            )
+        return self.model or self.rows
+
+    @property
+    def of_world(self) -> bool:
+        """Whether the rows are a world's own."""
+        return self.rows in WORLDS and not Path(self.rows).is_file()
+
+    @property
     def folder(self) -> Path:
         """Where pictures are written."""
         return self.out.parent / f"{self.out.stem}_images"
@@ -56,7 +71,7 @@ def read_rows(options: Options) -> tuple[list[SourceRow], Sequence[EditSample]]:
     from ..datasets.build import read_source, write_source
 
     file, samples = Path(options.rows), []
-    if options.rows in WORLDS and not file.is_file():
+    if options.of_world:
         samples = world_samples(options.rows, options.limit or _WORLD_ROWS)
         file = write_source(samples, options.folder)
     found, bad = read_source(file, options.images, options.skip_bad)
@@ -88,7 +103,7 @@ def build_facts(options: Options) -> None:
     use_few_threads()
     if options.limit is not None and options.limit < 1:
         raise ValueError(f"--limit {options.limit}: pass a number from 1 up.")
-    prices = _prices(options.price)
+    prices, _ = _prices(options.price), options.asked
     rows, samples = read_rows(options)
     answerer = _answerer(options)
     generators = _generators(options, rows, samples, answerer)
@@ -124,9 +139,9 @@ def build_facts(options: Options) -> None:
 def _answerer(options: Options) -> Answerer | None:
     from ..datasets.build import Answerer
 
-    if options.model == "none":
+    if options.asked == "none":
         return None
-    return Answerer(*load_base(None if options.model == "toy" else Path(options.model)))
+    return Answerer(*load_base(None if options.asked == "toy" else Path(options.asked)))
 
 
 def _generators(

@@ -36,8 +36,11 @@ def build(
         Path, typer.Option("--out", "-o", parser=path, metavar="FILE", help="Where to write the facts.")
     ] = Path("facts.jsonl"),
     model: Annotated[
-        str, typer.Option("--model", "-m", metavar="MODEL", help="Who answers: toy, smol, a folder, or none.")
-    ] = "toy",
+        str | None,
+        typer.Option(
+            "--model", "-m", metavar="MODEL", help="Who is asked: a folder, toy, smol, or none (nobody)."
+        ),
+    ] = None,
     text_model: Annotated[Path | None, _folder("--text-model", "Local language model for questions.")] = None,
     endpoint: Annotated[
         str | None, typer.Option(metavar="URL", help="OpenAI-compatible endpoint for questions, .../v1")
