@@ -42,15 +42,32 @@ def test_the_table_by_hand(two_facts):
     text = markdown_tables(read_results(two_facts))
     assert text.startswith("**One edit at a time, 2 facts. Free generation, exact match**, % [95% interval]:")
     head, _, row = (line for line in text.splitlines() if line.startswith("|"))
-    assert head == "| | Rel | T-Gen | V-Gen | T-Loc | M-Loc | Hard image | HM | Avg |"
+    assert head == "| | Avg | HM | Rel | T-Gen | V-Gen | T-Loc | M-Loc | Hard image |"
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert [cell.split(" [")[0] for cell in cells] == [
-        "DualEdit", "100.0", "100.0", "50.0", "100.0", "100.0", "50.0", "60.0", "90.0",
+        "DualEdit", "90.0", "60.0", "100.0", "100.0", "50.0", "100.0", "100.0", "50.0",
     ]  # fmt: skip
     # Wilson of one of two: 0.5 ± z sqrt(0.125 + z²/16) / (1 + z²/2); of two of two: from 2 / (2 + z²).
-    assert cells[3] == "50.0 [9.5, 90.5]" and cells[1] == "100.0 [34.2, 100.0]"
+    assert cells[5] == "50.0 [9.5, 90.5]" and cells[3] == "100.0 [34.2, 100.0]"
     page = words_of(page_of(two_facts))
     assert "50.0 [9.5, 90.5]" in page and "0.5 s 2 KiB" in page
+
+
+def test_many_methods_come_few_to_a_table_on_a_phone(two_facts, tmp_path):
+    """Methods are columns, and metrics lines, so that no table is cut; what sums up goes first."""
+    content = [json.loads(line) for line in two_facts.read_text().splitlines()]
+    names = ["dualedit", "balancedit", "ft-l", "lora"]
+    lines = [content[0]] + [row | {"method": name} for name in names for row in content[1:]]
+    (tmp_path / "many.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = page_of(tmp_path / "many.jsonl")
+    wide, narrow = page.split("<div class=on-wide>")[1].split("<div class=on-narrow>")
+    assert wide.count("<table>") == 1 and wide.count("<th scope=col>") == 4
+    narrow = narrow.split("<h3")[0]
+    assert [table.count("<th scope=col>") for table in narrow.split("<table>")[1:]] == [3, 1]
+    for table in (*narrow.split("<table>")[1:], wide):
+        rows = [row.split("<small>")[0] for row in table.split("<th scope=row>")[1:]]
+        assert rows == ["Avg", "HM", "Rel", "T-Gen", "V-Gen", "T-Loc", "M-Loc", "Hard image"]
+    assert "on-narrow" not in page_of(two_facts).split("</style>")[1]
 
 
 @pytest.fixture(scope="module")

@@ -81,6 +81,7 @@ def test_the_card_loads_the_folder(saver, edited, generator, tmp_path, monkeypat
     count = 2 if saver == "twice" else 1
     assert f"with {count} stored edit{'s' if count > 1 else ''}\n" in text
     assert text.count("dualedit: begin") == 1 and "[More Information Needed]" not in text
+    assert "\npip install .  " in text and "pip install dualedit-kernels" not in text
     assert ModelCard.load(folder / "README.md").data["library_name"] in ("peft", "transformers")
     loaded = run_in(folder, snippet(folder), monkeypatch)
     assert type(loaded.get_base_model()).__name__ == "LlavaForConditionalGeneration"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from ..evaluation import Row
 from .reading import Results
 from .settings import columns_of, settings_of
-from .wording import SCORINGS, TITLES, method_name
+from .wording import IN_ORDER, SCORINGS, TITLES, method_name
 
 
 def markdown_tables(results: Results) -> str:
@@ -43,7 +43,7 @@ def _measure(rows: Sequence[Row]) -> str:
 
 
 def _table(rows: Sequence[Row]) -> str:
-    names = columns_of(rows, tuple(TITLES))
+    names = columns_of(rows, IN_ORDER)
     lines = ["| | " + " | ".join(TITLES[name] for name in names) + " |", "|---" * (1 + len(names)) + "|"]
     for row in rows:
         cells = [_cell(*figure(row, name)) for name in names]

@@ -11,7 +11,7 @@ STYLE = """
 body { margin: 0; background: var(--page); color: var(--ink);
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif; }
 main { max-width: 62rem; margin: 0 auto; padding: 1.25rem 1rem 4rem; }
-h1 { font-size: clamp(1.7rem, 6vw, 2.6rem); line-height: 1.15; margin: 0 0 1.25rem; letter-spacing: -.02em; }
+h1 { font-size: clamp(1.6rem, 5vw, 2.1rem); line-height: 1.15; margin: 0 0 .9rem; letter-spacing: -.02em; }
 h2 { font-size: 1.3rem; margin: 2.75rem 0 .25rem; letter-spacing: -.01em; }
 p { margin: .3rem 0; }
 .eyebrow { color: var(--soft); margin: 0 0 .25rem; font-weight: 600; }
@@ -20,6 +20,16 @@ p { margin: .3rem 0; }
 .old { color: var(--old); } .new { color: var(--new); }
 .picture { display: block; width: 4.5rem; height: 4.5rem; border-radius: .5rem; border: 1px solid
   var(--line); }
+.picture.drawn { image-rendering: pixelated; }
+.legend { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; padding: 0; margin: .6rem 0 0; list-style: none;
+  font-size: .88rem; color: var(--soft); }
+.legend li { margin: 0; display: flex; gap: .4rem; align-items: center; }
+.legend i { width: .75rem; height: .75rem; border-radius: 50%; background: var(--old); flex: none; }
+.legend i.in { background: var(--new); }
+.headline { display: grid; gap: .75rem; margin: 0 0 .9rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 15rem), 1fr)); }
+.headline p { background: var(--card); border: 1px solid var(--line); border-radius: .9rem; margin: 0;
+  padding: .6rem .9rem; } .headline b { font-size: 1.5rem; display: block; line-height: 1.25; }
 .picture + .picture { margin-top: .4rem; }
 .picture.large { width: 9rem; height: 9rem; flex: none; } .picture.small { width: 2.75rem; height: 2.75rem;
   flex: none; }
@@ -86,7 +96,12 @@ p, dd, figcaption { overflow-wrap: anywhere; }
   border-right: 1px solid var(--line); }
 .wide tbody tr:last-child > * { border-bottom: 0; }
 .wide small { font-size: .78rem; }
-.wide th[scope=row] { min-width: 6.5rem; max-width: 9rem; white-space: normal; overflow-wrap: break-word; }
+.wide th[scope=row] { min-width: 6.5rem; max-width: 16rem; white-space: normal; overflow-wrap: break-word; }
+.wide .sums > * { background: var(--bar); }
+.on-narrow { display: none; }
+@media (max-width: 60rem) { .on-wide { display: none; } .on-narrow { display: block; }
+  .wide th, .wide td { padding: .45rem .5rem; } .wide th[scope=row] { min-width: 5rem; }
+  .wide th[scope=row] small { display: none; } }
 .figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 19rem), 1fr));
   gap: .75rem; margin-top: .75rem; }
 figure { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: .9rem;

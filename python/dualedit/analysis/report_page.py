@@ -16,9 +16,10 @@ from .page_style import REPORT_STYLE, STYLE
 from .pictures import Gallery
 from .reading import Results
 from .settings import Setting, columns_of, settings_of
-from .wording import MEANINGS, SCORING_NOTES, SCORINGS, TITLES, method_name
+from .wording import IN_ORDER, MEANINGS, SCORING_NOTES, SCORINGS, TITLES, method_name
 
 _FAMILIES = 12  # drawn at most
+_NARROW = 3  # methods of a table on a phone
 Samples = Callable[[Mapping[str, Any]], "Sequence[EditSample] | str"]
 
 
@@ -86,20 +87,39 @@ def _about(setting: Setting) -> str:
 
 
 def _table(scoring: str, rows: Sequence[Row]) -> str:
-    """A line a method, a column a metric; the highest figure of a column is bold."""
-    names = columns_of(rows, tuple(TITLES))
-    head = "".join(f"<th scope=col>{TITLES[name]}</th>" for name in names)
-    best = {name: _best(rows, name) for name in names}
-    lines = []
-    for row in rows:
-        cells = "".join(_cell(row, name, _shown(row, name) == best[name]) for name in names)
-        asked = f"<small>{row.n} facts</small>" if len({other.n for other in rows}) > 1 else ""
-        lines.append(f"<tr><th scope=row>{escape(method_name(row.method))}{asked}</th>{cells}</tr>")
+    """A line a metric, a column a method; the highest figure of a line is bold."""
     seen = " class=sees" if scoring == "published" else ""
     return (
         f"<h3{seen}>{SCORINGS[scoring]}</h3><p class=soft>{SCORING_NOTES[scoring]}</p>"
-        f"{_wide(SCORINGS[scoring], f'<tr><td></td>{head}</tr>', ''.join(lines))}"
+        f"{_figures_table(SCORINGS[scoring], rows)}"
     )
+
+
+def _figures_table(label: str, rows: Sequence[Row]) -> str:
+    """The metrics that some row has, one a line. On a narrow screen there are few methods to a table."""
+    whole = _metric_lines(label, rows, rows)
+    if len(rows) <= _NARROW:
+        return whole
+    parts = [rows[first : first + _NARROW] for first in range(0, len(rows), _NARROW)]
+    narrow = "".join(_metric_lines(label, part, rows) for part in parts)
+    return f"<div class=on-wide>{whole}</div><div class=on-narrow>{narrow}</div>"
+
+
+def _metric_lines(label: str, rows: Sequence[Row], everything: Sequence[Row]) -> str:
+    several = len({row.n for row in everything}) > 1
+    head = "".join(
+        f"<th scope=col>{escape(method_name(row.method))}"
+        f"{f'<small>{row.n} facts</small>' if several else ''}</th>"
+        for row in rows
+    )
+    body = ""
+    for name in columns_of(everything, IN_ORDER):
+        best = _best(everything, name)
+        cells = "".join(_cell(row, name, _shown(row, name) == best) for row in rows)
+        sums = " class=sums" if name in ("avg", "hm") else ""
+        title = f"{TITLES[name]}<small>{escape(MEANINGS[name])}</small>"
+        body += f"<tr{sums}><th scope=row>{title}</th>{cells}</tr>"
+    return _wide(label, f"<tr><td></td>{head}</tr>", body)
 
 
 def _best(rows: Sequence[Row], name: str) -> float | None:
@@ -138,7 +158,7 @@ def _further(rows: Sequence[Row]) -> str:
             parts.append((row.scoring, end))
     told = "".join(
         f"<h3>Asked again after the last edit: {SCORINGS[scoring].lower()}</h3>"
-        + _plain_table([row for other, row in parts if other == scoring])
+        + _figures_table(SCORINGS[scoring], [row for other, row in parts if other == scoring])
         for scoring in dict.fromkeys(scoring for scoring, _ in parts)
     )
     contains = [Row(row.method, row.n, row.contains, {}) for row in rows if row.contains is not None]
@@ -146,7 +166,7 @@ def _further(rows: Sequence[Row]) -> str:
         told += _folded(
             "Right where the wanted answer stands somewhere in the answer",
             "Kinder than exact match to models that answer in sentences, and to those that hedge.",
-            _plain_table(contains),
+            _figures_table("figures", contains),
         )
     costs: dict[str, Row] = {}
     for row in rows:
@@ -156,17 +176,6 @@ def _further(rows: Sequence[Row]) -> str:
         text = "Means over the facts; they differ from run to run."
         told += _folded("What an edit costs", text, _costs(costs))
     return told
-
-
-def _plain_table(rows: Sequence[Row]) -> str:
-    names = columns_of(rows, tuple(TITLES))
-    head = "".join(f"<th scope=col>{TITLES[name]}</th>" for name in names)
-    body = "".join(
-        f"<tr><th scope=row>{escape(method_name(row.method))}</th>"
-        f"{''.join(_cell(row, name, False) for name in names)}</tr>"
-        for row in rows
-    )
-    return _wide("figures", f"<tr><td></td>{head}</tr>", body)
 
 
 def _costs(rows: Mapping[str, Row]) -> str:
@@ -267,13 +276,13 @@ def _measured(settings: Sequence[Setting]) -> str:
     rows = [row for setting in settings for own in setting.rows.values() for row in own]
     lines = "".join(
         f"<dt>{TITLES[name]}</dt><dd>{escape(MEANINGS[name])}</dd>"
-        for name in columns_of(rows, tuple(TITLES))
+        for name in columns_of(rows, IN_ORDER)
     )
     return (
         f"<section><h2>How to read this</h2><dl>{lines}</dl><ul>"
         "<li>Figures are per cent right: a mean over facts of the mean over a fact's questions.</li>"
         "<li>Below each is its 95% interval, Wilson's for proportions (or ± one standard error where the "
-        "rows hold none). Bold is the highest of a column; where intervals overlap, that may be chance.</li>"
+        "rows hold none). Bold is the highest of a line; where intervals overlap, that may be chance.</li>"
         "<li>What must stay is compared with the unedited model's answer, right or wrong. A look-alike that "
         "was edited as well has to give its own new answer.</li></ul></section>"
     )

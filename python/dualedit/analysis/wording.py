@@ -50,8 +50,9 @@ MEANINGS = {
     "portability_in_words": "the name in place of the picture: how often the new answer comes; it need not",
     "retention": "of what was right directly after the edit, what still is after the last one",
     "hm": "harmonic: T-Gen, V-Gen, Hard image",
-    "avg": "mean of the first five",
+    "avg": "mean of Rel, T-Gen, V-Gen, T-Loc, M-Loc",
 }
+IN_ORDER = ("avg", "hm", *(name for name in TITLES if name not in ("avg", "hm")))  # what sums up goes first
 SCORINGS = {
     "free": "Free generation, exact match",
     "teacher_forced": "Teacher-forced token accuracy",

@@ -17,6 +17,7 @@ from .demo_story import KINDS, MEANINGS, NAMES, TITLES, Moment, Story, brief, ne
 
 _MORE_STORIES = 5
 _FAILURES = 12
+_DRAWN = 96  # pixels of a picture's longer side up to which it is taken to be drawn pixel by pixel
 GROUPS = {
     "new answer": ("These must change", "One picture and wording made the edit; it must hold for others."),
     "as before": ("These must stay", "Look-alikes, other questions, and all that the edit is not about."),
@@ -33,7 +34,7 @@ def render_page(opening: Story, stories: Sequence[Story], results: Mapping[str, 
     """
     others = [story for story in stories if story is not opening][:_MORE_STORIES]
     parts = [
-        _opening(opening),
+        _opening(opening, results),
         *(_group(opening, wanted) for wanted in GROUPS),
         _figures(results),
         _others(others),
@@ -49,30 +50,52 @@ def render_page(opening: Story, stories: Sequence[Story], results: Mapping[str, 
     )
 
 
-def picture(image: Image.Image | None, size: str = "") -> str:
-    """An image as an inline element; a placeholder for a question without one."""
+def picture(image: Image.Image | None, alt: str, size: str = "") -> str:
+    """An image as an inline element; a placeholder for a question without one.
+
+    Args:
+        alt: what the picture is, for people who do not see it.
+    """
+    if image is not None and max(image.size) <= _DRAWN:
+        size = f"{size} drawn".strip()  # enlarged pixel by pixel, so that it stays sharp
     if image is None:
         return f'<div class="picture none {size}">no picture</div>'
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", optimize=True)
     data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img class="picture {size}" alt="" src="data:image/png;base64,{data}">'
+    return f'<img class="picture {size}" alt="{escape(alt)}" src="data:image/png;base64,{data}">'
 
 
-def _opening(story: Story) -> str:
+def _headline(results: Mapping[str, SingleResult]) -> str:
+    """The figure that sums each method up, above all else."""
+    told = ""
+    for result in results.values():
+        row = result.row
+        pair = (row.interval or {}).get("avg")
+        sure = "" if pair is None else f", 95% interval {pair[0]:.1f} to {pair[1]:.1f}"
+        value = row.metrics["avg"]
+        told += (
+            f"<p><b>{'–' if value is None else f'{value:.1f} %'}</b> {NAMES[row.method]}: right over {row.n} "
+            f"edits, on average over what must change and what must stay{sure}</p>"
+        )
+    return f"<div class=headline>{told}</div>"
+
+
+def _opening(story: Story, results: Mapping[str, SingleResult]) -> str:
     moments = next(iter(story.moments.values()))
     knew = moments[0].before
     return (
         "<header><p class=eyebrow>DualEdit Kernels</p>"
-        "<h1>One fact edited: what changes, what stays</h1></header>"
-        f"<section class=edit>{picture(story.request.image, 'large')}<div>"
+        f"<h1>One fact edited: what changes, what stays</h1>{_headline(results)}</header>"
+        f"<section class=edit>{picture(story.request.image, 'the picture of the edit', 'large')}<div>"
         f"<p class=question>{escape(story.request.prompt)}</p>"
         f"<p>The unedited model answers <b class=old>{escape(knew)}</b>"
         f"{', which is true in its world' if knew == story.truth else ''}.</p>"
         f"<p>Told once, with this picture: answer <b class=new>{escape(story.request.target)}</b>.</p>"
         "<p class=soft>Then it is asked again, with each method. An edit fires when a question is no farther "
         "from it than its radius: the mark in the middle of each bar. The dot is the question.</p>"
-        "</div></section>"
+        "<ul class=legend><li><i></i>the unedited model's answer; no edit fires</li>"
+        "<li><i class=in></i>an edit's answer; it fires</li></ul></div></section>"
     )
 
 
@@ -96,7 +119,8 @@ def _card(moments: Mapping[str, Moment]) -> str:
     any_one = next(iter(moments.values()))
     answers = "".join(_answer(method, moment) for method, moment in moments.items())
     return (
-        f"<article>{picture(any_one.image)}<div class=body><p class=kind>{KINDS[any_one.metric][0]}</p>"
+        f"<article>{picture(any_one.image, f'asked about: {KINDS[any_one.metric][0]}')}"
+        f"<div class=body><p class=kind>{KINDS[any_one.metric][0]}</p>"
         f"<p class=question>{escape(any_one.prompt)}</p>"
         f"<p class=before>before: <b class=old>{escape(any_one.before)}</b></p>{answers}</div></article>"
     )
@@ -162,7 +186,8 @@ def _others(stories: Sequence[Story]) -> str:
             for method, moments in story.moments.items()
         )
         items.append(
-            f"<details><summary>{picture(story.request.image, 'small')}<span>{escape(story.request.prompt)} "
+            f"<details><summary>{picture(story.request.image, 'the picture of the edit', 'small')}"
+            f"<span>{escape(story.request.prompt)} "
             f"<b class=new>{escape(story.request.target)}</b><small>right: {scores}</small></span></summary>"
             f"<div class=cards>{_cards(story, 'new answer')}{_cards(story, 'as before')}</div></details>"
         )
@@ -196,7 +221,8 @@ def _failures(method: str, stories: Sequence[Story]) -> str:
 
 def _failure(method: str, story: Story, moment: Moment) -> str:
     return (
-        f"<article><div>{picture(story.request.image)}{picture(moment.image)}</div><div class=body>"
+        f"<article><div>{picture(story.request.image, 'the picture of the edit')}"
+        f"{picture(moment.image, f'asked about: {KINDS[moment.metric][0]}')}</div><div class=body>"
         f"<p class=kind>{KINDS[moment.metric][0]}</p>"
         f"<p class=soft>edit: {escape(story.request.prompt)} "
         f"<b class=new>{escape(story.request.target)}</b></p>"

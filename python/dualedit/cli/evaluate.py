@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..files import write_whole
 from .demo import figure
+from .figures import print_tables
 from .methods import Source, choose_methods, open_methods
 from .terminal import shows_progress, use_few_threads
 
@@ -134,7 +135,7 @@ def run(options: Options) -> None:
     """Measure, print a line as each row is done, write the JSON."""
     from rich.console import Console
 
-    from ..evaluation import METRICS, MORE_PROBED, Journal, Plan, Unedited, evaluate, join_processes
+    from ..evaluation import Journal, Plan, Unedited, evaluate, join_processes
 
     use_few_threads()
     processes = join_processes()
@@ -152,8 +153,6 @@ def run(options: Options) -> None:
         journal = Journal(options.records, _arguments(options, names, counts, asked), processes)
     forced = set(options.scorings) != {"free"}
     unedited = Unedited(samples, plan.more, forced, plan.max_new_tokens)
-    figures = (*METRICS[:-2], *MORE_PROBED, *METRICS[-2:])
-    console.print("% right and 95% interval, in the order " + " ".join(figures), soft_wrap=True)
     rows: dict[tuple[int, int], list[Row]] = {}
     for number, method in enumerate(open_methods(names, options.source)):
         for place, count in enumerate(counts):
@@ -164,17 +163,18 @@ def run(options: Options) -> None:
             )
             rows[place, number] = [result.row for result in results]
             for row in rows[place, number]:
-                _tell(console, row, figures)
+                _tell(console, row)
             if options.json is not None and first:
                 ordered = [row.to_dict() for key in sorted(rows) for row in rows[key]]
                 write_whole(options.json, json.dumps({"rows": ordered}, indent=1) + "\n")
     if journal is not None:
         journal.close()
+    print_tables(console, [row for key in sorted(rows) for row in rows[key]], SCORINGS)
 
 
-def _tell(console, row: Row, figures: Sequence[str]) -> None:
-    metrics = [*figures, *(["retention"] if "retention" in row.metrics else [])]
-    cells = "  ".join(figure(row, name) for name in metrics)
+def _tell(console, row: Row) -> None:
+    """A line as soon as a method is measured; tables follow at the end."""
+    cells = ", ".join(f"{name} {figure(row, key)}" for name, key in (("Avg", "avg"), ("HM", "hm")))
     what = f"{row.method}, {SCORINGS[row.scoring]}, {row.edits} stored, {row.n} asked"
     console.print(f"{what}: {cells}", soft_wrap=True)
     if row.scoring == "free" and row.costs is not None:

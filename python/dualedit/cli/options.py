@@ -34,7 +34,10 @@ Adapter = Annotated[
 Layer = Annotated[str | None, typer.Option(metavar="NAME", help="Linear layer for BalancEdit, for --model.")]
 Format = Annotated[str, typer.Option(metavar="NAME", help="Format of --data.")]
 Images = Annotated[
-    Path | None, typer.Option(parser=path, metavar="DIR", help="Where image paths of --data start from.")
+    Path | None,
+    typer.Option(
+        "--images", "--image-root", parser=path, metavar="DIR", help="Where image paths of --data start from."
+    ),
 ]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave bad rows of --data out.")]
 Picture = Annotated[str, typer.Argument(metavar="IMAGE", help="Picture file; - asks without a picture.")]

@@ -27,6 +27,8 @@ EMBEDDED_EDITS = 1000
 OUT = Path("adapters")
 _OPTION_NAMES = {field.name: "--" + field.name.replace("_", "-") for field in dataclasses.fields(Recipe)}
 _OPTION_NAMES["path"] = "--data"
+_OPTION_NAMES["image_root"] = "--images"
+_ALIASES = {"image_root": ("--image-root",)}  # what an option was called before
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +92,10 @@ def _signature(function: Callable[..., None]) -> Callable[..., None]:
             parameters.append(option(field.name, kind, None, *flags, help=about, show_default=False))
         else:
             parameters.append(
-                option(field.name, str | None, None, flag, metavar="X", help=about, show_default=False)
+                option(
+                    field.name, str | None, None, flag, *_ALIASES.get(field.name, ()), metavar="X",
+                    help=about, show_default=False,
+                )  # fmt: skip
             )
     function.__signature__ = inspect.Signature(parameters)
     function.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}

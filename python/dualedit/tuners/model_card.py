@@ -54,8 +54,10 @@ def how_to_load(
             f"Corrections of a vision-language model by [{title}]({paper}), stored beside its weights. "
             "Questions that no edit concerns are answered by the base model, bit for bit.",
             "",
+            "DualEdit Kernels is on no package index. In a checkout of it run",
+            "",
             "```sh",
-            "pip install dualedit-kernels",
+            "pip install .    # or, where there is a wheel of it: pip install dualedit_kernels-*.whl",
             "```",
             "",
             "```python",
