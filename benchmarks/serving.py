@@ -44,6 +44,7 @@ from typing import Any
 
 ASKERS, EDITORS, FACTS = 16, 2, 16
 ROUNDS = 8  # of throughput, each side
+_UNDO = 10  # changes that the server can take back: what it keeps for that is no growth once they are there
 
 
 @dataclass(frozen=True)
@@ -98,11 +99,12 @@ def serve(kind: str, folder: str) -> None:
     import socket
 
     import uvicorn
-    from dualedit.serving import Service, create_app
+    from dualedit.serving import Limits, Service, Settings, create_app
     from dualedit.toy.editors import load_editor
     from dualedit.toy.model import load_embedded
 
-    service = Service(load_editor(fallback=False), Path(folder))
+    settings = Settings(limits=Limits(undo=_UNDO))
+    service = Service(load_editor(fallback=False), Path(folder), settings)
     if kind == "plain":
         service.worker.model = load_embedded()[0]
     listening = socket.socket()

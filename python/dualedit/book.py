@@ -19,8 +19,6 @@ from .records import moment, noted, uid_of
 from .runtime.context import runtime_of
 from .tuners.adapter import EditAdapter
 
-_REMEMBERED = 1000  # actions that can be undone
-
 
 @dataclass(frozen=True)
 class Merged:
@@ -44,11 +42,13 @@ class EditBook:
 
     Attributes:
         model: the model that they are on.
+        remembered: how many actions can be undone; what was removed is kept in memory that long.
     """
 
     model: nn.Module
 
     def __init__(self) -> None:
+        self.remembered = 1000
         self._done: list[list[Change]] = []  # changes that take back what was done, oldest first
         self._undone: list[list[Change]] = []
 
@@ -239,7 +239,7 @@ class EditBook:
 
     def _did(self, inverse: Sequence[Change]) -> None:
         self._done.append(list(inverse))
-        del self._done[:-_REMEMBERED]
+        del self._done[: -self.remembered]
         self._undone.clear()
 
     def undo(self) -> Edit:

@@ -68,6 +68,7 @@ class Service:
         self.history = History(folder)
         self.metrics = Metrics(lambda: len(self.edits), lambda: self.worker.waiting)
         limits = settings.limits
+        editor.remembered = limits.undo
         self.worker = Worker(
             editor.model, editor.prompter, limits.batch, limits.questions, watch=self.metrics.batch
         )

@@ -30,6 +30,7 @@ class Limits:
         tokens: of one answer; also the length where a request names none.
         questions: that wait for the model; one more is refused.
         batch: questions that are answered together.
+        undo: changes that can be taken back; what was removed is kept in memory that long.
         download_bytes, download_seconds: of a picture by its address.
     """
 
@@ -39,6 +40,7 @@ class Limits:
     tokens: int = 256
     questions: int = 256
     batch: int = 16
+    undo: int = 100
     download_bytes: int = 16 * 2**20
     download_seconds: float = 10.0
 
