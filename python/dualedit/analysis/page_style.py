@@ -27,9 +27,10 @@ p { margin: .3rem 0; }
 .legend i { width: .75rem; height: .75rem; border-radius: 50%; background: var(--old); flex: none; }
 .legend i.in { background: var(--new); }
 .headline { display: grid; gap: .75rem; margin: 0 0 .9rem;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 15rem), 1fr)); }
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 9.5rem), 1fr)); }
 .headline p { background: var(--card); border: 1px solid var(--line); border-radius: .9rem; margin: 0;
-  padding: .6rem .9rem; } .headline b { font-size: 1.5rem; display: block; line-height: 1.25; }
+  padding: .6rem .9rem; font-size: .88rem; color: var(--soft); }
+.headline b { color: var(--ink); } .headline b { font-size: 1.5rem; display: block; line-height: 1.25; }
 .picture + .picture { margin-top: .4rem; }
 .picture.large { width: 9rem; height: 9rem; flex: none; } .picture.small { width: 2.75rem; height: 2.75rem;
   flex: none; }
@@ -97,7 +98,7 @@ p, dd, figcaption { overflow-wrap: anywhere; }
 .wide tbody tr:last-child > * { border-bottom: 0; }
 .wide small { font-size: .78rem; }
 .wide th[scope=row] { min-width: 6.5rem; max-width: 16rem; white-space: normal; overflow-wrap: break-word; }
-.wide .sums > * { background: var(--bar); }
+.wide tr.sums > :is(th, td) { background: var(--page); }
 .on-narrow { display: none; }
 @media (max-width: 60rem) { .on-wide { display: none; } .on-narrow { display: block; }
   .wide th, .wide td { padding: .45rem .5rem; } .wide th[scope=row] { min-width: 5rem; }

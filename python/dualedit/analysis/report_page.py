@@ -19,7 +19,7 @@ from .settings import Setting, columns_of, settings_of
 from .wording import IN_ORDER, MEANINGS, SCORING_NOTES, SCORINGS, TITLES, method_name
 
 _FAMILIES = 12  # drawn at most
-_NARROW = 3  # methods of a table on a phone
+_NARROW = 2  # methods of a table on a phone
 Samples = Callable[[Mapping[str, Any]], "Sequence[EditSample] | str"]
 
 

@@ -72,11 +72,11 @@ def _headline(results: Mapping[str, SingleResult]) -> str:
     for result in results.values():
         row = result.row
         pair = (row.interval or {}).get("avg")
-        sure = "" if pair is None else f", 95% interval {pair[0]:.1f} to {pair[1]:.1f}"
+        sure = "" if pair is None else f"; 95% interval {pair[0]:.1f} to {pair[1]:.1f}"
         value = row.metrics["avg"]
         told += (
-            f"<p><b>{'–' if value is None else f'{value:.1f} %'}</b> {NAMES[row.method]}: right over {row.n} "
-            f"edits, on average over what must change and what must stay{sure}</p>"
+            f"<p><b>{'–' if value is None else f'{value:.1f} %'}</b> {NAMES[row.method]}, {row.n} edits: "
+            f"average of what must change and what must stay{sure}</p>"
         )
     return f"<div class=headline>{told}</div>"
 

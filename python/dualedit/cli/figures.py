@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from ..evaluation import Row
 
-_COLUMNS = 4  # methods of one table
+_BESIDE, _COLUMN = 32, 24  # characters of metrics and their meanings, and of a method
 
 
 def print_tables(console: Console, rows: Sequence[Row], titles: dict[str, str]) -> None:
@@ -33,8 +33,9 @@ def print_tables(console: Console, rows: Sequence[Row], titles: dict[str, str]) 
             "% right [95% interval]",
             soft_wrap=True,
         )
-        for first in range(0, len(own), _COLUMNS):
-            console.print(figures_table(own[first : first + _COLUMNS]))
+        fitting = max(1, (console.width - _BESIDE) // _COLUMN)
+        for first in range(0, len(own), fitting):
+            console.print(figures_table(own[first : first + fitting]))
 
 
 def figures_table(rows: Sequence[Row]) -> Table:
