@@ -430,6 +430,17 @@ def test_a_damaged_line_in_the_middle_is_no_torn_tail(saved, generator):
             load_edits(LLAVA.build(), folder)
 
 
+def test_a_folder_whose_manifest_is_gone_is_no_folder_without_a_journal(saved, generator):
+    model, inputs, folder = saved
+    store(model, row_of(inputs, 1), generator)
+    save_edits(model, folder)
+    (folder / "manifest.json").unlink()
+    with pytest.raises(ValueError, match="manifest.json is missing, and the folder has a journal"):
+        load_edits(LLAVA.build(), folder)
+    assert migrate(folder, "x") is True
+    assert state(load_edits(LLAVA.build(), folder)) == state(model)
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [

@@ -348,8 +348,11 @@ def _load_fallback(model: PeftModel, path: Path, adapter_name: str) -> None:
         )
     _check_folder(folder)
     other = _edit_config(folder)
-    if _moment(config) != _moment(other):
-        raise Damaged(f"folder={str(path)!r} was written anew while it was read. Load it again.")
+    if config.saved_in is not None and other.saved_in is not None:
+        view = config.saved_in[0]
+        if view.manifest != other.saved_in[0].manifest:
+            raise Damaged(f"folder={str(path)!r} was written anew while it was read. Load it again.")
+        other.saved_in = (view, other.saved_in[1])  # both adapters as they were at one moment
     _load_beside(model, folder, other, name, False)
     try:
         _check_complete(model, folder, name)
@@ -357,12 +360,6 @@ def _load_fallback(model: PeftModel, path: Path, adapter_name: str) -> None:
         remove_adapter(model, name)
         raise
     config.fallback = name
-
-
-def _moment(config: EditConfig) -> tuple | None:
-    """Which moment of its folder settings were read at."""
-    view = None if config.saved_in is None else config.saved_in[0]
-    return None if view is None or view.manifest is None else (view.manifest, view.seq)
 
 
 def _check_folder(path: Path) -> None:

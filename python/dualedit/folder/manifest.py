@@ -86,6 +86,12 @@ def read_manifest(folder: Path) -> Manifest | None:
     try:
         data = file.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
+        # An empty journal is that of a first save which was stopped.
+        if any(journal.stat().st_size for journal in folder.glob("journal-*.jsonl")):
+            raise Damaged(
+                f"{file} is missing, and the folder has a journal. Restore it from a copy, or let 'dualedit "
+                "migrate' make it anew."
+            ) from None
         return None
     try:
         content = json.loads(data)

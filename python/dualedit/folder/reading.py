@@ -71,7 +71,7 @@ class View:
 def find_folder(path: Path) -> tuple[Path, str] | None:
     """The folder whose manifest speaks of an adapter's folder, and the adapter's name; None: none does."""
     for folder, place in ((path, ""), (path.parent, path.name)):
-        manifest = read_manifest(folder) if (folder / MANIFEST).is_file() else None
+        manifest = read_manifest(folder)
         for name, where in ({} if manifest is None else manifest.adapters).items():
             if where == place:
                 return folder, name

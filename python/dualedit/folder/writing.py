@@ -72,6 +72,8 @@ class Writer:
                 return
         if manifest is None:
             self._clear_staging("")
+            for journal in self.folder.glob("journal-*.jsonl"):  # empty: of a first save that was stopped
+                clear(journal)
             there = any((self.folder / name).is_file() for name in (CONFIG, WEIGHTS))
             there = there or any(self.folder.glob(f"*/{CONFIG}"))
             self.view = read_folder(self.folder, records=False) if there else None
@@ -227,14 +229,14 @@ class Writer:
         if manifest is None:
             return False
         found = self._clear_staging(manifest.staged)
-        kept = {manifest.journal}
-        rest = [path for path in self.folder.glob("journal-*.jsonl") if path.name not in kept]
-        rest += self.folder.glob(f".{MANIFEST}.*.part")
         view = read_folder(self.folder, records=False)
         named = {segment_name(seq) for seq in view.segments()}
         segments = self.folder / SEGMENTS
-        if segments.is_dir():
-            rest += [p for p in segments.iterdir() if f"{SEGMENTS}/{p.name}" not in named]
+        there = list(segments.iterdir()) if segments.is_dir() else []
+        rest = [path for path in there if f"{SEGMENTS}/{path.name}" not in named]
+        rest += self.folder.glob(f".{MANIFEST}.*.part")
+        # Last, as by these it is seen that there is something left.
+        rest += [path for path in self.folder.glob("journal-*.jsonl") if path.name != manifest.journal]
         for path in rest:
             clear(path)
         if segments.is_dir() and not named:
@@ -291,7 +293,8 @@ def needs_repair(view: View) -> bool:
     manifest = view.manifest
     if manifest is None:
         return False
-    if view.torn or (manifest.staged and (view.folder / manifest.staged).is_dir()):
+    parts = (".next-*", f".{MANIFEST}.*.part")
+    if view.torn or any(path for name in parts for path in view.folder.glob(name)):
         return True
     if (view.folder / segment_name(view.seq + 1)).exists():
         return True

@@ -1,0 +1,1 @@
+"""What saved edits survive: kills, torn and damaged files, several processes, threads, and large numbers."""
