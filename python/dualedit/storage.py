@@ -15,7 +15,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from peft.config import PeftConfig
 from safetensors import SafetensorError, safe_open
@@ -404,8 +403,8 @@ def _check_complete(model: PeftModel, path: Path, adapter_name: str) -> None:
             f"folder={str(path)!r}: {WEIGHTS} lacks {len(missing)} tensors, the first of them "
             f"{missing[0]!r}. Restore the file from a copy or save the edits again."
         )
-    ids = [memory.edit_ids[: len(memory)] for memory in adapter.group.memories.values()]
-    if any(not torch.equal(each.cpu(), ids[0].cpu()) for each in ids[1:]):
+    ids = [memory.ids for memory in adapter.group.memories.values()]
+    if any(each != ids[0] for each in ids[1:]):
         raise ValueError(f"folder={str(path)!r}: its layers hold different edits; the file is damaged.")
     if config.saved_in is not None:
         adapter.group.first.reserve(config.saved_in[0].highest_id)
