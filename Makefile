@@ -61,8 +61,9 @@ $(SMOL): $(STAMP) $(wildcard python/dualedit/smol/*.py python/dualedit/smol/weig
 	$(PY) -m pip install -q "dualedit-kernels[smol]" && $(PY) -m dualedit.cli fetch smol && touch $@ \
 	  || echo "smol is not fetched (see above): the demo will be about the embedded model"
 
+# smol gains from more threads, the embedded model takes one by itself.
 demo: $(STAMP) $(SMOL)
-	$(PY) -m dualedit.cli demo --json demo_output/demo.json --page demo_output/demo.html
+	env -u OMP_NUM_THREADS $(PY) -m dualedit.cli demo --json demo_output/demo.json --page demo_output/demo.html
 
 test: $(STAMP)
 	$(PY) -m pytest $(ON_ALL_CORES)
@@ -109,7 +110,7 @@ wheel: $(STAMP)
 	TORCH="$(TORCH)" PYTHON="$(PYTHON)" tests/with_wheel.sh dist/*.whl
 
 readme: $(STAMP) $(SMOL)
-	$(PY) -m dualedit.cli demo --model smol --json demo_output/demo.json --page demo_output/demo.html --readme README.md
+	env -u OMP_NUM_THREADS $(PY) -m dualedit.cli demo --model smol --json demo_output/demo.json --page demo_output/demo.html --readme README.md
 
 clean:
 	rm -rf $(VENV) $(VENV)-docs build dist site demo_output .pytest_cache .ruff_cache *.egg-info python/*.egg-info

@@ -72,7 +72,8 @@ def run(options: Options) -> None:
     )
     from ..tuners.adapter import active_adapter
 
-    use_few_threads()
+    if options.model is None:
+        use_few_threads()
     samples = _samples(options)
     editor = start_editor(options.model, options.start)
     curve = measure_curve(editor, samples, options.together, shows_progress())

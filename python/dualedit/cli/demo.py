@@ -92,7 +92,8 @@ def run(options: Options) -> None:
     if options.model is None and options.weights is None and isinstance(world, EmbeddedWorld):
         console.print("(dualedit fetch smol brings a pretrained model and real pictures for this demo)")
     console.print(f"Loading {world.title} and its editors ...")
-    use_few_threads()
+    if isinstance(world, EmbeddedWorld):
+        use_few_threads()
     editors = world.editors()
     opener = next(iter(editors))
     samples = world.samples(options.edits or world.edits, options.seed)

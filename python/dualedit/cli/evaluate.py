@@ -137,7 +137,8 @@ def run(options: Options) -> None:
 
     from ..evaluation import Journal, Plan, Unedited, evaluate, join_processes
 
-    use_few_threads()
+    if options.source.model is None:
+        use_few_threads()
     processes = join_processes()
     first = processes.index == 0
     console = Console(highlight=False, quiet=not first)
