@@ -51,7 +51,7 @@ class Vocabulary(nn.Module):
             centre: [576] of the embeddings of names.
         """
         count = len(classes)
-        _, _, axes = torch.linalg.svd(classes, full_matrices=False)
+        _, _, axes = torch.linalg.svd(classes)
         axes = axes[:FEATURES]
         self.inner.weight.copy_(axes)
         self.inner.bias.copy_(-axes @ mean)
