@@ -285,10 +285,10 @@ def test_a_disk_that_refuses_leaves_everything_as_it_was(serve, pictures, tmp_pa
     new = {"image": data_url(pictures[0].image), "prompt": QUESTION, "target": "norway"}
     with monkeypatch.context() as broken:
 
-        def full(*_):
+        def full(*_, **__):
             raise OSError(28, "No space left on device")
 
-        broken.setattr("dualedit.serving.service.save_edits", full)
+        broken.setattr("dualedit.editor.save_edits", full)
         status, body, _ = call(address, "/v1/edits", new)
         assert (status, body["error"]["code"]) == (507, "not_saved")
         assert "No space left on device. Nothing is changed." in body["error"]["message"]

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .loading import Start, is_smol, model_for, open_or_start
-from .saved_folder import writing
 from .terminal import quiet
 
 if TYPE_CHECKING:
@@ -96,17 +95,16 @@ def run(options: Options) -> None:
     from ..serving import Service, create_app
 
     token = options.token or os.environ.get(TOKEN) or secrets.token_urlsafe(16)
-    with writing(options.edits):
-        with quiet():
-            editor = open_or_start(options.edits, options.model, options.start)
-        examples = _examples(options.model) if options.page else []
+    with quiet():
+        editor = open_or_start(options.edits, options.model, options.start)
+        examples = _examples(model_for(options.edits, options.model)) if options.page else []
         service = Service(editor, options.edits, settings_of(options, token), examples)
-        config = uvicorn.Config(create_app(service), options.host, options.port, log_level="warning")
-        listening = config.bind_socket()  # port 0 takes any free one
-        listening.listen(config.backlog)  # who calls from now on waits and is not turned away
-        host, port = listening.getsockname()[:2]
-        _announce(options, f"http://{f'[{host}]' if ':' in host else host}:{port}", token)
-        uvicorn.Server(config).run(sockets=[listening])
+    config = uvicorn.Config(create_app(service), options.host, options.port, log_level="warning")
+    listening = config.bind_socket()  # port 0 takes any free one
+    listening.listen(config.backlog)  # who calls from now on waits and is not turned away
+    host, port = listening.getsockname()[:2]
+    _announce(options, f"http://{f'[{host}]' if ':' in host else host}:{port}", token)
+    uvicorn.Server(config).run(sockets=[listening])
 
 
 def _examples(model: Path | None) -> list[Example]:
@@ -126,12 +124,16 @@ def _examples(model: Path | None) -> list[Example]:
     if not is_smol(model):
         return []
     from ..smol import load_concepts
+    from ..smol.wordings import QUESTIONS
 
     found = []
-    for family, count in (("flags", 2), ("animals", 2), ("food", 2)):
-        for concept in load_concepts((family,))[:count]:
-            picture = next(iter(concept.pictures.values()))
-            found.append(Example(rgb(str(picture)), concept.name, concept.name))
+    asked = tuple(QUESTIONS[name].question for name in ("name", "kind", "owner"))
+    for family in ("flags", "food"):
+        one, other = [concept for concept in load_concepts((family,)) if len(concept.pictures) > 1][:2]
+        drawings = [*list(one.pictures.items())[:2], next(iter(other.pictures.items()))]
+        for concept, (artist, file) in zip((one, one, other), drawings, strict=True):
+            shows = f"{concept.name}, drawn by {artist}"
+            found.append(Example(rgb(str(file)), concept.name, shows, asked))
     return found
 
 

@@ -49,6 +49,7 @@ class History:
         """Add a change; on disk when this returns. Raises OSError."""
         with self._lock:
             if self.file is not None:
+                self.file.parent.mkdir(parents=True, exist_ok=True)
                 with open(self.file, "a", encoding="utf-8") as file:
                     file.write(json.dumps(asdict(change), ensure_ascii=False) + "\n")
                     file.flush()

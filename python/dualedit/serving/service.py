@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import logging
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,8 @@ from .metrics import Metrics
 from .page_parts import Compared
 from .settings import Refused, Settings
 from .worker import Worker
+
+log = logging.getLogger("dualedit.serving")
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,8 @@ class Service:
         settings = settings or Settings()
         self.examples = list(examples)
         self.editor, self.folder, self.settings = editor, folder, settings
+        if folder is not None:
+            editor.bind(folder)
         self.history = History(folder)
         self.metrics = Metrics(lambda: len(self.edits), lambda: self.worker.waiting)
         limits = settings.limits
@@ -183,35 +189,31 @@ class Service:
         return self.worker.call(function).result()
 
     def _add(self, who: str, image: Any, prompt: str, target: str, more: dict[str, Any]) -> Edit:
-        edit = self.editor.edit(image, prompt, target, author=who or None, **more)
-        return self._keep(who, "add", edit, self.editor.undo)
+        with _saving():
+            edit = self.editor.edit(image, prompt, target, author=who or None, **more)
+        return self._noted(who, "add", edit)
 
     def _done(self, who: str, what: str, edit_id: int) -> Edit:
         before = self.edit(edit_id)
-        after = getattr(self.editor, what)(edit_id)
-        if after == before:
-            return after  # it was so already
-        return self._keep(who, what, after or before, self.editor.undo)
+        with _saving():
+            after = getattr(self.editor, what)(edit_id)
+        return after if after == before else self._noted(who, what, after or before)
 
     def _taken_back(self, who: str, again: bool) -> Edit:
-        do, back = (self.editor.redo, self.editor.undo) if again else (self.editor.undo, self.editor.redo)
         what = "redo" if again else "undo"
         try:
-            edit = do()
+            with _saving():
+                edit = self.editor.redo() if again else self.editor.undo()
         except ValueError as error:
             raise Refused(409, f"nothing_to_{what}", str(error)) from error
-        return self._keep(who, what, edit, back)
+        return self._noted(who, what, edit)
 
-    def _keep(self, who: str, what: str, edit: Edit, back: Callable[[], Any]) -> Edit:
-        """Save a change and note it; where the disk refuses, the change is taken back."""
+    def _noted(self, who: str, what: str, edit: Edit) -> Edit:
+        """The change is saved; who made it is noted beside it."""
         try:
-            if self.folder is not None:
-                save_edits(self.editor.model, self.folder)
             self.history.note(Change(timestamp(), who, what, edit.id, edit.prompt, edit.target))
         except OSError as error:
-            back()
-            said = f"The edits cannot be saved: {error.strerror or error}. Nothing is changed."
-            raise Refused(507, "not_saved", said) from error
+            log.warning("who changed edit %s is not noted: %s", edit.id, error)
         self.metrics.changed(what)
         return edit
 
@@ -229,3 +231,13 @@ class Service:
                 for file in sorted(f for f in folder.rglob("*") if f.is_file()):
                     archive.write(file, file.relative_to(folder))
         return packed.getvalue()
+
+
+@contextmanager
+def _saving() -> Iterator[None]:
+    """A change that the editor saves before it counts: what the disk refuses has not happened."""
+    try:
+        yield
+    except OSError as error:
+        said = f"The edits cannot be saved: {error.strerror or error}. Nothing is changed."
+        raise Refused(507, "not_saved", said) from error
