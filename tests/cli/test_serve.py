@@ -12,7 +12,7 @@ from dualedit.cli.serve import is_loopback
 
 
 def test_it_says_where_it_listens_and_ends_on_ctrl_c(tmp_path):
-    command = [sys.executable, "-m", "dualedit.cli", "serve", "--port", "0", "--no-page"]
+    command = [sys.executable, "-m", "dualedit.cli", "serve", "--model", "toy", "--port", "0", "--no-page"]
     process = subprocess.Popen(
         [*command, "-e", str(tmp_path / "edits")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "DUALEDIT_TOKEN": "mine"},

@@ -25,6 +25,7 @@ from .options import (
     SkipBad,
     path,
 )
+from .serve_command import add_command
 from .terminal import quiet
 
 app = typer.Typer(
@@ -477,3 +478,4 @@ def doctor(
 
 
 add_commands(app)
+add_command(app)
