@@ -398,7 +398,8 @@ def _share(memory: EditMemory, count: int) -> None:
         memory.edit_ids = torch.arange(1, count + 1, device=device)
         memory.edit_lengths = lengths if memory.token_tables else torch.zeros_like(lengths)
     memory._num_edits, memory._highest_id = count, count
-    memory._num_tokens = int(memory.edit_lengths.sum())
+    memory.edit_starts = memory.edit_lengths.cumsum(0) - memory.edit_lengths
+    memory._num_tokens, memory._num_removed = int(memory.edit_lengths.sum()), 0
     memory._snapshot = None
 
 

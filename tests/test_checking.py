@@ -72,7 +72,10 @@ def test_an_edit_that_does_not_take_is_not_stored(method, generator, tmp_path):
     assert_same(state_of(editor), before)
     assert editor.edits == [] and editor.answer(image, BRAND) == unedited
     save_edits(editor.model, tmp_path / "after")
-    assert bytes_of(tmp_path / "after") == bytes_of(tmp_path / "before")
+    whole, left = (bytes_of(tmp_path / name) for name in ("before", "after"))
+    for saved in (whole, left):
+        saved.pop("manifest.json")  # each folder has an id of its own
+    assert left == whole and "adapter_model.safetensors" in whole
     failed = caught.value
     assert (failed.prompt, failed.target) == (BRAND, "lenovo blue") and failed.answer != "lenovo blue"
     assert 0 <= failed.probability < 0.5 and len(failed.steps) == 1

@@ -530,3 +530,140 @@ def test_a_fallback_of_0_1_loads_with_it(tmp_path):
     editor.remove(2)
     again = Editor(load_edits(sharp(LLAVA), folder), tiny_processor())
     assert [edit.id for edit in again.edits] == [1] and read_folder(folder).seq == 1
+
+
+# ---------------------------------------------------------------------- the disk, the terminal, the process
+
+
+def test_a_full_disk_is_said_as_the_disk_says_it(saved, generator, monkeypatch):
+    from safetensors import SafetensorError
+
+    model, inputs, folder = saved
+    before = files_of(folder)
+    model.peft_config["default"].alpha = 0.25
+
+    def full(*args, **kwargs):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(model, "save_pretrained", full)
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        save_edits(model, folder)
+    assert caught.value.errno == 28 and files_of(folder) == before
+
+
+def test_a_new_folder_is_synced_with_the_one_it_lies_in(generator, tmp_path, monkeypatch):
+    synced, whole = [], os.fsync
+
+    def noted(opened):
+        synced.append(os.readlink(f"/proc/self/fd/{opened}"))
+        whole(opened)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    model = editor_of(LLAVA, "balancedit")
+    save_edits(model, tmp_path / "new" / "edits")
+    assert str(tmp_path / "new") in synced and str(tmp_path / "new" / "edits") in synced
+    synced.clear()
+    store(model, LLAVA.question(generator), generator)
+    save_edits(model, tmp_path / "new" / "edits")
+    store(model, LLAVA.question(generator), generator)
+    synced.clear()
+    save_edits(model, tmp_path / "new" / "edits")
+    assert [Path(path).name for path in synced][-3:] == [
+        "00000001.safetensors",
+        "segments",
+        "journal-000002.jsonl",
+    ]
+
+
+def test_what_a_folder_says_does_not_steer_the_terminal(saved, capsys):
+    from dualedit.cli import main
+
+    model, _, folder = saved
+    group = active_adapter(model).group
+    group.note(
+        1, {"prompt": "\x1b[2Jwho\r\n?", "target": "a\x07b\u202e", "tags": ["\x1b]0;x\x07"], "note": 3}
+    )
+    save_edits(model, folder)
+    assert main(["list", "-e", str(folder)]) == 0
+    out = capsys.readouterr().out
+    assert "\\x1b[2Jwho\\r\\n?" in out and "a\\x07b\\u202e" in out
+    assert all(c == "\n" or c.isprintable() for c in out)
+    assert main(["show", "1", "-e", str(folder)]) == 0
+    assert all(c == "\n" or c.isprintable() for c in capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("ids", [[1.5], [0.0], [-3]])
+def test_numbers_that_are_none_are_one_line_in_the_terminal(ids, generator, tmp_path, capsys):
+    from dualedit.cli import main
+    from safetensors.torch import save_file
+
+    model = editor_of(LLAVA, "balancedit")
+    store(model, LLAVA.question(generator), generator)
+    save_edits(model, tmp_path)
+    (tmp_path / "manifest.json").unlink()
+    tensors = load_file(tmp_path / WEIGHTS)
+    for name in [name for name in tensors if name.endswith("edit_ids")]:
+        tensors[name] = torch.tensor(ids)
+    save_file(tensors, tmp_path / WEIGHTS)
+    assert main(["list", "-e", str(tmp_path)]) == 2
+    assert "edits count from 1" in capsys.readouterr().err
+
+
+def test_the_commands_of_a_book(saved, capsys, tmp_path):
+    """Without a model: switch, note, undo, redo, export, list as JSON, verify, compact."""
+    from dualedit.cli import main
+
+    model, _, folder = saved
+    place = ["-e", str(folder)]
+
+    def listed():
+        capsys.readouterr()
+        assert main(["list", "--json", *place]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    assert main(["disable", "1", *place]) == 0 and listed()["edits"][0]["enabled"] is False
+    assert main(["undo", *place]) == 0 and listed()["edits"][0]["enabled"] is True
+    assert main(["redo", *place]) == 0 and listed()["edits"][0]["enabled"] is False
+    assert main(["enable", "1", *place]) == 0
+    assert main(["note", "1", *place, "--author", "ada", "--tag", "a", "--tag", "b", "--note", "why"]) == 0
+    edit = listed()["edits"][0]
+    assert (edit["author"], edit["tags"], edit["note"]) == ("ada", ["a", "b"], "why")
+    assert main(["list", "--tag", "c", *place]) == 0 and "0 of them shown" in capsys.readouterr().out
+    assert main(["remove", "1", *place]) == 0 and listed()["edits"] == []
+    assert main(["undo", *place]) == 0 and listed()["edits"] == [edit]
+    assert main(["export", str(tmp_path / "all.jsonl"), *place]) == 0
+    assert json.loads((tmp_path / "all.jsonl").read_text())["note"] == "why"
+    assert main(["verify", str(folder)]) == 0 and "is whole: 1 in default" in capsys.readouterr().out
+    assert main(["compact", str(folder)]) == 0 and listed()["edits"] == [edit]
+    assert main(["undo", *place]) == 2 and "Nothing to undo" in capsys.readouterr().err
+    assert main(["note", "1", *place]) == 2 and "nothing to note" in capsys.readouterr().err
+    assert main(["note", "1", *place, "--expires", "soon"]) == 2
+    assert "--expires 'soon' is no point in time" in capsys.readouterr().err
+    assert main(["show", "7", *place]) == 2 and "no edit 7 in" in capsys.readouterr().err
+    refreshed = refresh_edits(model)
+    assert refreshed == 1 and state(model) == state(load_edits(LLAVA.build(), folder))
+
+
+def test_threads_share_a_tokenizer(generator):
+    import threading
+
+    from dualedit.models.prompting import Prompter
+    from tiny_models import random_image
+
+    prompter, faults = Prompter(tiny_processor()), []
+    images = [random_image(generator) for _ in range(3)]
+
+    def ask(number):
+        for turn in range(30):
+            words = "what brand is this computer ? " * (1 + (number + turn) % 3)
+            try:
+                prompter.inputs([(images[turn % 3], words), (images[0], "who ?")])
+            except Exception as error:
+                faults.append(error)
+
+    everyone = [threading.Thread(target=ask, args=(number,)) for number in range(6)]
+    for thread in everyone:
+        thread.start()
+    for thread in everyone:
+        thread.join()
+    assert faults == []

@@ -388,7 +388,7 @@ def _check_complete(model: PeftModel, path: Path, adapter_name: str) -> None:
         parts = name.split(".")
         if id(module) not in held or adapter_name not in parts:
             continue
-        tables = [n for n, _ in module.named_buffers(recurse=False)] if isinstance(module, EditMemory) else []
+        tables = list(module.saved_tables) if isinstance(module, EditMemory) else []
         tables += [n for n, _ in module.named_parameters(recurse=False)]
         wanted |= {tuner._remove_adapter_name_from_key(f"{name}.{table}", adapter_name) for table in tables}
     file = (

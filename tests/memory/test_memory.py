@@ -45,7 +45,9 @@ def assert_holds(memory_or_snapshot, stored, token_tables=("k_text", "v_text")):
         assert set(found) == set(rows)
         assert all(torch.equal(found[name], rows[name]) for name in rows)
     total = sum(len(rows["k_text"]) for rows in stored.values())
-    assert snapshot.tables["k_text"].shape[0] == total == int(snapshot.length.sum())
+    assert total == int(snapshot.length.sum())
+    # What removed edits leave is never the larger half.
+    assert total <= snapshot.tables["k_text"].shape[0] <= max(2 * total, 0)
 
 
 def test_an_edit_that_comes_back_stands_where_it_stood(generator):

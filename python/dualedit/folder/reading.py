@@ -190,6 +190,8 @@ def own_edits(file: Path, records: bool) -> dict[int, Kept]:
                 return {}
             memory = gate.removesuffix(".radius")
             ids = tensors.numbers(memory + _IDS)
+            if not all(type(number) is int and number > 0 for number in ids) or len(set(ids)) != len(ids):
+                raise ValueError(f"its edits have the numbers {ids[:5]}, and edits count from 1")
             if not records:
                 return {i: Kept(0, UNREAD) for i in sorted(ids)}
             text = tensors.data(memory + ".record_bytes").decode()

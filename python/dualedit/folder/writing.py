@@ -182,6 +182,8 @@ class Writer:
             write_new(journal, b"")
             sync(self.folder)
             write_manifest(self.folder, made)
+            if old is None:
+                sync(self.folder.parent)  # the folder may be new
         except BaseException:
             if self._generation() != generation:  # else it is saved, whatever went wrong behind that
                 clear(work)

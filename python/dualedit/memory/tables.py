@@ -2,8 +2,10 @@
 
 A table has one row an edit ("edit" tables: keys, radii, values) or one row a token of an edit ("token"
 tables: cached keys and values of variable length). Appending never moves a row that a snapshot can see, and
-removing or bringing back makes new tensors, so a generation that holds a snapshot is untouched by edits made
-meanwhile. Rows are in the order of the edits' numbers, which is the order of their making.
+removing or bringing back makes new edit tables, so a generation that holds a snapshot is untouched by edits
+made meanwhile. Rows of edit tables are in the order of the edits' numbers, which is the order of their making.
+Rows of token tables stay where they are, and each edit knows where its own begin; what removed edits leave is
+cleared away once it is the larger half.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ NO_RADIUS = -1.0  # of an edit that reaches as far as the adapter's settings say
 _LARGEST_ID = 2**53  # further on, JSON readers round
 # What changes when edits are added or removed, beside the tables and the records.
 _STATE = (
-    "_num_edits", "_num_tokens", "_highest_id", "_snapshot", "_key_codes", "_expected", "_timed", "_touched",
+    "_num_edits", "_num_tokens", "_num_removed", "_highest_id", "_snapshot", "_key_codes", "_expected", "_timed", "_touched",
 )  # fmt: skip
 
 
@@ -56,11 +58,14 @@ class EditMemory(nn.Module):
             self.register_buffer(name, torch.empty((0, *shape), device=device, dtype=dtype))
         self.register_buffer("edit_ids", torch.empty(0, dtype=torch.int64, device=device))
         self.register_buffer("edit_lengths", torch.empty(0, dtype=torch.int64, device=device))
+        starts = torch.empty(0, dtype=torch.int64, device=device)
+        self.register_buffer("edit_starts", starts, persistent=False)  # first rows in the token tables
         # JSON text of each edit's record, UTF-8, one after the other: it travels in the same file as the
         # tensors.
         self.register_buffer("record_bytes", torch.empty(0, dtype=torch.uint8, device=device))
         self._num_edits = 0
-        self._num_tokens = 0
+        self._num_tokens = 0  # rows of the token tables that are used
+        self._num_removed = 0  # of these, rows of edits that are gone
         self._highest_id = 0
         self._records: dict[int, dict] = {}
         self._snapshot: Snapshot | None = None
@@ -213,14 +218,14 @@ class EditMemory(nn.Module):
         row, first = self._num_edits, self._num_tokens
         if row and edit_id < int(self.edit_ids[row - 1]):  # an edit that is brought back goes where it was
             row = int(torch.searchsorted(self.edit_ids[:row], edit_id))
-            first = int(self.edit_lengths[:row].sum())
         edit_rows = {name: rows[name].unsqueeze(0) for name in self.edit_tables}
-        edit_rows |= {"edit_ids": torch.tensor([edit_id]), "edit_lengths": torch.tensor([tokens])}
+        numbers = {"edit_ids": edit_id, "edit_lengths": tokens, "edit_starts": first}
+        edit_rows |= {name: torch.tensor([number]) for name, number in numbers.items()}
         place = self._append if row == self._num_edits else self._insert
         for name, new in edit_rows.items():
             place(name, row, self._num_edits, new)
         for name in self.token_tables:
-            place(name, first, self._num_tokens, rows[name])
+            self._append(name, first, first, rows[name])
         if row < self._num_edits:
             self._key_codes = TableCodes()
         self._num_edits += 1
@@ -269,19 +274,40 @@ class EditMemory(nn.Module):
             KeyError: no such edit; names the stored ones.
         """
         row = self.row_of(edit_id)
-        before = self.snapshot()
-        first, tokens = int(before.start[row]), int(before.length[row])
+        tokens = int(self.edit_lengths[row])
         with torch.inference_mode(False):
-            for name in (*self.edit_tables, "edit_ids", "edit_lengths"):
+            for name in (*self.edit_tables, "edit_ids", "edit_lengths", "edit_starts"):
                 setattr(self, name, _without(getattr(self, name)[: self._num_edits], row, 1))
-            for name in self.token_tables:
-                setattr(self, name, _without(getattr(self, name)[: self._num_tokens], first, tokens))
         del self._records[edit_id]
         self._timed = {i: end for i, end in self._timed.items() if i != edit_id}
         self._key_codes = self._key_codes.keep(_without(torch.arange(self._num_edits), row, 1))
         self._num_edits -= 1
-        self._num_tokens -= tokens
+        self._num_removed += tokens
         self._snapshot = None
+        if 2 * self._num_removed > self._num_tokens:
+            self._clear_away()
+
+    def _clear_away(self) -> None:
+        """Token tables without the rows that removed edits have left, in memory of their own."""
+        with torch.inference_mode(False):
+            found = {name: self._live(name) for name in self.token_tables}
+            for name, table in found.items():
+                setattr(self, name, table)
+            length = self.edit_lengths[: self._num_edits]
+            self.edit_starts = length.cumsum(0) - length
+        self._num_tokens -= self._num_removed
+        self._num_removed = 0
+
+    def _live(self, name: str) -> Tensor:
+        """A token table's rows of the stored edits, one edit after the other, in memory of their own."""
+        table, n = getattr(self, name)[: self._num_tokens], self._num_edits
+        start, length = self.edit_starts[:n], self.edit_lengths[:n]
+        packed = length.cumsum(0) - length
+        if not self._num_removed and bool((start == packed).all()):
+            return table.detach().clone()
+        rows = torch.arange(int(length.sum()), device=start.device)
+        rows += (start - packed).repeat_interleave(length)
+        return table.detach()[rows.to(table.device)]
 
     # ------------------------------------------------------------------ reading
 
@@ -295,17 +321,12 @@ class EditMemory(nn.Module):
             )
         if self._snapshot is None:
             n, t = self._num_edits, self._num_tokens
-            length = self.edit_lengths[:n]
-            with torch.inference_mode(
-                False
-            ):  # a snapshot made in inference mode must serve a backward pass later
-                start = length.cumsum(0) - length
             self._snapshot = Snapshot(
                 tables={name: getattr(self, name)[:n] for name in self.edit_tables}
                 | {name: getattr(self, name)[:t] for name in self.token_tables},
                 edit_ids=self.edit_ids[:n],
-                start=start,
-                length=length,
+                start=self.edit_starts[:n],
+                length=self.edit_lengths[:n],
                 key_codes=self._key_codes,
             )
         return self._snapshot
@@ -319,7 +340,8 @@ class EditMemory(nn.Module):
 
     def sizes(self) -> dict[str, int]:
         """Rows of the tables and bytes of the records, as a saved folder's config names them."""
-        return {"edits": self._num_edits, "tokens": self._num_tokens, "records": len(self._record_bytes())}
+        tokens = self._num_tokens - self._num_removed
+        return {"edits": self._num_edits, "tokens": tokens, "records": len(self._record_bytes())}
 
     def expect(self, edits: int) -> None:
         """Let it be known that the folder which the settings came from holds edits.
@@ -334,13 +356,21 @@ class EditMemory(nn.Module):
             return b""
         return json.dumps([self._records.get(i, {}) for i in self.ids], ensure_ascii=False).encode()
 
+    @property
+    def saved_tables(self) -> tuple[str, ...]:
+        """Names of the tensors that are saved."""
+        return (*self._sizes(), "record_bytes")
+
     def _sizes(self) -> dict[str, int]:
         sizes = dict.fromkeys((*self.edit_tables, "edit_ids", "edit_lengths"), self._num_edits)
-        return sizes | dict.fromkeys(self.token_tables, self._num_tokens)
+        return sizes | dict.fromkeys(self.token_tables, self._num_tokens - self._num_removed)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         for name, size in self._sizes().items():
-            destination[prefix + name] = getattr(self, name)[:size].detach().clone()
+            if name in self.token_tables:
+                destination[prefix + name] = self._live(name)
+            else:
+                destination[prefix + name] = getattr(self, name)[:size].detach().clone()
         destination[prefix + "record_bytes"] = _as_bytes_tensor(self._record_bytes())
 
     def _load_from_state_dict(
@@ -414,6 +444,9 @@ class EditMemory(nn.Module):
         self._records = dict(sorted(zip(ids, records, strict=True), key=lambda each: each[0]))
         self._timed = {i: end for i, r in self._records.items() if (end := _ends(r)) is not None}
         self._num_edits, self._num_tokens, self._snapshot = len(ids), sum(lengths), None
+        self._num_removed = 0
+        length = self._buffers["edit_lengths"]
+        self._buffers["edit_starts"] = length.cumsum(0) - length
         self._key_codes = TableCodes()
         self._expected, self._touched = 0, {}
         self._highest_id = max([self._highest_id, *ids])

@@ -86,10 +86,6 @@ class EditConfig(PeftConfig):
     """
 
     method: ClassVar[EditMethod]
-    # The folder that the settings were read from, where it has a manifest, and the adapter's name in it. No
-    # field: it is not saved.
-    saved_in: ClassVar[tuple[View, str] | None] = None
-
     target_modules: list[str] | None = field(
         default=None, metadata={"help": "Full names of the wrapped modules; found at injection."}
     )
@@ -108,6 +104,9 @@ class EditConfig(PeftConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        # The folder that the settings were read from, where it has a manifest, and the adapter's name in it.
+        # No field: it is not saved.
+        self.saved_in: tuple[View, str] | None = None
         sizes = self.memory_sizes
         fits = sizes is None or (isinstance(sizes, dict) and all(_are_sizes(each) for each in sizes.values()))
         require(fits, "memory_sizes", sizes, "it is set by saving; restore the file from a copy")
