@@ -441,6 +441,14 @@ def test_a_folder_whose_manifest_is_gone_is_no_folder_without_a_journal(saved, g
     assert state(load_edits(LLAVA.build(), folder)) == state(model)
 
 
+def test_the_folder_around_may_be_anybodys(saved):
+    model, _, folder = saved
+    (folder.parent / "manifest.json").write_text('{"name": "a web page"}')
+    (folder.parent / "journal-2020.jsonl").write_text("{}")
+    (folder.parent / "journal-000009.jsonl").write_text("{}")
+    assert state(load_edits(LLAVA.build(), folder)) == state(model)
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [

@@ -12,6 +12,7 @@ from typing import Any
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from .folder import View, Writer, read_folder
 from .folder.journal import Kept
@@ -316,7 +317,11 @@ def marks_of(model: PeftModel, names: Sequence[str]) -> Marks:
 
 def _digest(parameter: Tensor) -> tuple[int, int]:
     """A checksum of some of a parameter's values and of their sum; all of them where there are not many."""
-    flat = parameter.detach().reshape(-1)
+    if parameter.device.type == "meta":
+        return 0, parameter.numel()
+    # Of a parameter in pieces (FSDP2) this process's piece.
+    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    flat = local.detach().reshape(-1)
     step = max(1, flat.numel() // _SAMPLED)
     sample = flat[::step].float().cpu().contiguous()
     return zlib.crc32(sample.numpy().tobytes()), flat.numel()

@@ -17,6 +17,7 @@ CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "REA
 SEGMENTS = "segments"
 FORMAT = 1
 _CHECKED = 256 * 2**20  # bytes: larger files are digested by `dualedit verify` alone, not at every opening
+_JOURNAL = re.compile(r"journal-\d{6}\.jsonl")
 _REMEDY = "Restore it from a copy; if you changed it yourself, let 'dualedit migrate' accept it."
 
 
@@ -87,7 +88,8 @@ def read_manifest(folder: Path) -> Manifest | None:
         data = file.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         # An empty journal is that of a first save which was stopped.
-        if any(journal.stat().st_size for journal in folder.glob("journal-*.jsonl")):
+        journals = (path for path in folder.glob("journal-*.jsonl") if _JOURNAL.fullmatch(path.name))
+        if any(journal.stat().st_size for journal in journals):
             raise Damaged(
                 f"{file} is missing, and the folder has a journal. Restore it from a copy, or let 'dualedit "
                 "migrate' make it anew."

@@ -71,7 +71,9 @@ class View:
 def find_folder(path: Path) -> tuple[Path, str] | None:
     """The folder whose manifest speaks of an adapter's folder, and the adapter's name; None: none does."""
     for folder, place in ((path, ""), (path.parent, path.name)):
-        manifest = read_manifest(folder)
+        # A folder around it may be anybody's, with a manifest.json of something else.
+        ours = folder is path or all(word in _mark(folder) for word in (b'"generation"', b'"store"'))
+        manifest = read_manifest(folder) if ours else None
         for name, where in ({} if manifest is None else manifest.adapters).items():
             if where == place:
                 return folder, name

@@ -3,7 +3,7 @@
 A table has one row an edit ("edit" tables: keys, radii, values) or one row a token of an edit ("token"
 tables: cached keys and values of variable length). Appending never moves a row that a snapshot can see, and
 removing or bringing back makes new edit tables, so a generation that holds a snapshot is untouched by edits
-made meanwhile. Rows of edit tables are in the order of the edits' numbers, which is the order of their making.
+made meanwhile. Rows of edit tables are in the order of the edits' numbers, that of their making.
 Rows of token tables stay where they are, and each edit knows where its own begin; what removed edits leave is
 cleared away once it is the larger half.
 """
@@ -26,7 +26,8 @@ NO_RADIUS = -1.0  # of an edit that reaches as far as the adapter's settings say
 _LARGEST_ID = 2**53  # further on, JSON readers round
 # What changes when edits are added or removed, beside the tables and the records.
 _STATE = (
-    "_num_edits", "_num_tokens", "_num_removed", "_highest_id", "_snapshot", "_key_codes", "_expected", "_timed", "_touched",
+    "_num_edits", "_num_tokens", "_num_removed", "_highest_id", "_snapshot", "_key_codes", "_expected",
+    "_timed", "_touched",
 )  # fmt: skip
 
 
