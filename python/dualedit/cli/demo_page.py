@@ -90,7 +90,7 @@ def _opening(story: Story, results: Mapping[str, SingleResult]) -> str:
         f"<section class=edit>{picture(story.request.image, 'the picture of the edit', 'large')}<div>"
         f"<p class=question>{escape(story.request.prompt)}</p>"
         f"<p>The unedited model answers <b class=old>{escape(knew)}</b>"
-        f"{', which is true in its world' if knew == story.truth else ''}.</p>"
+        f"{', which is true' if knew == story.truth else ''}.</p>"
         f"<p>Told once, with this picture: answer <b class=new>{escape(story.request.target)}</b>.</p>"
         "<p class=soft>Then it is asked again, with each method. An edit fires when a question is no farther "
         "from it than its radius: the mark in the middle of each bar. The dot is the question.</p>"

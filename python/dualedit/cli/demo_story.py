@@ -126,13 +126,14 @@ def measure(
 
 
 def brief(moments: Sequence[Moment]) -> list[Moment]:
-    """The first question of each kind, and a second one of the generality kinds."""
-    kept: list[Moment] = []
+    """The first question of each kind, and of the generality kinds the last one too: of new pictures, these are
+    the same drawing seen otherwise and, where others drew the thing, another artist's."""
+    of_kind: dict[str, list[Moment]] = {}
     for moment in moments:
-        limit = 2 if moment.metric in ("t_gen", "v_gen") else 1
-        if sum(other.metric == moment.metric for other in kept) < limit:
-            kept.append(moment)
-    return kept
+        of_kind.setdefault(moment.metric, []).append(moment)
+    kept = [found[0] for found in of_kind.values()]
+    kept += [of_kind[name][-1] for name in ("t_gen", "v_gen") if len(of_kind.get(name, ())) > 1]
+    return [moment for moment in moments if any(moment is one for one in kept)]
 
 
 def untouched(results: Mapping[str, SingleResult]) -> tuple[int, int]:
