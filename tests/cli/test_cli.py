@@ -410,7 +410,7 @@ def test_the_demo_tells_an_edit_of_ones_own(pictures, tmp_path, capsys):
     [
         (["--picture", "PICTURE"], "--question and --answer: your own edit takes all of"),
         (["--question", "what?", "--answer", "x"], "--picture: your own edit takes all of"),
-        (["--model", "gpt"], "the demo is about embedded or smol"),
+        (["--model", "gpt"], "the demo is about smol or toy"),
         (["--picture", "nowhere.png", "--question", "what?", "--answer", "x"], "nowhere.png"),
         (["--edits", "0"], "--edits 0: pass at least 1"),
     ],
