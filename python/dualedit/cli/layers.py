@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import first_line
+from .hub import local_folder
 from .loading import EMBEDDED, SMOL, is_smol
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def _folder(model: str) -> Path:
         from ..smol import smol_folder
 
         return smol_folder()
+    folder = local_folder(folder, "MODEL")
     if not (folder / "config.json").is_file():
         what = "holds no config.json" if folder.is_dir() else "is no folder"
         raise ValueError(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import first_line, options
+from .hub import local_folder
 from .saved_folder import NAMES, is_saved, read_config
 from .terminal import use_few_threads
 
@@ -98,6 +99,7 @@ def load_base(model: Path | None, device: str | None = None) -> tuple[Any, Any]:
 
         loaded, processor = load_smol()
         return loaded.to(device), processor
+    model = local_folder(model)
     if not (model / "config.json").is_file():
         what = "holds no config.json" if model.is_dir() else "is no folder"
         raise ValueError(f"--model {model} {what}: pass a folder with a Hugging Face vision-language model.")

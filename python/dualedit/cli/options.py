@@ -22,7 +22,7 @@ Model = Annotated[
     Path | None,
     typer.Option(
         "--model", "-m", parser=path, metavar="DIR",
-        help="Local Hugging Face model, smol or toy.",
+        help="Hugging Face model (a folder, or ORG/NAME[@REVISION]), smol or toy.",
     ),
 ]
 NoModel = Annotated[

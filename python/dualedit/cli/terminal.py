@@ -10,6 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _OFFLINE = "HF_HUB_OFFLINE"
+_WISHED = os.environ.get(_OFFLINE, "")
+
+
+def offline_by_wish() -> bool:
+    """Whether the user has told the hub's library to stay off the network."""
+    return _WISHED.upper() in ("1", "ON", "YES", "TRUE")
 
 
 @contextmanager
