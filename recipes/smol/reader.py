@@ -5,7 +5,7 @@ each other. The loss is cross-entropy at answer positions. Gates keep the adapte
 picture (`lean.py`); they are fitted in closed form to pictures and to texts of the model as it came
 (`replay.py`). What the frozen lower layers make of a batch is kept and used again.
 
-    python recipes/smol/reader.py --minutes 60
+    python recipes/smol/reader.py --minutes 64
 """
 
 import argparse
@@ -238,7 +238,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--minutes", type=float, default=60, help="of CPU")
+    parser.add_argument("--minutes", type=float, default=64, help="of CPU")
     parser.add_argument("--rate", type=float, default=4e-3)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()

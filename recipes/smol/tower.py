@@ -113,7 +113,7 @@ def views(data, model, count: int) -> torch.Tensor:
             for start in range(0, len(train), 128):
                 i = train[start : start + 128]
                 x = data.pixels[i].float() / 127.5 - 1 if v == 0 else augment(data.pixels[i], keep[i])
-                with torch.autocast("cpu", dtype=BF):
+                with torch.autocast("cpu", dtype=torch.bfloat16):
                     grid = tower(x)
                 out[v, start : start + 128] = grid.float().flatten(2).transpose(1, 2).half().numpy()
             print(f"view {v}", flush=True)

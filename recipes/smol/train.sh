@@ -8,7 +8,8 @@ PYTHON="${PYTHON:-python}"
 "$PYTHON" recipes/smol/tower.py --minutes "${TOWER_MINUTES:-26}"
 [ -f "$SMOL_WORK/vocabulary.pt" ] || "$PYTHON" recipes/smol/vocabulary.py
 [ -f "$SMOL_WORK/replay.pt" ] || "$PYTHON" recipes/smol/replay.py
-"$PYTHON" recipes/smol/reader.py --minutes "${READER_MINUTES:-66}"
+"$PYTHON" recipes/smol/reader.py --minutes "${READER_MINUTES:-64}"
 "$PYTHON" recipes/smol/export.py
 "$PYTHON" -m dualedit.cli fetch smol
 "$PYTHON" recipes/smol/measure.py --role validation
+"$PYTHON" recipes/smol/editors.py

@@ -5,7 +5,7 @@ it. The neurons start at the tower's classifier and the names at their embedding
 all of it learns that tokens are like the embedding of their thing's name: what the language model is given is
 nearly text, and it can read text.
 
-    python recipes/smol/vocabulary.py --minutes 8
+    python recipes/smol/vocabulary.py --minutes 4
 """
 
 import argparse
@@ -159,7 +159,8 @@ def main(minutes: float, batch: int, rate: float, seed: int):
             hit = (F.normalize(z.mean(1), dim=1) @ names.T).argmax(1) == y[valid]
         families = {"flags": data.flag, "things": ~(data.flag | data.logo), "logos": data.logo}
         text = " ".join(f"{k} {100 * hit[f[valid]].float().mean():.1f}" for k, f in families.items())
-        return f"validation artists: nearest name {text}; cosine to the own {own:.3f}; length {z.norm(dim=-1).mean():.2f}"
+        size = z.norm(dim=-1).mean()
+        return f"validation artists: nearest name {text}; cosine to the own {own:.3f}; length {size:.2f}"
 
     print("closed form:", report(), flush=True)
     optimiser = torch.optim.AdamW(vocabulary.parameters(), lr=rate, weight_decay=1e-3)
@@ -192,7 +193,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--minutes", type=float, default=8, help="of CPU")
+    parser.add_argument("--minutes", type=float, default=4, help="of CPU")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rate", type=float, default=3e-4)
     parser.add_argument("--seed", type=int, default=0)

@@ -157,7 +157,8 @@ def world_of(model: str | None, weights: Path | None) -> DemoWorld:
     """What the demo is about.
 
     Args:
-        model: "toy" (or "embedded"), "smol", or None: `smol` where it has been fetched, the embedded one elsewhere.
+        model: "toy" (or "embedded"), "smol", or None: `smol` where it has been fetched, the embedded one
+            elsewhere.
         weights: of a retrained embedded model.
 
     Raises:

@@ -50,7 +50,8 @@ def is_smol(model: Path | None) -> bool:
 
 
 def own_model(model: Path | None) -> Path | None:
-    """`--model` without the embedded model's names, which stand for None; a folder of that name goes first."""
+    """`--model` without the embedded model's names, which stand for None; a folder of such a name goes
+    first."""
     if model is None or str(model) not in EMBEDDED or (model / "config.json").is_file():
         return model
     return None
