@@ -380,7 +380,8 @@ def calibrate(
     from .loading import Start, own_model
 
     start = Start(method, adapter, layer)
-    options = work.Options(own_model(model), start, data, format, images, skip_bad, edits, together, seed, out)
+    model = own_model(model)
+    options = work.Options(model, start, data, format, images, skip_bad, edits, together, seed, out)
     options.check()
     with quiet(), named(**READ):
         work.run(options)

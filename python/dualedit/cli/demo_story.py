@@ -128,7 +128,8 @@ def measure(
 def brief(moments: Sequence[Moment]) -> list[Moment]:
     """The first question of each kind, and of the generality kinds the last one too.
 
-    Of new pictures these are the same drawing seen otherwise and, where others drew the thing, another artist's.
+    Of new pictures these are the same drawing seen otherwise and, where others drew the thing, another
+    artist's.
     """
     of_kind: dict[str, list[Moment]] = {}
     for moment in moments:
