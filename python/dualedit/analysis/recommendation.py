@@ -10,6 +10,8 @@ import numpy as np
 from .gate_study import best_alpha, best_radius, gate_summary, reached, with_intervals
 from .layer_grid import rank_correlation
 
+_CLEARLY = 0.02
+
 
 def recommend_dualedit(
     pairs: Sequence[Mapping[str, Any]],
@@ -64,10 +66,28 @@ def recommend_dualedit(
             gate = {"layer": decides, "key": "last", "facts": len(gates), **with_intervals(rates, len(gates))}
             reasons.append(
                 f"The gate decides at layer {decides}. A cosine of {arguments['threshold']:.3f} to the "
-                f"edit's key "
-                f"parts best what must change from what must stay; {_rates(gate)}."
+                f"edit's key parts best what must change from what must stay; {_rates(gate)}."
             )
+            reasons += _pooled(gates, layers, place, told["balanced"][place])
     return {"arguments": arguments, "gate": gate, "reasons": reasons}
+
+
+def _pooled(
+    gates: Sequence[Mapping[str, Any]], layers: Sequence[int], place: int, last: float | None
+) -> list[str]:
+    """A hint where a pooled key parts better, even before it is fitted."""
+    if "cosine/pooled" not in gates[0] or last is None:
+        return []
+    pooled = gate_summary(gates, layers, ["cosine/pooled"])["cosine/pooled"]["balanced"][place]
+    if pooled is None or pooled < last + _CLEARLY:
+        return []
+    return [
+        f"A pooled key parts them better there even before it is fitted ({100 * pooled:.0f} % balanced "
+        f"accuracy, "
+        f"the last token's {100 * last:.0f} %): inject with key='pooled', fit it (training.fit_pooled_key), "
+        f"and "
+        "calibrate its threshold."
+    ]
 
 
 def _pair(row: Mapping[str, Any]) -> str:

@@ -50,7 +50,7 @@ class Plan:
     facts: int = 24
     writes: int = 5
     batch: int = 4
-    most_layers: int = 12
+    most_layers: int = 10
     sigmas: tuple[float, ...] = (0.5, 1.0, 2.0)
     pairs: int = 0
     exhaustive: bool = False

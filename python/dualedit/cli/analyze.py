@@ -49,7 +49,7 @@ class Options:
     pairs: int = 0
     grid: tuple[int, ...] = ()
     steps: int = 300
-    layers: int = 12
+    layers: int = 10
     seed: int = 0
     json: Path | None = None
     page: Path | None = None

@@ -419,7 +419,7 @@ def analyze(
         str | None, typer.Option(metavar="A,B", help="Train every pair of these layers instead.")
     ] = None,
     steps: Annotated[int, typer.Option(metavar="N", help="Steps of that training.")] = 300,
-    layers: Annotated[int, typer.Option(metavar="N", help="Decoder layers to look at, at most.")] = 12,
+    layers: Annotated[int, typer.Option(metavar="N", help="Decoder layers to look at, at most.")] = 10,
     seed: Annotated[int, typer.Option(metavar="N", help="Which facts, and the noise.")] = 0,
     json: Annotated[
         Path | None, typer.Option(parser=path, metavar="FILE", help="Write the figures as JSON.")
