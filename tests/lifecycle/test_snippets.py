@@ -31,8 +31,9 @@ def run(model_id, folder, monkeypatch, where, page=GUIDE):
     """Run the snippet in `where`, with the model's name replaced and nothing else."""
     code = snippets(page)[model_id]
     # A tiny model with random weights learns no answer to the letter; a real one does, and is asked.
-    assert Editor.__init__.__defaults__ == (None, None, False)  # keep_failed is the last
-    monkeypatch.setattr(Editor.__init__, "__defaults__", (None, None, True))
+    defaults = Editor.__init__.__defaults__
+    assert defaults[:3] == (None, None, False)  # keep_failed is the third
+    monkeypatch.setattr(Editor.__init__, "__defaults__", (None, None, True, *defaults[3:]))
     assert code.count(model_id) == 1
     monkeypatch.chdir(where)
     names = {}
