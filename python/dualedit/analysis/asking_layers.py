@@ -116,6 +116,7 @@ class LayerStates:
     Args:
         model: a Hugging Face model.
         questions: the batch.
+        resumes: whether layers above give the model's logits, where another batch has told; None: find out.
 
     Attributes:
         behind: a state [B, L, D] for each layer.
@@ -127,7 +128,7 @@ class LayerStates:
     """
 
     @torch.no_grad()
-    def __init__(self, model: nn.Module, questions: Questions):
+    def __init__(self, model: nn.Module, questions: Questions, resumes: bool | None = None):
         self.model, self.questions = unwrap(model), questions
         self.layers = find_decoder_layers(self.model)[1]
         self._partial: PartialForward | None = None
@@ -151,7 +152,9 @@ class LayerStates:
                 f"so "
                 "that nothing can be exchanged between them."
             )
-        self.resumed = self._partial is not None and self._partial.reproduces(logits)
+        if resumes is None:
+            resumes = self._partial is not None and self._partial.reproduces(logits)
+        self.resumed = resumes and self._partial is not None
 
     @contextmanager
     def _hooks(self, seen: Callable[[int, Tensor], Tensor | None]) -> Iterator[None]:

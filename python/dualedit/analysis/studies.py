@@ -107,6 +107,7 @@ class Studies:
         self.layers = layers_to_study(self.depth, plan.most_layers)
         self.linear, self.linear_names = linear_of(model, path)
         model.eval().requires_grad_(False)
+        self._resumes: bool | None = None  # whether layers run on their own, once a batch has told
         self.image = True
         try:
             architectures.check_image_positions(model, None, 0)
@@ -198,7 +199,8 @@ class Studies:
     def _noise(self, samples: Sequence[EditSample], number: int) -> dict[str, Any]:
         asked = self._asked(samples)
         with counted(self.model) as runs:
-            known = LayerStates(self.model, asked)
+            known = LayerStates(self.model, asked, self._resumes)
+            self._resumes = known.resumed
             found = [
                 sensitivity.sensitivity_at(known, layer, self.plan.seed, number, self.plan.sigmas)
                 for layer in self.layers

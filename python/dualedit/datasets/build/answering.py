@@ -78,14 +78,13 @@ class Answerer:
                 handle.remove()
             ids = inputs["input_ids"]
             prompt = describe_prompt(
-                ids, inputs.get("attention_mask"), None, image_token_ids(self.model), tuple(ids.shape), ids.device,
-                inputs.get(IMAGE_MASK),
+                ids, inputs.get("attention_mask"), None, image_token_ids(self.model), tuple(ids.shape),
+                ids.device, inputs.get(IMAGE_MASK),
             )  # fmt: skip
             if prompt.image is None or not bool(prompt.image.any()):
                 raise ValueError(
                     f"{type(self.model).__name__} holds no image tokens in its decoder, so that pictures "
-                    f"cannot be "
-                    "compared by its vision tower."
+                    "cannot be compared by its vision tower."
                 )
             found.append(nn.functional.normalize(mean_state(entering[0], prompt.image), dim=-1).cpu())
         return torch.cat(found)

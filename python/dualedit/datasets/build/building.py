@@ -170,8 +170,8 @@ class _Row:
         }
         request = EditRequest(row.image, row.question, row.new_answer)
         return EditSample(
-            request, {name: probes for name, probes in generality.items() if probes}, locality, own, id=row.id,
-            base_answer=self.before,
+            request, {name: probes for name, probes in generality.items() if probes}, locality, own,
+            id=row.id, base_answer=self.before,
         )  # fmt: skip
 
     def probe(self, kind: str, piece: Piece) -> Probe:

@@ -110,7 +110,8 @@ def render_review(samples: Sequence[EditSample], drops: Sequence[Drop] = ()) -> 
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
-        f'<title>Facts to look through</title><style>{_STYLE}</style></head><body data-build="{build_of(samples)}">'
+        f"<title>Facts to look through</title><style>{_STYLE}</style></head>"
+        f'<body data-build="{build_of(samples)}">'
         f"<main><h1>{len(samples)} facts to look through</h1><p>Take away the tick of what is wrong: a "
         f"rephrased "
         "question that asks for something else, a look-alike that is the very same thing. Then save the "
