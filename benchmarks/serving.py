@@ -11,8 +11,8 @@ others edit: each makes edits of its own facts, removes some, and goes on. What 
   was requested, that no edit answered. ghosts: an answer by an edit that was not there during the question.
 - lost: an edit that was confirmed and not removed, and that the list, or the saved folder loaded in another
   process, does not hold in the end; or one that was removed, and is there.
-- memory: what the server's process holds, read from /metrics. Its growth is that of the last quarter of the
-  run over the second one.
+- memory: what the server's process holds, read from /metrics, once it has answered 1,000 questions: until
+  then its allocator's pools fill. Its growth is that of the last quarter of the run over the second one.
 - throughput: rounds of questions without edits going on, to the edited model with its edits stored and to the
   plain one, by turns. Both answer in the same batches, behind the same HTTP. The ratios are the medians of
   those of two rounds in a row, of answers a second and of the server's CPU time an answer; the latter does
@@ -43,6 +43,7 @@ from pathlib import Path
 from typing import Any
 
 ASKERS, EDITORS, FACTS = 16, 2, 16
+WARM = 1000  # questions before memory is looked at
 ROUNDS = 8  # of throughput, each side
 _UNDO = 10  # changes that the server can take back: what it keeps for that is no growth once they are there
 
@@ -200,14 +201,16 @@ def prepare(facts: int = FACTS) -> tuple[list[bytes], list[Question]]:
 # ---------------------------------------------------------------------- the clients
 
 
-def askers(port: int, questions: list[Question], until: float, run: Run, count: int = ASKERS) -> list:
-    """Threads that ask until a time."""
+def askers(
+    port: int, questions: list[Question], until: float, run: Run, count: int = ASKERS, most: int = 2**60
+) -> list:
+    """Threads that ask until a time, or until they have asked `most` questions together."""
 
     def work(number: int) -> None:
         client, chance = Client(port), random.Random(number)
         found = []
         try:
-            while time.monotonic() < until:
+            while time.monotonic() < until and len(found) * count < most:
                 found.append(client.ask(chance.choice(questions)))
         except Exception as error:
             run.errors.append(f"asker {number}: {type(error).__name__}: {error}")
@@ -334,10 +337,14 @@ def compare(port: int, questions: list[Question], rounds: int, seconds: float) -
     }
 
 
-def measure(minutes: float, rounds: int = ROUNDS, seconds: float = 5.0) -> dict[str, Any]:
-    """The whole run; `rounds` of `seconds` of throughput on each side, 0 for none."""
+def measure(
+    minutes: float, rounds: int = ROUNDS, seconds: float = 5.0, warm: int = WARM
+) -> dict[str, Any]:
+    """The whole run: `warm` questions, then clients and editors, then `rounds` of throughput on each side."""
     edits, questions = prepare()
     with tempfile.TemporaryDirectory() as place, serving("edited", f"{place}/edits") as port:
+        if warm:
+            together(askers(port, questions, float("inf"), Run(), most=warm))
         run = Run()
         until = time.monotonic() + 60 * minutes
         clients = askers(port, questions, until, run) + editors(port, edits, until, run)
