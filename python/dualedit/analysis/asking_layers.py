@@ -149,8 +149,7 @@ class LayerStates:
         if len(self.behind) != len(self.layers) or any(s.shape[:-1] != rows for s in self.behind):
             raise ValueError(
                 f"{type(self.model).__name__}: its decoder layers do not hand on one state for every token, "
-                f"so "
-                "that nothing can be exchanged between them."
+                "so that nothing can be exchanged between them."
             )
         if resumes is None:
             resumes = self._partial is not None and self._partial.reproduces(logits)

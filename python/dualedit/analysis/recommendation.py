@@ -38,8 +38,7 @@ def recommend_dualedit(
         best = max(learned, key=lambda row: row["score"])
         reasons.append(
             f"Of {len(tried)} pairs whose adapters were trained briefly, layers {_pair(best)} reach the "
-            f"highest "
-            f"mean of what must change and what must stay: {best['score']:.1f} % "
+            f"highest mean of what must change and what must stay: {best['score']:.1f} % "
             f"(standard error {best['score_stderr'] or 0:.1f})."
         )
     else:
@@ -85,8 +84,7 @@ def _pooled(
         f"A pooled key parts them better there even before it is fitted ({100 * pooled:.0f} % balanced "
         f"accuracy, "
         f"the last token's {100 * last:.0f} %): inject with key='pooled', fit it (training.fit_pooled_key), "
-        f"and "
-        "calibrate its threshold."
+        "and calibrate its threshold."
     ]
 
 
@@ -141,10 +139,8 @@ def recommend_balancedit(
     gate: dict[str, Any] = {}
     reasons = [
         f"Of the linear layers {names[layer].rpartition('.')[2]}, that of layer {layer} has the highest sum "
-        f"of a "
-        f"write's effect ({effect:.2f} of 1) and of the balanced accuracy of its codebook ({accuracy:.2f}), "
-        f"by the "
-        f"key '{key}'."
+        f"of a write's effect ({effect:.2f} of 1) and of its codebook's balanced accuracy ({accuracy:.2f}), "
+        f"by the key '{key}'."
     ]
     if np.isfinite(alpha):
         arguments["alpha"] = round(float(alpha), 3)

@@ -45,8 +45,7 @@ def render_analysis(found: Mapping[str, Any], samples: Sequence[EditSample] = ()
         '<meta name="color-scheme" content="light dark">'
         f"<title>Layers of {escape(model)}</title><style>{STYLE}{REPORT_STYLE}{_STYLE}</style></head>"
         f"<body><main><header><p class=eyebrow>DualEdit Kernels</p><h1>Which layers of {escape(model)} to "
-        f"edit</h1>"
-        f"<p class=soft>{escape(_about(found))}</p></header>{body}</main></body></html>\n"
+        f"edit</h1><p class=soft>{escape(_about(found))}</p></header>{body}</main></body></html>\n"
     )
 
 
@@ -92,8 +91,7 @@ def _attention(found: Mapping[str, Any], samples: Sequence[EditSample]) -> str:
     return _section(
         "Where the answer looks",
         f"<p class=soft>Attention of the last prompt token, mean over heads and {told['questions']} "
-        f"questions, "
-        "with one standard error.</p>",
+        "questions, with one standard error.</p>",
         f"<div class=plots>{_figure('By layer', plots.attention_plot(told))}</div>",
         f"<h3>Over the picture</h3><div class='plots maps'>{maps}</div>" if maps else "",
     )
@@ -113,8 +111,7 @@ def _sensitivity(found: Mapping[str, Any]) -> str:
         "What the answer depends on",
         f"<p class=soft>Noise behind one layer, at text, image or all tokens, and how far the next token's "
         f"distribution moves; {told['questions']} questions, with one standard error. {ratio:.1f} times "
-        f"fewer "
-        "layer runs than running the whole model for each.</p>",
+        "fewer layer runs than running the whole model for each.</p>",
         f"<div "
         f"class=plots>{_figure('By layer and size of noise', plots.sensitivity_plot(told, found['layers']))}"
         f"</div><ul>{''.join(lines)}</ul>",
@@ -195,8 +192,7 @@ def _gate(found: Mapping[str, Any]) -> str:
     return _section(
         "What a gate sees",
         f"<p class=soft>How near questions lie to an edit's key; {told['facts']} facts. Rates are on facts "
-        f"that the "
-        f"radius was not chosen on.{linear}</p>",
+        f"that the radius was not chosen on.{linear}</p>",
         f"<div class=plots>{_figure('By key and layer', plots.gate_plot(told, found['layers']))}</div>",
         "<h3>Distances, and the ROC</h3><p class=soft>The dashed line is the radius with the highest "
         "balanced "

@@ -199,8 +199,7 @@ class _Row:
             except GeneratorFailed as error:
                 raise GeneratorFailed(
                     f"{self.row.place} ({self.row.id}), {kind}: {error} What was made before is kept: run "
-                    f"the same "
-                    "again to go on."
+                    "the same again to go on."
                 ) from error
             return [{"prompt": p.prompt, "image": p.image, "answer": p.answer} for p in pieces]
 

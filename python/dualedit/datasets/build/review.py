@@ -113,13 +113,10 @@ def render_review(samples: Sequence[EditSample], drops: Sequence[Drop] = ()) -> 
         f"<title>Facts to look through</title><style>{_STYLE}</style></head>"
         f'<body data-build="{build_of(samples)}">'
         f"<main><h1>{len(samples)} facts to look through</h1><p>Take away the tick of what is wrong: a "
-        f"rephrased "
-        "question that asks for something else, a look-alike that is the very same thing. Then save the "
-        "decisions, "
-        "and build again with <code>--decisions decisions.json</code>.</p><noscript><p class=bad>Without "
-        "scripts "
-        f"nothing can be saved here.</p></noscript>{body}{out}</main><footer><span id=told "
-        f"aria-live=polite></span>"
+        "rephrased question that asks for something else, a look-alike that is the very same thing. Then "
+        "save the decisions, and build again with <code>--decisions decisions.json</code>.</p><noscript>"
+        f"<p class=bad>Without scripts nothing can be saved here.</p></noscript>{body}{out}</main><footer>"
+        "<span id=told aria-live=polite></span>"
         f"<button id=save>Save decisions</button></footer><script>{_SCRIPT}</script></body></html>\n"
     )
 
@@ -186,8 +183,7 @@ def read_decisions(file: str | os.PathLike[str], samples: Sequence[EditSample]) 
         what = unknown[0] if unknown else "another version"
         raise ValueError(
             f"{os.fspath(file)} decides about {what!r}, which is not what was built now: build with the same "
-            f"rows "
-            "and generators as for the page, or look through the new page."
+            "rows and generators as for the page, or look through the new page."
         )
     return rejected
 
