@@ -120,7 +120,7 @@ def run(options: Options) -> None:
 
         write_whole(options.page, render_page(opening, stories, results))
     if options.readme is not None:
-        write_whole(options.readme, fill_readme(options.readme, opening, results))
+        write_whole(options.readme, fill_readme(options.readme, opening, results, world.about))
     for name, file in (("figures", options.json), ("page", options.page)):
         if file is not None:
             console.print(f"{name}: {file}", soft_wrap=True)
@@ -237,7 +237,9 @@ def figure(row: Row, name: str) -> str:
 # ---------------------------------------------------------------------- in the README
 
 
-def fill_readme(file: Path, story: Story, results: dict[str, SingleResult]) -> str:
+def fill_readme(
+    file: Path, story: Story, results: dict[str, SingleResult], about: str = "a logo"
+) -> str:
     """The text of a README with its generated blocks (`story`, `figures`) filled in.
 
     Raises:
@@ -245,7 +247,7 @@ def fill_readme(file: Path, story: Story, results: dict[str, SingleResult]) -> s
     """
     text = _read(file)
     check_readme(file, text)
-    blocks = {"story": _story_text(story), "figures": _figures_text(results)}
+    blocks = {"story": _story_text(story, about), "figures": _figures_text(results)}
     return _BLOCK.sub(lambda match: match[1] + blocks[match[2]] + match[3], text)
 
 
@@ -259,11 +261,11 @@ def check_readme(file: Path, text: str) -> None:
         raise ValueError(f"--readme {file} needs '<!-- generated: NAME -->' blocks named story and figures.")
 
 
-def _story_text(story: Story) -> str:
+def _story_text(story: Story, about: str) -> str:
     from rich.console import Console
 
     console = Console(file=io.StringIO(), record=True, width=118, color_system=None, highlight=False)
-    tell(console, story, next(iter(story.moments)))
+    tell(console, story, next(iter(story.moments)), about)
     lines = [line.rstrip() for line in console.export_text().strip().splitlines()]
     return "```text\n" + "\n".join(lines) + "\n```\n"
 
