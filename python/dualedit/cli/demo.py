@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ..evaluation import Row, SingleResult
     from .demo_story import Story
 
+_SHOWN = 20  # characters of an answer in the table
 OWN = ("picture", "question", "answer")  # of an edit of the user's own
 _BLOCK = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -191,8 +192,13 @@ def story_table(story: Story, method: str) -> Table:
     for moment in brief(story.moments[method]):
         mark = "[green]yes[/green]" if moment.right else "[red]NO[/red]"
         kind, fires = KINDS[moment.metric][0], "yes" if moment.fired else "no"
-        table.add_row(kind, moment.prompt, moment.before, moment.after, mark, fires, near(moment.distance))
+        before, after = (_clipped(text) for text in (moment.before, moment.after))
+        table.add_row(kind, moment.prompt, before, after, mark, fires, near(moment.distance))
     return table
+
+
+def _clipped(answer: str) -> str:
+    return answer if len(answer) <= _SHOWN else answer[: _SHOWN - 4].rstrip() + " ..."
 
 
 def conclude(console: Console, results: dict[str, SingleResult]) -> None:
