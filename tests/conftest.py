@@ -24,11 +24,13 @@ def seed(request):
     return value
 
 
-@pytest.fixture(autouse=True)
-def own_cache(request, tmp_path_factory, monkeypatch):
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(request, tmp_path_factory):
     """No test but those of `smol` itself depends on what the user has fetched."""
-    if "smol" not in request.path.parts:
-        monkeypatch.setenv("DUALEDIT_CACHE", str(tmp_path_factory.getbasetemp() / "nothing-fetched"))
+    with pytest.MonkeyPatch.context() as patch:
+        if "smol" not in request.path.parts:
+            patch.setenv("DUALEDIT_CACHE", str(tmp_path_factory.getbasetemp() / "nothing-fetched"))
+        yield
 
 
 @pytest.fixture
