@@ -44,7 +44,7 @@ from .saved import (
 from .tuners.adapter import adapter_of
 from .tuners.adapters import put_beside, remove_adapter, remove_editors, unwrap_layers
 from .tuners.config import EditConfig, check_adapter_file
-from .tuners.journaled import with_journal
+from .tuners.journaled import read_own, with_journal
 from .tuners.model_card import with_count
 from .version import __version__
 
@@ -377,6 +377,11 @@ def _check_folder(path: Path) -> None:
     check_adapter_file(weights.parent)
 
 
+def _tensor_names(file: Path) -> set[str]:
+    with safe_open(str(file), framework="pt") as tensors:
+        return set(tensors.keys())
+
+
 def _check_complete(model: PeftModel, path: Path, adapter_name: str) -> None:
     """Refuse a file without some of the adapter's tensors, which PEFT would only warn about."""
     config = model.peft_config[adapter_name]
@@ -391,13 +396,12 @@ def _check_complete(model: PeftModel, path: Path, adapter_name: str) -> None:
         tables = list(module.saved_tables) if isinstance(module, EditMemory) else []
         tables += [n for n, _ in module.named_parameters(recurse=False)]
         wanted |= {tuner._remove_adapter_name_from_key(f"{name}.{table}", adapter_name) for table in tables}
-    file = (
-        path / WEIGHTS
+    names = (
+        _tensor_names(path / WEIGHTS)
         if config.saved_in is None
-        else config.saved_in[0].own_file(config.saved_in[1], WEIGHTS)
+        else read_own(*config.saved_in, _tensor_names)
     )
-    with safe_open(str(file), framework="pt") as tensors:
-        missing = sorted(wanted - set(tensors.keys()))
+    missing = sorted(wanted - names)
     if missing:
         raise ValueError(
             f"folder={str(path)!r}: {WEIGHTS} lacks {len(missing)} tensors, the first of them "

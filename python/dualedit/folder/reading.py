@@ -33,6 +33,8 @@ class View:
         seq, check, offset: of the last commit: its number, its check, and where its line ends.
         torn: bytes behind it, of a line whose writer was stopped.
         highest_id: of all edits that the folder has or has had.
+        moving: whether some of the adapters' own files were not in their places yet; what anybody else reads
+            there may be of the save before.
     """
 
     folder: Path
@@ -45,6 +47,7 @@ class View:
     offset: int = 0
     torn: int = 0
     highest_id: int = 0
+    moving: bool = False
 
     def place(self, name: str) -> Path:
         """Where a file of the folder is."""
@@ -144,6 +147,7 @@ def _read(folder: Path, records: bool, full: bool) -> View:
     view = View(
         folder, manifest, dict(manifest.adapters), contents, entries, manifest.seq + len(entries), check, end,
         len(data) - end, highest,
+        moving=any(manifest.place(folder, name) != folder / name for name in manifest.files),
     )  # fmt: skip
     for seq in view.segments():
         path = folder / segment_name(seq)

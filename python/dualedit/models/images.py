@@ -19,7 +19,8 @@ from .downloads import download, is_address
 
 ImageSource = Image | str | bytes | None
 Picture = Image | str | os.PathLike | bytes
-_SHOWN = 80  # characters of a path in an error message
+_SHOWN = 80  # characters of a data URL in an error message; a path is told whole, up to what systems take
+_LONGEST_PATH = 4096
 
 
 def image_source(image: Any) -> ImageSource:
@@ -136,7 +137,8 @@ def shown(source: ImageSource) -> str:
         return f"<{len(source)} bytes>"
     if isinstance(source, Image):
         return f"<{source.mode} {source.width}x{source.height}>"
-    if isinstance(source, str) and len(source) > _SHOWN:
+    most = _SHOWN if isinstance(source, str) and source[:5].lower() == "data:" else _LONGEST_PATH
+    if isinstance(source, str) and len(source) > most:
         return f"{source[: _SHOWN // 2]!r}...{source[-_SHOWN // 2 :]!r}"
     return repr(source)
 

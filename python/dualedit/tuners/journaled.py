@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TypeVar
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -12,6 +15,25 @@ from ..folder import Damaged, View
 from ..folder.manifest import WEIGHTS, read_manifest
 from ..folder.reading import UNREAD
 from ..memory.rows import IDS, LENGTHS, RECORDS, Rows, memories_in, records_in, records_tensor, together
+
+_T = TypeVar("_T")
+
+
+def read_own(view: View, adapter: str, read: Callable[[Path], _T]) -> _T:
+    """Read an adapter's own file, again where it was moved to its place meanwhile.
+
+    Raises:
+        FileNotFoundError: it is nowhere.
+    """
+    while True:
+        own = view.own_file(adapter, WEIGHTS)
+        try:
+            return read(own)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if own.is_file():
+                raise
+            if own == view.folder / view.adapters[adapter] / WEIGHTS:
+                raise FileNotFoundError(2, "No such file", str(own)) from error
 
 
 def with_journal(view: View, adapter: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -26,8 +48,10 @@ def with_journal(view: View, adapter: str, state: Mapping[str, Tensor]) -> dict[
         Damaged: files that do not fit together, or that were written anew since the view was taken.
     """
     own = view.own_file(adapter, WEIGHTS)
-    if view.manifest is not None and own != view.folder / view.adapters[adapter] / WEIGHTS:
-        state = load_file(str(own))  # a save was stopped before its files were in their places
+    place = view.folder / view.adapters[adapter] / WEIGHTS
+    if view.manifest is not None and (view.moving or own != place):
+        # A save was stopped, or is at work, before its files are in their places: `state` was read there.
+        state = read_own(view, adapter, lambda file: load_file(str(file)))
     now = read_manifest(view.folder)
     if view.manifest is not None and (now is None or now != view.manifest):
         raise Damaged(f"folder={str(view.folder)!r} was written anew while it was read. Load it again.")
