@@ -104,11 +104,9 @@ class Editor(EditBook):
         model: from `inject_dualedit`, `inject_balancedit`, `get_peft_model` or `PeftModel.from_pretrained`.
         processor: the model's processor.
         template: see `Prompter`; None uses the processor's chat template.
-        fallback: where an edit goes that the model's adapter cannot write: the name of another edit
-        adapter on
-            the model, the settings of one (`BalancEditConfig`), or a folder of a saved one. The latter two
-            are
-            put on the model when an edit first needs them, under the method's name, and taken off again
+        fallback: where an edit goes that the model's adapter cannot write: the name of another edit adapter
+            on the model, the settings of one (`BalancEditConfig`), or a folder of a saved one. The latter two
+            are put on the model when an edit first needs them, under the method's name, and taken off again
             where they do not help either. None: the adapter that saved edits name, if it is there.
         keep_failed: what `edit` and `edit_many` do where they are not told.
         policies: what happens to an edit where a near one is stored already.
@@ -244,7 +242,7 @@ class Editor(EditBook):
             negatives: images, or (image, question) pairs, that must not be. Without any, the two take a black
                 image; DualEdit also the questions of other stored edits about this image.
             keep_failed: store an edit that failed, too, with a mark (`Edit.failed`). None: as the editor
-            was told.
+                was told.
 
         Returns:
             the stored edit.

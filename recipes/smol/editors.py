@@ -74,6 +74,7 @@ def main(facts: int, choose: int, calibrate: int, seed: int):
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     base, processor = load_smol()
+    base.config._name_or_path = base.name_or_path = "smol"  # not a folder of this machine, in the model card
     benchmark, start = Pictures(load_concepts(), seed), time.time()
     folder = EDITORS / "balancedit"
     if folder.exists():
