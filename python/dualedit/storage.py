@@ -396,11 +396,11 @@ def _check_complete(model: PeftModel, path: Path, adapter_name: str) -> None:
         tables = list(module.saved_tables) if isinstance(module, EditMemory) else []
         tables += [n for n, _ in module.named_parameters(recurse=False)]
         wanted |= {tuner._remove_adapter_name_from_key(f"{name}.{table}", adapter_name) for table in tables}
-    names = (
-        _tensor_names(path / WEIGHTS)
-        if config.saved_in is None
-        else read_own(*config.saved_in, _tensor_names)
-    )
+    if config.saved_in is None:
+        names = _tensor_names(path / WEIGHTS)
+    else:
+        view, place = config.saved_in
+        names = read_own(view, place, _tensor_names)
     missing = sorted(wanted - names)
     if missing:
         raise ValueError(

@@ -156,7 +156,7 @@ def _pooled(last: Tensor, picture: Tensor, shown: Tensor) -> Tensor:
 def study_sample(
     model: nn.Module, prompter: Prompter, sample: EditSample, layers: Sequence[int], linear: str | None
 ) -> dict[str, Any]:
-    """One fact's distances: {"relations": R names, KEY: R distances for each layer}, without the edit's own."""
+    """One fact's distances: {"relations": R names, KEY: R distances for each layer}; not the edit's own."""
     asked = probes_around(sample)
     inputs = prompter.inputs([(probe.image, probe.prompt) for _, probe in asked])
     found = read_distances(model, questions_from(model, inputs), layers, linear)
