@@ -17,7 +17,7 @@ from dualedit.folder.verifying import verify
 from dualedit.records import uid_of
 from dualedit.storage import compact_edits
 from dualedit.tuners.adapter import active_adapter, adapter_of
-from peft import PeftModel
+from peft import PeftModel, peft_model
 from safetensors.torch import load_file
 from tiny_models import FITTING, LLAVA, METHODS, editor_of, row_of, sharp, store, tiny_processor
 
@@ -143,6 +143,35 @@ def test_trained_parameters_and_settings_are_written_anew(saved, generator):
     assert read_folder(folder).manifest.generation == (3 if parameters else 2)
     loaded = load_edits(LLAVA.build(), folder)
     assert torch.equal(logits_of(loaded, inputs), logits_of(model, inputs)) and state(loaded) == state(model)
+
+
+@pytest.mark.filterwarnings("ignore:.*was not repaired")
+def test_files_moved_while_they_are_loaded_are_read_anew(saved, generator, monkeypatch):
+    """PEFT reads the file of the save before, and the new one comes to its place before that is noticed."""
+    model, inputs, folder = saved
+    finish = Writer._finish
+
+    def stopped(*_):
+        raise OSError("stopped before the files are in their places")
+
+    monkeypatch.setattr(Writer, "_finish", stopped)
+    store(model, row_of(inputs, 1), generator)
+    model.peft_config["default"].alpha = 0.25  # all files are written anew
+    save_edits(model, folder)
+    assert (folder / ".next-000002" / WEIGHTS).is_file()
+    read = peft_model.load_peft_weights
+    moved = []
+
+    def reading(*args, **kwargs):
+        found = read(*args, **kwargs)
+        finish(Writer(folder), read_folder(folder).manifest)
+        moved.append(not (folder / ".next-000002" / WEIGHTS).exists())
+        return found
+
+    monkeypatch.setattr(peft_model, "load_peft_weights", reading)
+    loaded = load_edits(LLAVA.build(), folder)
+    assert moved == [True]
+    assert state(loaded) == state(model)
 
 
 def test_pefts_own_save_writes_the_same_folder(saved, generator):

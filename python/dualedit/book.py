@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ class Merged:
     replaced: list[Edit]
 
 
-class EditBook:
+class EditBook(ABC):
     """What can be done with stored edits without asking the model anything.
 
     Attributes:
@@ -53,9 +54,9 @@ class EditBook:
         self._undone: list[list[Change]] = []
 
     @property
+    @abstractmethod
     def adapters(self) -> list[EditAdapter]:
         """The adapters that hold the edits, the one that edits go to first in front."""
-        raise NotImplementedError
 
     @contextmanager
     def _changing(self, kind: str = "commit") -> Iterator[None]:
