@@ -73,9 +73,11 @@ class EditBook(ABC):
             for trial in trials:
                 trial.kept = True
 
+    @abstractmethod
     def _hold(self, stack: ExitStack) -> None:
         """Hold the folder, and bring what others have saved."""
 
+    @abstractmethod
     def _commit(self, kind: str = "commit") -> None:
         """Save what has changed."""
 
