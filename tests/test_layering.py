@@ -27,7 +27,7 @@ LEVELS = [
 ]
 WITHIN_A_LEVEL = {("baselines", "evaluation"), ("training", "evaluation"), ("evaluation", "datasets"),
                   ("training", "datasets"), ("analysis", "evaluation"), ("baselines", "datasets"),
-                  ("analysis", "datasets"), ("analysis", "training")}  # fmt: skip
+                  ("analysis", "datasets"), ("analysis", "training"), ("baselines", "training")}  # fmt: skip
 UPPER_FLOORS = LEVELS.index({"editor"})  # from here on the package itself may be imported
 KERNELS_MAY_IMPORT = {"torch", "triton", "dualedit_kernels"}
 

@@ -8,26 +8,28 @@ import torch
 from dualedit import EditRequest, EditSample, Probe, inject_dualedit, save_edits
 from dualedit.baselines import (
     BASELINES,
-    NOT_BUILT,
+    FITTED,
     FineTuneSettings,
     GRACESettings,
     IKESettings,
     LoRASettings,
+    RetrievalSettings,
     VisEditSettings,
     open_baseline,
 )
 from dualedit.baselines.finetune import vision_layers
 from dualedit.evaluation import Method
 from dualedit.evaluation.forcing import forced_batch, forced_predictions
+from dualedit.models.prompting import open_questions
 from dualedit.toy.baselines import baseline_settings, load_baseline
 from dualedit.toy.samples import edit_samples
 from dualedit.toy.world import World
+from tiny_baselines import FIT, always_routed, fitted_folders, network_settings
 from tiny_models import LLAVA, edit_layers, random_image, sharp, strengthen, tiny_processor
 
 pytestmark = pytest.mark.slow  # as a whole: together they take longer than an inner loop may
 
 BRAND, COLOR = "what brand is this computer ?", "what color is the cat ?"
-FIT = dict(learning_rate=0.03, max_steps=200, stop_probability=0.6)
 EDITING = tuple(name for name in BASELINES if name != "base")
 # VisEdit leaves its wrapped layer in the model, and IKE changes no weight.
 WEIGHTS = ("ft-l", "ft-v", "lora")
@@ -55,22 +57,38 @@ def adapters(tmp_path_factory):
     return folder
 
 
-def settings_of(name, adapters):
+@pytest.fixture(scope="module")
+def networks(tmp_path_factory):
+    """What the fitted baselines need, of a few training steps on the tiny model."""
+    return fitted_folders(sharp(LLAVA), tiny_processor(), tmp_path_factory.mktemp("networks"))
+
+
+@pytest.fixture
+def saved(adapters, networks, monkeypatch):
+    """Folders of what is trained before the first edit, by baseline; every question finds an edit there."""
+    always_routed(monkeypatch)
+    return {"visedit": adapters} | networks
+
+
+def settings_of(name, saved):
     """Settings that let an edit take on the tiny model in no time."""
+    if name in FITTED:
+        return network_settings(name, saved[name])
     return {
         "base": None,
         "ft-l": FineTuneSettings(**FIT),
         "ft-v": FineTuneSettings(**FIT),
         "lora": LoRASettings(**FIT),
         "ike": IKESettings(),
+        "retrieval": RetrievalSettings(),
         "grace": GRACESettings(**FIT),
-        "visedit": VisEditSettings(adapters),
+        "visedit": VisEditSettings(saved["visedit"]),
     }[name]
 
 
-def opened(name, adapters, model=None):
+def opened(name, saved, model=None):
     model = sharp(LLAVA) if model is None else model
-    return open_baseline(name, model, tiny_processor(), settings_of(name, adapters))
+    return open_baseline(name, model, tiny_processor(), settings_of(name, saved))
 
 
 def fact(image, prompt=BRAND, target="lenovo"):
@@ -80,9 +98,9 @@ def fact(image, prompt=BRAND, target="lenovo"):
 @torch.no_grad()
 def logits(method, questions):
     """What the model says to these questions as the method asks them."""
-    inputs = method.prompter.inputs(method.asked(questions))
-    with method._applied():
-        return method.model(**inputs, use_cache=False).logits
+    asked = open_questions(method.asked(questions))
+    with method._applied(questions):
+        return method.model(**method.prompter.inputs(asked), use_cache=False).logits
 
 
 @pytest.fixture
@@ -95,8 +113,8 @@ def questions(generator):
 
 
 @pytest.mark.parametrize("name", BASELINES)
-def test_an_edit_shows_and_reset_leaves_no_bit_of_it(name, adapters, questions):
-    method = opened(name, adapters)
+def test_an_edit_shows_and_reset_leaves_no_bit_of_it(name, saved, questions):
+    method = opened(name, saved)
     assert isinstance(method, Method) and method.name == name and method.memory_bytes() == 0
     modules = [path for path, _ in method.model.named_modules()]
     weights = {path: weight.clone() for path, weight in method.model.state_dict().items()}
@@ -107,7 +125,7 @@ def test_an_edit_shows_and_reset_leaves_no_bit_of_it(name, adapters, questions):
     edited = logits(method, questions)
     changes = name != "base"
     assert (method.memory_bytes() > 0) is changes
-    assert torch.equal(edited, before) is not changes
+    assert torch.equal(edited, before) is not changes, "the edits do not show"
     with method.unedited():
         assert torch.equal(logits(method, questions), before)
         assert method.answers(questions) == said
@@ -123,10 +141,10 @@ def test_an_edit_shows_and_reset_leaves_no_bit_of_it(name, adapters, questions):
 
 
 @pytest.mark.parametrize("name", EDITING)
-def test_two_runs_agree_to_the_bit(name, adapters, questions):
+def test_two_runs_agree_to_the_bit(name, saved, questions):
     found = []
     for noise in (1, 2):
-        method = opened(name, adapters)
+        method = opened(name, saved)
         torch.manual_seed(noise)  # what ran before must not matter
         method.edit(fact(questions[0][0]))
         found.append(logits(method, questions))
@@ -134,8 +152,8 @@ def test_two_runs_agree_to_the_bit(name, adapters, questions):
 
 
 @pytest.mark.parametrize("name", BASELINES)
-def test_predictions_are_the_models_own_at_the_answers_tokens(name, adapters, questions):
-    method = opened(name, adapters)
+def test_predictions_are_the_models_own_at_the_answers_tokens(name, saved, questions):
+    method = opened(name, saved)
     targets = ["lenovo", "big old", "red"]
     found = method.predictions(questions, targets)
     batch = forced_batch(method.prompter, questions, targets)
@@ -148,10 +166,10 @@ def test_predictions_are_the_models_own_at_the_answers_tokens(name, adapters, qu
         method.predictions(questions, targets[:2])
 
 
-@pytest.mark.parametrize("name", ["ft-l", "ft-v", "lora", "grace"])
-def test_what_was_fitted_is_predicted_and_answered(name, adapters, generator):
+@pytest.mark.parametrize("name", ["ft-l", "ft-v", "lora", "grace", "tp", "wise"])
+def test_what_was_fitted_is_predicted_and_answered(name, saved, generator):
     """On a picture that can be fitted: in a random model 200 steps of FT-V are too few for one in six."""
-    method = opened(name, adapters)
+    method = opened(name, saved)
     target = "dell" if name == "grace" else "old dell"  # GRACE writes to one place of a random model only
     for _ in range(8):
         question = [(random_image(generator), BRAND)]
@@ -170,8 +188,8 @@ def test_what_was_fitted_is_predicted_and_answered(name, adapters, generator):
 
 
 @pytest.mark.parametrize("name", EDITING)
-def test_an_empty_target_is_refused_and_nothing_stored(name, adapters, questions):
-    method = opened(name, adapters)
+def test_an_empty_target_is_refused_and_nothing_stored(name, saved, questions):
+    method = opened(name, saved)
     before = logits(method, questions)
     with pytest.raises(ValueError, match="target="):
         method.edit(fact(questions[0][0], target="  "))
@@ -307,7 +325,7 @@ def test_grace_splits_widens_and_replaces(questions):
 
 
 def test_visedit_answers_text_as_before_and_says_whose_adapter_it_has(adapters, questions, tmp_path):
-    method = opened("visedit", adapters)
+    method = opened("visedit", {"visedit": adapters})
     before = logits(method, questions)
     method.edit(fact(questions[0][0]))
     changed = [not torch.equal(a, b) for a, b in zip(logits(method, questions), before, strict=True)]
@@ -330,12 +348,12 @@ def test_visedit_answers_text_as_before_and_says_whose_adapter_it_has(adapters, 
 # ---------------------------------------------------------------------- errors
 
 
-def test_unknown_names_and_misfits_are_named(adapters):
+def test_unknown_names_and_misfits_are_named(saved):
     model, processor = sharp(LLAVA), tiny_processor()
     with pytest.raises(ValueError, match="'gracee' is unknown. Known are base, ft-l"):
         open_baseline("gracee", model, processor)
-    for name in NOT_BUILT:
-        with pytest.raises(ValueError, match=f"'{name}' is not implemented yet. Known are base"):
+    for name in FITTED:
+        with pytest.raises(ValueError, match=f"'{name}' has to be fitted to training facts first"):
             open_baseline(name, model, processor)
     with pytest.raises(ValueError, match="LoRASettings: 'grace' takes GRACESettings"):
         open_baseline("grace", model, processor, LoRASettings())
@@ -350,7 +368,7 @@ def test_unknown_names_and_misfits_are_named(adapters):
     with pytest.raises(ValueError, match="has to be trained"):
         open_baseline("visedit", model, processor)
     with pytest.raises(ValueError, match="with adapters: a baseline is measured on the base model"):
-        open_baseline("ft-l", opened("visedit", adapters).model, processor)
+        open_baseline("ft-l", opened("visedit", saved).model, processor)
 
 
 @pytest.mark.parametrize(
@@ -368,6 +386,7 @@ def test_unknown_names_and_misfits_are_named(adapters):
         (IKESettings, "question", "Prompt:"),
         (IKESettings, "retrieved", 0),
         (IKESettings, "shown", 0),
+        (RetrievalSettings, "radius", 0.0),
     ],
 )
 def test_bad_settings_are_refused(kind, argument, value):

@@ -137,7 +137,8 @@ def test_errors_fit_on_a_line(options, says, tmp_path, capsys):
 
 def test_all_is_every_method_that_the_options_suffice_for():
     own = Source(model=VLM)
-    assert choose_methods("all", Source()) == known_methods()
+    every = choose_methods("all", Source())
+    assert set(every) <= set(known_methods()) and {"dualedit", "balancedit", "grace", "visedit"} <= set(every)
     assert {"dualedit", "balancedit"} <= set(known_methods())
     assert not {"dualedit", "balancedit"} & set(
         choose_methods("all", own) if len(known_methods()) > 2 else ()

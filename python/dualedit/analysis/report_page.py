@@ -179,8 +179,8 @@ def _further(rows: Sequence[Row]) -> str:
 
 
 def _costs(rows: Mapping[str, Row]) -> str:
-    titles = ("Edit", "Memory of an edit", "Answer", "Answer, unedited")
-    names = ("edit_seconds", "edit_bytes", "answer_seconds", "answer_seconds_unedited")
+    titles = ("Training", "Edit", "Memory of an edit", "Answer", "Answer, unedited", "Slower by")
+    names = ("training_seconds", "edit_seconds", "edit_bytes", "answer_seconds", "answer_seconds_unedited")
     head = "".join(f"<th scope=col>{title}</th>" for title in titles)
     body = ""
     for method, row in rows.items():
@@ -189,9 +189,14 @@ def _costs(rows: Mapping[str, Row]) -> str:
             "–" if value is None else f"{value / 1024:,.0f} KiB" if name == "edit_bytes" else f"{value:.3g} s"
             for name, value in zip(names, values, strict=True)
         )  # fmt: skip
-        line = "".join(f"<td>{cell}</td>" for cell in cells)
+        line = "".join(f"<td>{cell}</td>" for cell in (*cells, _slower(*values[-2:])))
         body += f"<tr><th scope=row>{escape(method_name(method))}</th>{line}</tr>"
     return _wide("costs", f"<tr><td></td>{head}</tr>", body)
+
+
+def _slower(answer: float | None, unedited: float | None) -> str:
+    """How many times as long a question takes."""
+    return "–" if not answer or not unedited else f"{answer / unedited:.2f} x"
 
 
 def _folded(title: str, text: str, inside: str) -> str:

@@ -6,7 +6,9 @@ from ..evaluation.metrics import BY_KIND, METRICS, MORE_PROBED
 
 NAMES = {
     "dualedit": "DualEdit", "balancedit": "BalancEdit", "base": "Unedited", "ft-l": "FT-L", "ft-v": "FT-V",
-    "lora": "LoRA", "ike": "IKE", "grace": "GRACE", "visedit": "VisEdit",
+    "lora": "LoRA", "ike": "IKE", "retrieval": "Retrieval note", "grace": "GRACE", "visedit": "VisEdit",
+    "tp": "T-Patcher", "wise": "WISE", "mend": "MEND", "ke": "KE", "liveedit": "LiveEdit", "serac": "SERAC",
+    "recipe": "RECIPE", "lte": "LTE",
 }  # fmt: skip
 
 # What a probe is, and what an editor is to do with it, in the order of a story.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -11,6 +12,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from ..data import EditSample
+from ..editing import Edit
 from ..editor import Explanation, generate_answers
 from ..evaluation.forcing import forced_batch, forced_predictions
 from ..models.images import Picture, open_image
@@ -26,6 +28,13 @@ def end_token(model: nn.Module) -> int | None:
     """The id that ends an answer, or None where the model names none."""
     eos = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     return eos[0] if isinstance(eos, list) else eos
+
+
+def stored_edit(number: int, sample: EditSample, radius: float, seconds: float = 0.0) -> Edit:
+    """What is noted of an edit, to name it where it answers."""
+    request = sample.request
+    created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    return Edit(number, request.prompt, request.target, radius, created, round(seconds, 4))
 
 
 class Baseline(ABC):
@@ -80,9 +89,8 @@ class Baseline(ABC):
         return list(questions)
 
     @contextmanager
-    def _applied(self, last: Tensor | None = None) -> Iterator[None]:
-        """Whatever has to be in place around a forward; `last` [R] are the columns of the last prompt tokens,
-        None for prompts that are padded on the left."""
+    def _applied(self, questions: Sequence[Question] = ()) -> Iterator[None]:
+        """Whatever has to be in place around a forward of these questions."""
         yield
 
     # ------------------------------------------------------------------ asking
@@ -90,7 +98,7 @@ class Baseline(ABC):
     def answers(self, questions: Sequence[Question], max_new_tokens: int = 20) -> list[str]:
         """Greedy answers to a batch of questions."""
         asked = self.asked(questions)
-        with self._applied():
+        with self._applied(questions):
             return generate_answers(self.model, self.prompter, asked, max_new_tokens)
 
     def explain(self, questions: Sequence[Question]) -> list[Explanation | None]:
@@ -114,10 +122,9 @@ class Baseline(ABC):
         Raises:
             ValueError: no questions, an empty answer, or not one answer for each question.
         """
-        batch = forced_batch(self.prompter, self.asked(questions), targets)
-        last = (batch["labels"] != -100).int().argmax(1) - 1
-        with self._applied(last):
-            return forced_predictions(self.model, batch)
+        asked = self.asked(questions)
+        with self._applied(questions):
+            return forced_predictions(self.model, forced_batch(self.prompter, asked, targets))
 
     def _lesson(self, sample: EditSample) -> dict[str, Tensor]:
         """One row of model inputs: an edit's question with the new answer, end token included, and labels."""

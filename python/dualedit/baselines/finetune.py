@@ -10,9 +10,6 @@ runs again at each step.
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,25 +18,12 @@ from torch import Tensor, nn
 from ..data import EditSample
 from ..models.architectures import find_decoder_layers
 from ..runtime.partial import Replay
-from .baseline import Baseline
 from .gradient import fit
+from .layers import named_module
 from .settings import FineTuneSettings
+from .weights import WeightEditor
 
 _VISION = {"vision", "visual", "vit", "image"}
-
-
-def _named_module(model: nn.Module, name: str) -> str:
-    names = [full for full, _ in model.named_modules() if full]
-    if name in names:
-        return name
-    ends = [full for full in names if full.endswith("." + name)]
-    if len(ends) == 1:
-        return ends[0]
-    if ends:
-        listed = ", ".join(ends[:6])
-        raise ValueError(f"module={name!r} is ambiguous: it matches {listed}. Pass one full name.")
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.3) or names[-3:]
-    raise ValueError(f"module={name!r}: no such module. Nearest: {', '.join(near)}.")
 
 
 def vision_layers(model: nn.Module) -> list[str]:
@@ -64,7 +48,7 @@ def vision_layers(model: nn.Module) -> list[str]:
     return [f"{name}.{i}" for i in range(len(layers))]
 
 
-class FineTune(Baseline):
+class FineTune(WeightEditor):
     """Adam on the weights of one module, edit after edit.
 
     Args:
@@ -79,7 +63,7 @@ class FineTune(Baseline):
         self.vision = vision
         path, layers = find_decoder_layers(self.model)
         if settings.module is not None:
-            self._modules = [_named_module(self.model, settings.module)]
+            self._modules = [named_module(self.model, settings.module)]
         else:
             # Some models take the tower's last layer but one; the first edit finds out.
             self._modules = vision_layers(self.model)[::-1] if vision else [f"{path}.{len(layers) - 1}"]
@@ -95,7 +79,7 @@ class FineTune(Baseline):
         logits_of = self._upward(inputs)
         name = self._tuned(logits_of)
         weights = dict(self.model.get_submodule(name).named_parameters(prefix=name))
-        self._before = self._before or {n: w.detach().clone() for n, w in weights.items()}
+        self._keep(list(weights))
         fit(list(weights.values()), logits_of, labels, self.settings, self._bounded(weights))
 
     def _upward(self, inputs: dict[str, Tensor]):
@@ -132,27 +116,3 @@ class FineTune(Baseline):
                     weight.copy_(weight.clamp(start[name] - bound, start[name] + bound))
 
         return clamp
-
-    def _write(self, weights: dict[str, Tensor]) -> None:
-        with torch.no_grad():
-            for name, value in weights.items():
-                self.model.get_parameter(name).copy_(value)
-
-    def reset(self) -> None:
-        """Put the old weights back, bit for bit."""
-        self._write(self._before)
-        self._before = {}
-
-    @contextmanager
-    def unedited(self) -> Iterator[None]:
-        """The old weights are in place inside."""
-        now = {name: self.model.get_parameter(name).detach().clone() for name in self._before}
-        self._write(self._before)
-        try:
-            yield
-        finally:
-            self._write(now)
-
-    def memory_bytes(self) -> int:
-        """The tuned weights, which have to be kept whole; 0 without an edit."""
-        return sum(value.nbytes for value in self._before.values())

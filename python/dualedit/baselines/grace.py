@@ -27,10 +27,11 @@ from ..editing import Edit
 from ..editor import Explanation
 from ..models.architectures import find_decoder_layers, resolve_layer
 from ..runtime.partial import Replay
-from .baseline import Baseline, Question
+from .baseline import Baseline, Question, stored_edit
 from .gradient import fit
 from .settings import GRACESettings
 from .states import entering, last_states
+from .watching import first_of, watching, with_first
 
 
 @dataclass
@@ -40,10 +41,6 @@ class _Entry:
     epsilon: float
     answer: list[int]
     edit: Edit
-
-
-def _first(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
 
 
 class GRACE(Baseline):
@@ -72,17 +69,17 @@ class GRACE(Baseline):
         return nearest_key(query.float(), keys, torch.tensor(radius, device=keys.device), "l2")
 
     @contextmanager
-    def _applied(self, last: Tensor | None = None) -> Iterator[None]:
+    def _applied(self, questions: Sequence[Question] = ()) -> Iterator[None]:
         if self._off or not self._entries:
             yield
             return
 
         def replace(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-            states = entering(args, kwargs)
-            if last is None and states.shape[1] == 1:  # a decode step: the prompt has been decided on
+            if not watch.begins:  # a decode step: the prompt has been decided on
                 return None
+            states = entering(args, kwargs)
             rows = torch.arange(states.shape[0], device=states.device)
-            columns = torch.full_like(rows, states.shape[1] - 1) if last is None else last.to(rows)
+            columns = watch.last.to(rows)
             index, _ = self._lookup(states[rows, columns])
             hit = (index >= 0).nonzero()[:, 0]
             if not len(hit):
@@ -90,11 +87,12 @@ class GRACE(Baseline):
             values = torch.stack([self._entries[i].value for i in index[hit].tolist()])
             return _written(output, hit, columns[hit], values)
 
-        handle = self._layer.register_forward_hook(replace, with_kwargs=True)
-        try:
-            yield
-        finally:
-            handle.remove()
+        with watching(self.model) as watch:
+            handle = self._layer.register_forward_hook(replace, with_kwargs=True)
+            try:
+                yield
+            finally:
+                handle.remove()
 
     def explain(self, questions: Sequence[Question]) -> list[Explanation | None]:
         """Which edit fires for each question, or is nearest, with its distance and radius."""
@@ -128,9 +126,7 @@ class GRACE(Baseline):
             self._entries.append(entry)
         self._stored += 1
         entry.value, entry.answer = value, answer
-        seconds = round(time.perf_counter() - began, 4)
-        created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        entry.edit = Edit(self._stored, request.prompt, request.target, entry.epsilon, created, seconds)
+        entry.edit = stored_edit(self._stored, sample, entry.epsilon, time.perf_counter() - began)
 
     def _place(self, key: Tensor, answer: list[int]) -> _Entry | None:
         """The stored entry that a new edit shares, its radius widened; None for a key of its own."""
@@ -163,7 +159,7 @@ class GRACE(Baseline):
         def replace(module: nn.Module, args: tuple, output: Any) -> Any:
             nonlocal value
             if value is None:
-                value = _first(output)[0, last].detach().float().clone()
+                value = first_of(output)[0, last].detach().float().clone()
             return _written(output, torch.tensor([0]), torch.tensor([last]), value[None])
 
         handle = self._layer.register_forward_hook(replace)
@@ -195,6 +191,6 @@ class GRACE(Baseline):
 
 def _written(output: Any, rows: Tensor, columns: Tensor, values: Tensor) -> Any:
     """A layer's output with values [K, D] at the given rows [K] and columns [K]."""
-    hidden = _first(output).clone()
+    hidden = first_of(output).clone()
     hidden[rows.to(hidden.device), columns.to(hidden.device)] = values.to(hidden)
-    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+    return with_first(output, hidden)

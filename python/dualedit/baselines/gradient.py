@@ -17,6 +17,7 @@ def fit(
     labels: Tensor,
     settings: FitSettings,
     after_step: Callable[[], None] | None = None,
+    penalty: Callable[[], tuple[Tensor, bool]] | None = None,
 ) -> tuple[int, float]:
     """Adam on the labelled tokens until each of them is likely enough.
 
@@ -25,6 +26,7 @@ def fit(
         logits_of: logits [1, L, V] with the parameters as they are.
         labels: [1, L] int64, -100 outside the answer.
         after_step: called after each step, to keep parameters where they may be.
+        penalty: called behind `logits_of`: a further loss, and whether it is low enough to stop.
 
     Returns:
         steps taken, and the probability of the answer's least likely token.
@@ -39,8 +41,10 @@ def fit(
             with torch.inference_mode(False), torch.enable_grad():
                 logits = logits_of()[:, :-1][target].float()
                 loss = nn.functional.cross_entropy(logits, wanted)
+                further, fine = (0.0, True) if penalty is None else penalty()
+                loss = loss + further
             probability = float(logits.detach().softmax(-1).gather(1, wanted[:, None]).min())
-            if probability >= settings.stop_probability or step == settings.max_steps:
+            if (probability >= settings.stop_probability and fine) or step == settings.max_steps:
                 break
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
             for parameter, gradient in zip(parameters, gradients, strict=True):

@@ -10,29 +10,20 @@ own (as EasyEdit does).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..data import EditSample
 from ..models.architectures import find_decoder_layers, resolve_layer
-from .baseline import Baseline, Question
+from .baseline import Question
+from .notes import Notes
 from .settings import IKESettings
 from .states import last_states
 
 
-@dataclass(frozen=True)
-class _Fact:
-    key: Tensor  # [D]
-    prompt: str
-    target: str
-
-
-class IKE(Baseline):
+class IKE(Notes):
     """Retrieval of stored edits, and of demonstrations, into the prompt."""
 
     name = "ike"
@@ -43,8 +34,6 @@ class IKE(Baseline):
         _, layers = find_decoder_layers(self.model)
         layer = len(layers) // 2 if settings.layer is None else settings.layer
         self._layer = self.model.get_submodule(resolve_layer(self.model, layer, "layer"))
-        self._facts: list[_Fact] = []
-        self._off = False
         self._shown = self._demonstrations()
 
     def _keys(self, questions: Sequence[Question]) -> Tensor:
@@ -67,17 +56,6 @@ class IKE(Baseline):
             shown.append((self._keys([(request.image, request.prompt)])[0], text))
         return shown
 
-    def edit(self, sample: EditSample) -> None:
-        """Note the fact; one with the same question about the same image takes the old one's place."""
-        request = sample.request
-        if not request.target.strip():
-            raise ValueError(f"target={request.target!r}: an edit needs an answer. Pass it as text.")
-        key = self._keys([(request.image, request.prompt)])[0]
-        self._facts = [
-            fact for fact in self._facts if fact.prompt != request.prompt or not torch.equal(fact.key, key)
-        ]
-        self._facts.append(_Fact(key, request.prompt, request.target.strip()))
-
     def asked(self, questions: Sequence[Question]) -> list[Question]:
         if self._off or not self._facts:
             return list(questions)
@@ -93,23 +71,6 @@ class IKE(Baseline):
             before = "".join(self._shown[i][1] for i in shown[row])
             asked.append((image, before + told + self.settings.question.format(prompt=prompt)))
         return asked
-
-    def reset(self) -> None:
-        """Forget the facts."""
-        self._facts = []
-
-    @contextmanager
-    def unedited(self) -> Iterator[None]:
-        """Nothing is told inside."""
-        before, self._off = self._off, True
-        try:
-            yield
-        finally:
-            self._off = before
-
-    def memory_bytes(self) -> int:
-        """Keys and texts of the stored facts; demonstrations belong to no edit."""
-        return sum(f.key.nbytes + len(f.prompt.encode()) + len(f.target.encode()) for f in self._facts)
 
 
 def _nearest(queries: Tensor, keys: Sequence[Tensor], count: int) -> list[list[int]]:

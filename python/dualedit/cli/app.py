@@ -177,6 +177,10 @@ def eval_(
             help="Write what was asked, answered and routed as JSONL; a stopped run goes on.",
         ),
     ] = None,
+    networks: Annotated[
+        Path | None,
+        typer.Option(parser=path, metavar="DIR", help="Fitted baselines of your model, a folder each."),
+    ] = None,
     published_threshold: Annotated[
         float | None, typer.Option(metavar="TAU", help="Of the gate that sees the answer.")
     ] = None,
@@ -222,7 +226,8 @@ def eval_(
     chosen = work.scorings(scoring)
     options = work.Options(
         methods, chosen, protocol, None if edits is None else work.numbers(edits, "--edits"), asked,
-        Source(own_model(model), adapter, layer, weights, "published" in chosen, published_threshold),
+        Source(own_model(model), adapter, layer, weights, "published" in chosen, published_threshold,
+               networks),
         work.Facts(
             benchmark, data, format, images, skip_bad, seed, world_seed, work.names(family), unseen
         ), json, records,

@@ -184,7 +184,10 @@ def _tell(console, row: Row) -> None:
             for name in ("edit_seconds", "edit_bytes", "answer_seconds", "answer_seconds_unedited")
         )
         told = f"{edit:.3g} s, {size / 1024:.0f} KiB; an answer: {answer:.3g} s, unedited {plain:.3g} s"
-        console.print(f"  an edit: {told}", soft_wrap=True)
+        slower = f" ({answer / plain:.2f} x)" if plain else ""
+        trained = row.costs.get("training_seconds")
+        before = "" if trained is None else f"; trained before for {trained:.0f} s"
+        console.print(f"  an edit: {told}{slower}{before}", soft_wrap=True)
 
 
 def _taken(options: Options, count: int, asked: int | None, there: int) -> int:

@@ -26,6 +26,8 @@ class Source:
         adapter: trained DualEdit adapters for `model`.
         layer: linear layer for BalancEdit in `model`.
         weights: folder of a retrained embedded model and its editors, or None for those of the package.
+        networks: folder of fitted baselines for `model`, one folder each by name, as
+            `dualedit.baselines.fit_baseline` writes it.
         published: whether the gate that sees the answer is asked too.
         published_threshold: tau of that gate; None fits it on training facts of the embedded world, and takes
             the published code's for a model of the user's own.
@@ -37,11 +39,14 @@ class Source:
     weights: Path | None = None
     published: bool = False
     published_threshold: float | None = None
+    networks: Path | None = None
 
     def check(self) -> None:
         """Refuse options that do not fit together. Raises ValueError."""
         if self.model is None and (self.adapter or self.layer):
             raise ValueError("--adapter and --layer are for a model of your own: pass --model too.")
+        if self.model is None and self.networks:
+            raise ValueError("--networks is for a model of your own: pass --model too.")
         if self.model is not None and self.weights is not None:
             raise ValueError("--weights is a retrained embedded model: leave out --model, or --weights.")
         if self.published_threshold is not None and not -1 <= self.published_threshold <= 1:
@@ -99,12 +104,25 @@ def open_methods(names: Sequence[str], source: Source) -> Iterator[Method]:
 def _lacks(name: str, source: Source) -> str | None:
     """What a method would need beside `source`, in words."""
     if source.model is None:
-        return None
+        return _lacks_of_embedded(name, source)
+    if name in _fitted() and not (source.networks and (source.networks / name).is_dir()):
+        return (
+            "it has to be fitted to training facts first; pass --networks DIR, of which DIR/"
+            f"{name} is what dualedit.baselines.fit_baseline({name!r}, ...) wrote"
+        )
     if name in ("dualedit", "visedit") and source.adapter is None:
         return "DualEdit's adapters have to be trained for a model first; pass them with --adapter DIR"
     if name == "balancedit" and source.layer is None and not is_smol(source.model):
         return "pass the linear layer to edit with --layer NAME (as layers.20.mlp.up_proj)"
     return None
+
+
+def _lacks_of_embedded(name: str, source: Source) -> str | None:
+    if name in EDITORS:
+        return None
+    from ..toy.baselines import lacks_settings
+
+    return lacks_settings(name, _folders(source)[1])
 
 
 def _open_editor(name: str, source: Source) -> Method:
@@ -134,13 +152,15 @@ def _threshold(name: str, editor, source: Source) -> float:
 
 
 def _baselines() -> tuple[str, ...]:
-    try:
-        from ..baselines import BASELINES
-    except ModuleNotFoundError as error:
-        if not (error.name or "").endswith("baselines"):
-            raise
-        return ()
-    return tuple(BASELINES)
+    from ..baselines import BASELINES
+
+    return BASELINES
+
+
+def _fitted() -> tuple[str, ...]:
+    from ..baselines import FITTED
+
+    return FITTED
 
 
 def _open_baseline(name: str, source: Source) -> Method:
@@ -149,9 +169,13 @@ def _open_baseline(name: str, source: Source) -> Method:
 
         vlm, editors = _folders(source)
         return load_baseline(name, vlm=vlm, weights=editors)
-    from ..baselines import VisEditSettings, open_baseline
+    from ..baselines import VisEditSettings, open_baseline, saved_settings
 
-    settings = VisEditSettings(adapters=source.adapter) if name == "visedit" else None
+    settings = None
+    if name == "visedit":
+        settings = VisEditSettings(adapters=source.adapter)
+    elif name in _fitted():
+        settings = saved_settings(name, source.networks / name)
     base, processor = load_base(source.model)
     return open_baseline(name, base, processor, settings)
 

@@ -22,6 +22,7 @@ def forced_batch(
     questions: Sequence[tuple[Picture | None, str]],
     targets: Sequence[str],
     token_type: int = 0,
+    end: int | None = None,
 ) -> dict[str, Tensor]:
     """Model inputs of prompts with their targets behind them, and labels.
 
@@ -29,10 +30,11 @@ def forced_batch(
 
     Args:
         token_type: what marks the targets' tokens in token types (`architectures.target_token_type`).
+        end: the id behind each target; None for none, as the field scores.
 
     Returns:
-        what the processor returns, `input_ids` and all that runs along it as [B, L] with the target's tokens
-        (no end token), and "labels" [B, L] int64: the target's ids at its positions, -100 elsewhere.
+        what the processor returns, `input_ids` and all that runs along it as [B, L] with the target's tokens,
+        and "labels" [B, L] int64: the target's ids at its positions, -100 elsewhere.
 
     Raises:
         ValueError: no questions, another number of targets, an empty question or target.
@@ -43,7 +45,7 @@ def forced_batch(
     inputs = prompter.inputs(opened)
     ids, mask = inputs["input_ids"], inputs["attention_mask"].bool()
     answers = [
-        prompter.target_ids(image, prompt, target, None).to(ids)
+        prompter.target_ids(image, prompt, target, end).to(ids)
         for (image, prompt), target in zip(opened, targets, strict=True)
     ]
     batch = dict(inputs)

@@ -61,8 +61,9 @@ class Row:
             generation), and their intervals.
         end: of the sequential protocol, the figures asked again after the last edit: "metrics", "stderr",
             "interval".
-        costs: "edit_seconds" (an edit), "edit_bytes" (what a stored edit occupies), "answer_seconds" (one
-            question asked alone), "answer_seconds_unedited". They differ from run to run.
+        costs: "training_seconds" (before the first edit, where a method says so), "edit_seconds" (an edit),
+            "edit_bytes" (what a stored edit occupies), "answer_seconds" (one question asked alone),
+            "answer_seconds_unedited". They differ from run to run.
     """
 
     method: str

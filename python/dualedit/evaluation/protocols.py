@@ -176,6 +176,9 @@ class _Asker:
 
     def _costs(self, place: int, stored: int) -> dict[str, float]:
         costs = {"edit_seconds": self._seconds[place], "edit_bytes": self.method.memory_bytes() / stored}
+        trained = getattr(self.method, "training_seconds", None)  # of the methods that say so
+        if trained is not None:
+            costs["training_seconds"] = trained
         if self._timed < _TIMED:
             self._timed += 1
             request = self.samples[place].request

@@ -14,7 +14,7 @@ from .processes import Alone, Processes
 from .protocols import Plan, measure
 
 _SCORE = {"free": "correct", "teacher_forced": "teacher_forced", "published": "published"}
-COSTS = ("edit_seconds", "edit_bytes", "answer_seconds", "answer_seconds_unedited")
+COSTS = ("training_seconds", "edit_seconds", "edit_bytes", "answer_seconds", "answer_seconds_unedited")
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,8 @@ def _costs(after: list[Mapping]) -> dict[str, float | None]:
     found: dict[str, float | None] = {}
     for name in COSTS:
         values = [unit["costs"][name] for unit in after if name in unit["costs"]]
-        found[name] = sum(values) / len(values) if values else None
+        if values or name != "training_seconds":  # most methods are not trained
+            found[name] = sum(values) / len(values) if values else None
     return found
 
 

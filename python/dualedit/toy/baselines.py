@@ -8,25 +8,42 @@ from pathlib import Path
 
 from dualedit.baselines import (
     BASELINES,
+    FITTED,
     Baseline,
     FineTuneSettings,
     GRACESettings,
     IKESettings,
+    KESettings,
+    LiveEditSettings,
     LoRASettings,
+    LTESettings,
+    MENDSettings,
+    RECIPESettings,
+    RetrievalSettings,
+    SERACSettings,
     Settings,
+    TPatcherSettings,
     VisEditSettings,
+    WISESettings,
     open_baseline,
 )
 
 from .editors import EDITORS
 from .model import NOTE, load_embedded
 
-_TUNED = {"ft-l": FineTuneSettings, "ft-v": FineTuneSettings, "lora": LoRASettings, "grace": GRACESettings}
+_TUNED: dict[str, type] = {
+    "ft-l": FineTuneSettings, "ft-v": FineTuneSettings, "lora": LoRASettings, "grace": GRACESettings,
+    "retrieval": RetrievalSettings, "tp": TPatcherSettings, "wise": WISESettings, "mend": MENDSettings,
+    "ke": KESettings, "liveedit": LiveEditSettings, "serac": SERACSettings, "recipe": RECIPESettings,
+    "lte": LTESettings,
+}  # fmt: skip
 FILE = "baselines.json"
 
 # The embedded model was taught to answer from a note in front of the question, and it reads no more than one:
-# demonstrations would be words to it. The layer is BalancEdit's, whose last prompt token tells facts apart.
-IKE = IKESettings(fact=f"{NOTE} {{target}}. ", question="{prompt}", layer=5)
+# demonstrations would be words to it.
+NOTED = {"fact": f"{NOTE} {{target}}. ", "question": "{prompt}"}
+# The layer is BalancEdit's, whose last prompt token tells facts apart.
+IKE = IKESettings(layer=5, **NOTED)
 
 
 def baseline_settings(name: str, weights: str | os.PathLike | None = None) -> Settings | None:
@@ -37,7 +54,7 @@ def baseline_settings(name: str, weights: str | os.PathLike | None = None) -> Se
         weights: folder of the editors' weights; those shipped with the package if not given.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: an unknown name, or one that was not tuned into this folder.
         FileNotFoundError: the folder holds no tuned settings.
     """
     folder = Path(weights or EDITORS)
@@ -55,7 +72,31 @@ def baseline_settings(name: str, weights: str | os.PathLike | None = None) -> Se
         raise FileNotFoundError(
             f"{os.fspath(file)!r} is missing: tune the baselines with python -m recipes.toy.tune_baselines"
         )
-    return _TUNED[name](**json.loads(file.read_text())[name]["settings"])
+    tuned = json.loads(file.read_text())
+    if name not in tuned:
+        raise ValueError(
+            f"{os.fspath(file)!r} has no settings of {name!r}: tune it with python -m "
+            f"recipes.toy.tune_baselines --only {name}"
+        )
+    settings = {key: tuple(v) if isinstance(v, list) else v for key, v in tuned[name]["settings"].items()}
+    if name in FITTED:
+        settings["network"] = folder / name
+    if name == "retrieval":
+        settings["adapter"] = folder / "balancedit"  # its pooled key
+    return _TUNED[name](**settings)
+
+
+def lacks_settings(name: str, weights: str | os.PathLike | None = None) -> str | None:
+    """Why a baseline cannot be opened on the embedded model with these weights, in words; None: it can."""
+    folder = Path(weights or EDITORS)
+    if name not in _TUNED:
+        return None
+    file = folder / FILE
+    if not file.is_file() or name not in json.loads(file.read_text()):
+        return f"it has no settings in {os.fspath(file)}; tune it with recipes.toy.tune_baselines"
+    if name in FITTED and not (folder / name).is_dir():
+        return f"it has to be fitted into {os.fspath(folder / name)} first (recipes.toy.train_baselines)"
+    return None
 
 
 def load_baseline(
