@@ -397,7 +397,9 @@ def _share(memory: EditMemory, count: int) -> None:
         lengths[0] = real
         memory.edit_ids = torch.arange(1, count + 1, device=device)
         memory.edit_lengths = lengths if memory.token_tables else torch.zeros_like(lengths)
-    memory._num_edits, memory._highest_id = count, count
+        memory.edit_places = torch.arange(count, device=device)
+        memory.edit_slots = torch.full((count,), -1, dtype=torch.int64, device=device)
+    memory._num_edits, memory._num_rows, memory._highest_id = count, count, count
     memory.edit_starts = memory.edit_lengths.cumsum(0) - memory.edit_lengths
     memory._num_tokens, memory._num_removed = int(memory.edit_lengths.sum()), 0
     memory._snapshot = None

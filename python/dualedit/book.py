@@ -320,7 +320,7 @@ def _pairs(
 
 def _fits(one: EditAdapter, other: EditAdapter) -> bool:
     def shape(adapter: EditAdapter) -> Any:
-        tables = {n: (m.edit_tables, m.token_tables) for n, m in adapter.group.memories.items()}
+        tables = {n: (m.edit_tables, m.token_tables, m.kind) for n, m in adapter.group.memories.items()}
         prints = adapter.config.base_fingerprint or {}
         return adapter.method.name, tables, {n: v for n, v in prints.items() if v is not None}
 

@@ -14,12 +14,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from .folder import View, Writer, read_folder
+from .folder import Damaged, View, Writer, read_folder
 from .folder.journal import Kept
 from .folder.manifest import WEIGHTS
-from .folder.reading import newer, own_radius
+from .folder.reading import UNREAD, newer, own_edits, own_radius
 from .memory import EditMemory, MemoryGroup
+from .memory.budget import Tiers
+from .memory.filling import fill
 from .memory.rows import Rows, file_of
+from .memory.values import Spill, saved_tables
 from .records import uid_of
 from .runtime.context import runtime_of
 from .tuners.adapter import EditAdapter, adapter_of
@@ -98,7 +101,7 @@ def take_over(model: PeftModel, writer: Writer, origin: Origin | None) -> None:
         was = origin.view.manifest
         if was is None or view.manifest is None or was.store == view.manifest.store:
             if was is not None and view.manifest is not None and was.generation == view.manifest.generation:
-                for entry in view.entries[len(origin.view.entries) :]:
+                for entry in writer.news:
                     _take_entry(model, view, entry.changes)
             elif was is not None or view.manifest is not None or _changed(origin.view, view):
                 _compare(model, read_folder(view.folder), list(origin.places))
@@ -216,6 +219,46 @@ def _rows(model: PeftModel, view: View, name: str, source: int, number: int) -> 
     prefix = "" if source == 0 else f"{name}:"
     keys = memory_keys(model, name)
     return {layer: Rows(state, prefix + key).edit(number) for layer, key in keys.items()}
+
+
+def fill_adapter(model: PeftModel, name: str, own: Path, view: View | None, place: str) -> None:
+    """Put a folder's edits on a model whose adapter was loaded without them; values stay in its files.
+
+    Args:
+        name: the adapter's on the model, whose settings have a budget.
+        own: the adapter's own file.
+        view: the folder; None: it is that file alone.
+        place: the adapter's name in the folder.
+
+    Raises:
+        ValueError: tables that do not fit the model. Damaged: files that do not fit together.
+    """
+    adapter = adapter_of(model.get_base_model(), name)
+    budget = adapter.config.budget
+    assert budget is not None
+    tiers, spill = Tiers(budget), Spill()
+    edits = own_edits(own, False) if view is None else view.contents[place]
+    tables = saved_tables(own)
+    for layer, key in memory_keys(model, name).items():
+        start = f"{key}."
+        mine = {n.removeprefix(start): table for n, table in tables.items() if n.startswith(start)}
+        if set(mine) != set(adapter.group.memories[layer].saved_tables):
+            raise ValueError(f"{own} lacks tables of {layer}: it has {sorted(mine)}. Restore it from a copy.")
+        segments: dict[int, Rows] = {}
+
+        def rows_of(source: int, number: int, key: str = key, segments: dict[int, Rows] = segments) -> Any:
+            assert view is not None
+            if source not in segments:
+                segments[source] = Rows(load_file(str(view.segment(source))), f"{place}:{key}")
+            return segments[source].edit(number)
+
+        try:
+            fill(adapter.group.memories[layer], mine, edits, UNREAD, rows_of, tiers, spill)
+        except (KeyError, IndexError, TypeError) as error:
+            raise Damaged(
+                f"{own}: the segments do not fit it ({error}). Restore the folder from a copy."
+            ) from error
+    adapter.group.tiers, adapter.group.spill = tiers, spill
 
 
 # ---------------------------------------------------------------------- what is to be saved

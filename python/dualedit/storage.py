@@ -23,16 +23,17 @@ from torch import Tensor, nn
 
 from .folder import Damaged, View, Writer, find_folder, read_folder
 from .folder.lock import if_nobody_writes
-from .folder.manifest import CARD, CONFIG, WEIGHTS
+from .folder.manifest import CARD, CONFIG, WEIGHTS, read_manifest
 from .folder.reading import settings_of, steadily
 from .folder.writing import needs_repair
-from .memory import EditMemory
+from .memory import Budget, EditMemory
 from .memory.rows import IDS, LENGTHS, RECORDS, memories_in
 from .runtime.context import runtime_of
 from .saved import (
     Origin,
     changes_of,
     commit_rows,
+    fill_adapter,
     marks_of,
     memory_state,
     origin_of,
@@ -109,7 +110,7 @@ def save_edits(
         if changes is not None and origin is not None:
             based = dict(origin.based)
         assert writer.view is not None
-        settle(model, Origin(writer.view, places_of(names), settings, params, based), names)
+        settle(model, Origin(writer.view.slim(), places_of(names), settings, params, based), names)
         for trial in trials:
             trial.kept = True
 
@@ -189,7 +190,7 @@ def refresh_edits(model: PeftModel) -> int:
     with ExitStack() as stack:
         trials = [stack.enter_context(adapter_of(model.get_base_model(), n).group.trial()) for n in names]
         count, view = steadily(origin.view.folder, lambda: origin.refresh(model))
-        settle(model, replace(origin, view=view), [])
+        settle(model, replace(origin, view=view.slim()), [])
         for trial in trials:
             trial.kept = True
     return count
@@ -200,6 +201,7 @@ def load_edits(
     folder: str | os.PathLike[str],
     is_trainable: bool = False,
     adapter_name: str = "default",
+    budget: Budget | int | str | None = None,
 ) -> PeftModel:
     """Put saved edits on a model: `PeftModel.from_pretrained` with the folder checked first.
 
@@ -211,15 +213,18 @@ def load_edits(
         folder: from `save_edits` or `save_pretrained`.
         is_trainable: whether the adapter's parameters are to be trained.
         adapter_name: PEFT's name of the adapter on this model.
+        budget: how much memory the values of the edits may take, as a `Budget`, in bytes, or as a text such
+            as "500MB"; the others are read from the folder's files when they are needed. None: all.
 
     Returns:
         a `PeftModel` around `base`, or `base` if it is one already.
 
     Raises:
         ValueError: no such folder, no adapter in it, a file cut short or damaged, a file without some of the
-            tensors, edits of another base model, or a name that is taken. The model is left as it was.
+            tensors, edits of another base model, a name that is taken, or a budget that is none. The model is
+            left as it was.
     """
-    path = Path(folder)
+    path, held = Path(folder), None if budget is None else Budget.of(budget)
     _repair(path)
     _check_folder(path)
     if not isinstance(base, PeftModel):
@@ -231,11 +236,14 @@ def load_edits(
             f"(model.unload() gives it back), or the PeftModel and another adapter_name to put the saved "
             f"edits beside the others."
         )
-    return steadily(path, lambda: _load(base, path, is_trainable, adapter_name))
+    return steadily(path, lambda: _load(base, path, is_trainable, adapter_name, held))
 
 
-def _load(base: nn.Module, path: Path, is_trainable: bool, adapter_name: str) -> PeftModel:
+def _load(
+    base: nn.Module, path: Path, is_trainable: bool, adapter_name: str, budget: Budget | None
+) -> PeftModel:
     config = _edit_config(path)
+    config.budget = budget
     beside = isinstance(base, PeftModel)
     with _as_it_was(base, adapter_name, path):
         if isinstance(base, PeftModel):
@@ -246,11 +254,29 @@ def _load(base: nn.Module, path: Path, is_trainable: bool, adapter_name: str) ->
             model = PeftModel.from_pretrained(
                 base, path, adapter_name, is_trainable=is_trainable, config=config
             )
+        _fill(model, path, adapter_name)
         _check_complete(model, path, adapter_name)
         _load_fallback(model, path, adapter_name)
         if not beside:
             _note_origin(model, path, config)
+    for each in (config, model.peft_config.get(config.fallback)):
+        if isinstance(each, EditConfig) and each.saved_in is not None:
+            each.saved_in = (each.saved_in[0].slim(), each.saved_in[1])  # what was read is in the memories
     return model
+
+
+def _fill(model: PeftModel, path: Path, adapter_name: str) -> None:
+    """Read the edits of an adapter that was loaded without them, if it has a budget."""
+    config = model.peft_config[adapter_name]
+    if config.budget is None:
+        return
+    if config.saved_in is None:
+        fill_adapter(model, adapter_name, path / WEIGHTS, None, "")
+        return
+    view, place = config.saved_in
+    fill_adapter(model, adapter_name, view.own_file(place, WEIGHTS), view, place)
+    if read_manifest(view.folder) != view.manifest:
+        raise Damaged(f"folder={str(view.folder)!r} was written anew while it was read. Load it again.")
 
 
 def _note_origin(model: PeftModel, path: Path, config: EditConfig) -> None:
@@ -261,7 +287,8 @@ def _note_origin(model: PeftModel, path: Path, config: EditConfig) -> None:
         return
     names = list(configs)
     based = {n: any(s["edits"] for s in (c.memory_sizes or {}).values()) for n, c in configs.items()}
-    origin = Origin(view, places_of(names), _settings(model, names), marks_of(model, names), based)
+    settings, params = _settings(model, names), marks_of(model, names)
+    origin = Origin(view.slim(), places_of(names), settings, params, based)
     settle(model, origin, names)
 
 
@@ -352,8 +379,10 @@ def _load_fallback(model: PeftModel, path: Path, adapter_name: str) -> None:
         if view.manifest != other.saved_in[0].manifest:
             raise Damaged(f"folder={str(path)!r} was written anew while it was read. Load it again.")
         other.saved_in = (view, other.saved_in[1])  # both adapters as they were at one moment
+    other.budget = config.budget
     _load_beside(model, folder, other, name, False)
     try:
+        _fill(model, folder, name)
         _check_complete(model, folder, name)
     except BaseException:
         remove_adapter(model, name)

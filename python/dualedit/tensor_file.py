@@ -65,6 +65,13 @@ class TensorFile:
     def __exit__(self, *_: object) -> None:
         self._opened.close()
 
+    def places(self) -> dict[str, tuple[str, list[int], int]]:
+        """Each tensor's dtype, shape, and first byte in the file."""
+        return {
+            name: (entry["dtype"], entry["shape"], self._begin + entry["data_offsets"][0])
+            for name, entry in self._header.items()
+        }
+
     def data(self, name: str) -> bytes:
         """A tensor's bytes. Raises KeyError for an unknown name."""
         first, last = self._header[name]["data_offsets"]

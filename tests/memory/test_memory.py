@@ -35,13 +35,13 @@ def filled(count, generator):
     return memory, stored
 
 
-def assert_holds(memory_or_snapshot, stored, token_tables=("k_text", "v_text")):
+def assert_holds(memory_or_snapshot, stored):
     snapshot = (
         memory_or_snapshot.snapshot() if isinstance(memory_or_snapshot, EditMemory) else memory_or_snapshot
     )
     assert snapshot.ids == tuple(stored)
     for edit_id, rows in stored.items():
-        found = snapshot.rows(edit_id, token_tables)
+        found = snapshot.rows(edit_id)
         assert set(found) == set(rows)
         assert all(torch.equal(found[name], rows[name]) for name in rows)
     total = sum(len(rows["k_text"]) for rows in stored.values())

@@ -63,7 +63,9 @@ class PublishedGate:
             return
         snapshots = adapter.group.snapshot()
         route = self.route(batch, next(iter(snapshots.values())).ids)
-        edits = {name: layer.stored_edits(snapshots[name]) for name, layer in adapter.layers.items()}
+        edits = {
+            name: layer.stored_edits(snapshots[name].everything()) for name, layer in adapter.layers.items()
+        }
         with bound(unwrap(self.editor.model), route, edits):
             yield
 

@@ -49,6 +49,13 @@ class View:
     highest_id: int = 0
     moving: bool = False
 
+    def slim(self) -> View:
+        """The same without what was noted about edits, pictures among it: to be held for long."""
+        contents: Contents = {} if self.manifest is not None else {
+            name: dict.fromkeys(edits, Kept(0, UNREAD)) for name, edits in self.contents.items()
+        }  # fmt: skip
+        return replace(self, contents=contents, entries=[slim(entry) for entry in self.entries])
+
     def place(self, name: str) -> Path:
         """Where a file of the folder is."""
         return self.folder / name if self.manifest is None else self.manifest.place(self.folder, name)
@@ -69,6 +76,11 @@ class View:
         path = self.folder / segment_name(seq)
         check_file(path, note, full)
         return path
+
+
+def slim(entry: Entry) -> Entry:
+    """A commit without its changes, once they are made: what is left names its segment."""
+    return replace(entry, changes=[]) if entry.changes else entry
 
 
 def find_folder(path: Path) -> tuple[Path, str] | None:
@@ -199,7 +211,7 @@ def own_edits(file: Path, records: bool) -> dict[int, Kept]:
             if not all(type(number) is int and number > 0 for number in ids) or len(set(ids)) != len(ids):
                 raise ValueError(f"its edits have the numbers {ids[:5]}, and edits count from 1")
             if not records:
-                return {i: Kept(0, UNREAD) for i in sorted(ids)}
+                return dict.fromkeys(sorted(ids), Kept(0, UNREAD))
             text = tensors.data(memory + ".record_bytes").decode()
             noted = json.loads(text) if text else [{} for _ in ids]
             radii = tensors.numbers(gate)
@@ -221,7 +233,8 @@ def _highest(contents: Contents) -> int:
 
 
 def newer(view: View) -> tuple[list[Entry], View] | None:
-    """What was committed since a view, and the view as it is then; None where the journal is another one."""
+    """What was committed since a view, and the view as it is then, which holds the new commits without their
+    changes; None where the journal is another one."""
     manifest = read_manifest(view.folder)
     if manifest is None or view.manifest is None or (manifest.store, manifest.generation) != (
         view.manifest.store, view.manifest.generation,
@@ -237,7 +250,7 @@ def newer(view: View) -> tuple[list[Entry], View] | None:
         [view.highest_id, *(c["id"] for entry in entries for c in entry.changes if c["op"] == "add")]
     )
     after = replace(
-        view, manifest=manifest, entries=[*view.entries, *entries], seq=view.seq + len(entries), check=check,
-        offset=view.offset + taken, torn=len(data) - taken, highest_id=highest,
+        view, manifest=manifest, entries=[*view.entries, *map(slim, entries)],
+        seq=view.seq + len(entries), check=check, offset=view.offset + taken, torn=len(data) - taken, highest_id=highest,
     )  # fmt: skip
     return entries, after

@@ -28,7 +28,7 @@ from .manifest import (
     segment_name,
     write_manifest,
 )
-from .reading import View, newer, read_folder
+from .reading import View, newer, read_folder, slim
 
 
 class Writer:
@@ -41,6 +41,7 @@ class Writer:
     Attributes:
         view: the folder as it is; None where it holds nothing yet.
         repaired: what the last writer had left undone, in words.
+        news: what was committed since `known`, the folder as the caller knows it.
 
     Raises:
         FolderLocked: somebody else is writing. Damaged: files that are not what was written.
@@ -51,6 +52,7 @@ class Writer:
     def __init__(self, folder: Path, timeout: float = 60.0, known: View | None = None):
         self.folder, self.timeout, self._known = folder, timeout, known
         self.repaired: list[str] = []
+        self.news: list[Entry] = []
 
     @contextmanager
     def open(self) -> Iterator[Writer]:
@@ -65,7 +67,7 @@ class Writer:
         if known is not None and known.manifest is not None and manifest is not None:
             found = newer(known)
             if found is not None:
-                self.view = found[1]
+                self.news, self.view = found
                 if self.view.torn:
                     self._cut_tail()
                 (self.folder / segment_name(self.view.seq + 1)).unlink(missing_ok=True)
@@ -136,7 +138,7 @@ class Writer:
             raise
         added = [change["id"] for change in listed if change["op"] == "add"]
         self.view = replace(
-            view, entries=[*view.entries, replace(entry, check=check)], seq=seq, check=check,
+            view, entries=[*view.entries, slim(replace(entry, check=check))], seq=seq, check=check,
             offset=view.offset + len(line), highest_id=max([view.highest_id, *added]),
         )  # fmt: skip
         return self.view

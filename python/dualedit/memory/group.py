@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..runtime.frames import find, framed
+from .budget import Tiers
 from .snapshot import Snapshot
 from .tables import EditMemory
+from .values import Spill
 
 
 @dataclass
@@ -37,6 +39,8 @@ class MemoryGroup:
 
     def __init__(self):
         self.memories: dict[str, EditMemory] = {}
+        self.tiers: Tiers | None = None  # of an adapter that was loaded with a budget
+        self.spill: Spill | None = None
         self._make_locks()
         self._answering: tuple[dict[str, Snapshot], tuple[int, ...], dict[str, Snapshot]] | None = None
 
@@ -45,7 +49,7 @@ class MemoryGroup:
         self._writing = threading.RLock()  # held by the one who changes them, trials included
 
     def __getstate__(self):
-        return {"memories": self.memories}
+        return {"memories": self.memories, "tiers": self.tiers, "spill": self.spill}
 
     def __setstate__(self, state):
         self.__dict__.update(state)
@@ -105,6 +109,20 @@ class MemoryGroup:
         with self._lock:
             return {name: memory.sizes() for name, memory in self._memories().items()}
 
+    def bytes_used(self) -> dict[str, int]:
+        """Bytes of the stored edits: "keys" (always in memory), "values" of all of them, and of the values
+        those on the "device", in the "host"'s memory, and on the "disk" alone."""
+        with self._lock:
+            memories = list(self._memories().values())
+            parts = [memory.bytes_used() for memory in memories]
+            keys, values = (sum(part[name] for part in parts) for name in ("keys", "values"))
+        found = {"keys": keys, "values": values, "device": 0, "host": 0, "disk": 0}
+        if self.tiers is not None:
+            used = self.tiers.used()
+            return {**found, **used, "disk": max(values - used["host"], 0)}
+        on_host = not memories or memories[0].edit_ids.device.type == "cpu"
+        return {**found, "host" if on_host else "device": values}
+
     def state(self) -> dict[str, dict[str, Tensor]]:
         """Each memory's tensors as they are saved, as this thread sees them; all of one moment."""
         with self._lock:
@@ -136,10 +154,7 @@ class MemoryGroup:
 
     def rows(self, snapshots: Mapping[str, Snapshot], edit_id: int) -> dict[str, dict[str, Tensor]]:
         """An edit of an earlier moment, as `add` takes it."""
-        return {
-            name: snapshots[name].rows(edit_id, memory.token_tables)
-            for name, memory in self._memories().items()
-        }
+        return {name: snapshots[name].rows(edit_id) for name in self._memories()}
 
     def next_id(self) -> int:
         """A number that no edit of this memory has or has had."""
@@ -211,6 +226,6 @@ class MemoryGroup:
                 return now
             known = self._answering
             if known is None or known[1] != silent or any(now[n] is not known[0].get(n) for n in now):
-                made = {n: now[n].without(silent, memories[n].token_tables) for n in now}
+                made = {n: now[n].without(silent) for n in now}
                 known = self._answering = (now, silent, made)
             return known[2]

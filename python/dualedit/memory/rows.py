@@ -10,6 +10,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from .notes import text_of
+
 IDS, LENGTHS, RECORDS = "edit_ids", "edit_lengths", "record_bytes"
 State = Mapping[str, Tensor]
 
@@ -23,6 +25,12 @@ def tables_of(state: State, memory: str) -> dict[str, Tensor]:
     """A memory's tables by their own names, numbers and lengths included, records not."""
     start = f"{memory}."
     return {n[len(start) :]: t for n, t in state.items() if n.startswith(start) and n != start + RECORDS}
+
+
+def without_edits(state: State) -> dict[str, Tensor]:
+    """An adapter's tensors with its memories' tables emptied."""
+    memories = tuple(f"{memory}." for memory in memories_in(list(state)))
+    return {name: tensor[:0] if name.startswith(memories) else tensor for name, tensor in state.items()}
 
 
 class Rows:
@@ -112,7 +120,7 @@ def together(
 
 def records_tensor(records: Sequence[Mapping[str, Any]]) -> Tensor:
     """Records as memories store them: JSON in UTF-8, [bytes] uint8; empty where there are none."""
-    text = json.dumps(list(records), ensure_ascii=False).encode() if records else b""
+    text = text_of(list(records))
     return torch.frombuffer(bytearray(text), dtype=torch.uint8) if text else torch.empty(0, dtype=torch.uint8)
 
 

@@ -2,40 +2,44 @@
 
 A table has one row an edit ("edit" tables: keys, radii, values) or one row a token of an edit ("token"
 tables: cached keys and values of variable length). Appending never moves a row that a snapshot can see, and
-removing or bringing back makes new edit tables, so a generation that holds a snapshot is untouched by edits
-made meanwhile. Rows of edit tables are in the order of the edits' numbers, that of their making.
-Rows of token tables stay where they are, and each edit knows where its own begin; what removed edits leave is
-cleared away once it is the larger half.
+removing or bringing back makes new tables of numbers, so a generation that holds a snapshot is untouched by
+edits made meanwhile. Edits are in the order of their numbers, that of their making.
+
+Wide rows (keys, values) stay where they are when an edit goes: copying a hundred megabytes for each removal
+would take longer than the removal. Each edit knows its place, and what removed edits leave is cleared away
+once it is a 64th (of token tables: the larger half). With a budget, values are in no table but in files
+(`ValueStore`).
 """
 
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from ..records import expires_at, uid_of
+from ..records import uid_of
+from . import packing
 from .key_codes import TableCodes
-from .snapshot import Snapshot
+from .notes import Notes, ends_at
+from .saving import NO_RADIUS, SavedTables
+from .snapshot import Snapshot, Tables
+from .values import ValueStore
 
 _FIRST_CAPACITY = 8
-NO_RADIUS = -1.0  # of an edit that reaches as far as the adapter's settings say
-_LARGEST_ID = 2**53  # further on, JSON readers round
+_SMALL = 1 << 20  # bytes of wide rows that are copied at once when an edit goes
+_CLEARED_AT = 64  # of so many edits, one that is gone may leave its rows
+__all__ = ["NO_RADIUS", "EditMemory"]
+_NUMBERS = ("edit_ids", "edit_lengths", "edit_starts", "edit_places", "edit_slots")
 # What changes when edits are added or removed, beside the tables and the records.
 _STATE = (
-    "_num_edits", "_num_tokens", "_num_removed", "_highest_id", "_snapshot", "_key_codes", "_expected",
-    "_timed", "_touched",
+    "_num_edits", "_num_rows", "_num_tokens", "_num_removed", "_highest_id", "_snapshot", "_key_codes",
+    "_expected", "_timed", "_touched", "_gone",
 )  # fmt: skip
 
 
-def _as_bytes_tensor(text: bytes) -> Tensor:
-    return torch.frombuffer(bytearray(text), dtype=torch.uint8) if text else torch.empty(0, dtype=torch.uint8)
-
-
-class EditMemory(nn.Module):
+class EditMemory(SavedTables, nn.Module):
     """The tables of one edited layer.
 
     Args:
@@ -43,6 +47,7 @@ class EditMemory(nn.Module):
         token_tables: name to width, for tables with a row a token.
         device, dtype: of the tables; the first `add` of an empty memory takes over the dtype of what it
             stores.
+        kind: how the token tables' rows are stored (`packing.KINDS`).
     """
 
     def __init__(
@@ -51,24 +56,37 @@ class EditMemory(nn.Module):
         token_tables: Mapping[str, int],
         device: torch.device | None = None,
         dtype: torch.dtype = torch.float32,
+        kind: str = "native",
     ):
         super().__init__()
+        self.kind = kind
         self.edit_tables = {name: tuple(shape) for name, shape in edit_tables.items()}
-        self.token_tables = {name: (width,) for name, width in token_tables.items()}
+        self.token_tables = {
+            name: (packing.stored_width(width, kind),) for name, width in token_tables.items()
+        }
         for name, shape in (self.edit_tables | self.token_tables).items():
-            self.register_buffer(name, torch.empty((0, *shape), device=device, dtype=dtype))
-        self.register_buffer("edit_ids", torch.empty(0, dtype=torch.int64, device=device))
-        self.register_buffer("edit_lengths", torch.empty(0, dtype=torch.int64, device=device))
-        starts = torch.empty(0, dtype=torch.int64, device=device)
-        self.register_buffer("edit_starts", starts, persistent=False)  # first rows in the token tables
+            stored = packing.stored_dtype(dtype, kind) if name in self.token_tables else dtype
+            self.register_buffer(name, torch.empty((0, *shape), device=device, dtype=stored))
+        # Of what device and dtype values are when they are used.
+        self.register_buffer("like", torch.empty(0, device=device, dtype=dtype), persistent=False)
+        for name in _NUMBERS:
+            # Saved: numbers and lengths. Not saved: first rows in the token tables, rows in the wide edit
+            # tables, and slots of values in files.
+            saved = name in ("edit_ids", "edit_lengths")
+            self.register_buffer(
+                name, torch.empty(0, dtype=torch.int64, device=device), persistent=saved
+            )
         # JSON text of each edit's record, UTF-8, one after the other: it travels in the same file as the
         # tensors.
         self.register_buffer("record_bytes", torch.empty(0, dtype=torch.uint8, device=device))
+        self.values: ValueStore | None = None  # where the values are, if they are in files
         self._num_edits = 0
+        self._num_rows = 0  # rows of the wide edit tables that are used
         self._num_tokens = 0  # rows of the token tables that are used
         self._num_removed = 0  # of these, rows of edits that are gone
         self._highest_id = 0
-        self._records: dict[int, dict] = {}
+        self._records = Notes()
+        self._gone: dict[int, int] = {}  # edits that are gone, and their rows in the wide edit tables
         self._snapshot: Snapshot | None = None
         self._key_codes = TableCodes()
         self._expected = 0  # edits that the saved folder holds and that have not been loaded
@@ -96,7 +114,7 @@ class EditMemory(nn.Module):
 
     def record(self, edit_id: int) -> dict:
         """What was noted about an edit when it was stored (empty if nothing was)."""
-        return dict(self._records.get(edit_id, {}))
+        return dict(self._records.get(edit_id))
 
     def silent(self, now: float) -> tuple[int, ...]:
         """Numbers of the edits that are stored and do not answer now, disabled or expired, ascending."""
@@ -104,15 +122,15 @@ class EditMemory(nn.Module):
 
     def _set_record(self, edit_id: int, record: dict) -> None:
         self._records[edit_id] = record
-        end = _ends(record)
-        # A new mapping: forks share the old one.
-        others = {i: t for i, t in self._timed.items() if i != edit_id} if self._timed else {}
-        self._timed = others if end is None else {**others, edit_id: end}
+        end = ends_at(record)
+        if end is not None or edit_id in self._timed:  # a new mapping: forks share the old one
+            others = {i: t for i, t in self._timed.items() if i != edit_id}
+            self._timed = others if end is None else {**others, edit_id: end}
 
     def touch(self, edit_id: int) -> None:
         """Note that an edit is about to be added, changed or removed."""
         if edit_id not in self._touched:
-            known = self._records.get(edit_id)
+            known = self._records[edit_id] if edit_id in self._records else None
             self._touched[edit_id] = None if known is None else uid_of(known, edit_id)
 
     @property
@@ -131,9 +149,21 @@ class EditMemory(nn.Module):
 
     def bytes_per_edit(self) -> float:
         """Mean size of an edit's rows, in bytes; 0.0 when there is none."""
-        snapshot = self.snapshot()
-        size = sum(table.numel() * table.element_size() for table in snapshot.tables.values())
-        return size / len(snapshot) if len(snapshot) else 0.0
+        sizes = self.bytes_used()
+        return (sizes["keys"] + sizes["values"]) / len(self) if len(self) else 0.0
+
+    def bytes_used(self) -> dict[str, int]:
+        """Bytes of the stored edits' "keys" (with radii and numbers' tables left out) and "values", in
+        memory or on the disk."""
+        tokens = int(self.edit_lengths[: self._num_edits].sum()) if self.token_tables else 0
+        found = {"keys": 0, "values": 0}
+        for name, shape in (self.edit_tables | self.token_tables).items():
+            values = torch.Size(shape).numel() * (tokens if name in self.token_tables else self._num_edits)
+            apart = self.values is not None and name in self.values.names
+            dtype = self.values.dtypes[name] if apart else getattr(self, name).dtype
+            what = "keys" if name in ("key", "radius") else "values"
+            found[what] += values * dtype.itemsize
+        return found
 
     # ------------------------------------------------------------------ trying
 
@@ -145,7 +175,7 @@ class EditMemory(nn.Module):
         """
         made = copy.copy(self)
         made._buffers = dict(self._buffers)
-        made._records = dict(self._records)
+        made._records = self._records.copy()
         made._touched = dict(self._touched)
         # Codes of rows that may never be stored would be wrong for those that come in their place.
         made._key_codes = self._key_codes.fork()
@@ -157,7 +187,7 @@ class EditMemory(nn.Module):
         self.__dict__.update(
             {name: value for name, value in vars(other).items() if name in _STATE},
             _buffers=dict(other._buffers),
-            _records=dict(other._records),
+            _records=other._records.copy(),
         )
 
     # ------------------------------------------------------------------ changing
@@ -185,13 +215,26 @@ class EditMemory(nn.Module):
             )
         for name, row in rows.items():
             shape = tuple(row.shape) if name in self.edit_tables else tuple(row.shape[1:])
-            if shape != wanted[name]:
-                raise ValueError(f"{name}: a row has shape {shape}, this memory stores {wanted[name]}.")
-            if not _storable(row):
+            if shape != self._shape_of(name, row):
+                raise ValueError(
+                    f"{name}: a row has shape {shape}, this memory stores {self._shape_of(name, row)}."
+                )
+            if not packing.are_storable(row, self.kind if self._is_packed(row) else "native"):
                 raise ValueError(
                     f"{name}: NaN or infinite values cannot be stored. The forward of the edit overflowed; "
                     f"run the model in bfloat16 or float32."
                 )
+
+    def _is_packed(self, row: Tensor) -> bool:
+        return packing.is_packed(self.kind) and row.dtype == torch.uint8
+
+    def _shape_of(self, name: str, row: Tensor) -> tuple[int, ...]:
+        """Shape of a row that is added: as it is stored or, of a packed table, not packed yet."""
+        if name not in self.token_tables:
+            return self.edit_tables[name]
+        (width,) = self.token_tables[name]
+        packed = packing.is_packed(self.kind) and not self._is_packed(row)
+        return (width - packing.stored_width(0, self.kind),) if packed else (width,)
 
     def add(
         self, edit_id: int, rows: Mapping[str, Tensor], record: Mapping[str, object] | None = None
@@ -200,37 +243,97 @@ class EditMemory(nn.Module):
 
         Args:
             edit_id: its number, not used yet.
-            rows: edit tables' rows of their row shape, token tables' rows [tokens, width].
+            rows: edit tables' rows of their row shape, token tables' rows [tokens, width], as they are stored
+                or not packed yet.
             record: anything JSON can hold.
         """
         self.check(rows)
         if edit_id in self._records:
             raise ValueError(f"edit_id={edit_id} is stored already; remove it first.")
-        text = json.dumps(dict(record or {}))
+        kept = self.checked_record(record)
         # Tables made in inference mode could be neither changed outside it nor kept for a backward pass.
         with torch.inference_mode(False), torch.no_grad():
-            self._add_rows(edit_id, rows)
-        self._set_record(edit_id, json.loads(text))
+            self._add_rows(edit_id, self._as_stored(rows))
+        self._set_record(edit_id, kept)
         self._highest_id = max(self._highest_id, edit_id)
         self._snapshot, self._expected = None, 0
 
+    def _as_stored(self, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if self._num_edits == 0:
+            plain = next((r for r in rows.values() if r.is_floating_point()), None)
+            if plain is not None:
+                self.like = self.like.to(plain.dtype)
+        if self.kind == "native":
+            return dict(rows)
+        return {
+            name: packing.pack(row, self.kind)
+            if name in self.token_tables and not self._is_packed(row)
+            else row
+            for name, row in rows.items()
+        }
+
+    @property
+    def _wide(self) -> list[str]:
+        """Edit tables whose rows stay where they are when an edit goes."""
+        apart = () if self.values is None else self.values.names
+        return [name for name, shape in self.edit_tables.items() if shape and name not in apart]
+
+    @property
+    def _narrow(self) -> list[str]:
+        """Edit tables of single numbers."""
+        return [name for name, shape in self.edit_tables.items() if not shape]
+
     def _add_rows(self, edit_id: int, rows: Mapping[str, Tensor]) -> None:
         tokens = next((int(rows[name].shape[0]) for name in self.token_tables), 0)
-        row, first = self._num_edits, self._num_tokens
-        if row and edit_id < int(self.edit_ids[row - 1]):  # an edit that is brought back goes where it was
-            row = int(torch.searchsorted(self.edit_ids[:row], edit_id))
-        edit_rows = {name: rows[name].unsqueeze(0) for name in self.edit_tables}
-        numbers = {"edit_ids": edit_id, "edit_lengths": tokens, "edit_starts": first}
-        edit_rows |= {name: torch.tensor([number]) for name, number in numbers.items()}
-        place = self._append if row == self._num_edits else self._insert
-        for name, new in edit_rows.items():
-            place(name, row, self._num_edits, new)
-        for name in self.token_tables:
-            self._append(name, first, first, rows[name])
-        if row < self._num_edits:
-            self._key_codes = TableCodes()
+        n, first = self._num_edits, self._num_tokens
+        row = n
+        if n and edit_id < int(self.edit_ids[n - 1]):  # an edit that is brought back goes where it was
+            row = int(torch.searchsorted(self.edit_ids[:n], edit_id))
+        place = self._place_for(edit_id, row, rows)
+        slot = -1 if self.values is None else self.values.put(rows, tokens)
+        new = {name: rows[name].reshape(1) for name in self._narrow}
+        for name, number in zip(_NUMBERS, (edit_id, tokens, first, place, slot), strict=True):
+            new[name] = torch.tensor([number])
+        for name, value in new.items():
+            if row == n:
+                self._append(name, n, n, value)
+            else:
+                self._insert(name, row, n, value)
+        if self.values is None:
+            for name in self.token_tables:
+                self._append(name, first, first, rows[name])
+            self._num_tokens += tokens
         self._num_edits += 1
-        self._num_tokens += tokens
+
+    def _place_for(self, edit_id: int, row: int, rows: Mapping[str, Tensor]) -> int:
+        """Put the wide rows of a new edit in their tables; where they are."""
+        there = self._gone.get(edit_id)
+        if there is not None and self._lies_there(there, row, rows):
+            self._gone = {i: place for i, place in self._gone.items() if i != edit_id}
+            return there  # where it was, as nothing has taken its place
+        if row < self._num_edits:
+            self._clear_rows()
+            for name in self._wide:
+                self._insert(name, row, self._num_rows, rows[name].unsqueeze(0))
+            later = self.edit_places[: self._num_edits].clone()
+            later[row:] += 1
+            self.edit_places, self._key_codes = later, TableCodes()
+            self._num_rows += 1
+            return row
+        place = self._num_rows
+        for name in self._wide:
+            self._append(name, place, place, rows[name].unsqueeze(0))
+        self._num_rows += 1
+        return place
+
+    def _lies_there(self, place: int, row: int, rows: Mapping[str, Tensor]) -> bool:
+        """Whether a place holds the wide rows of an edit, and is between those of the edits beside it."""
+        n, places = self._num_edits, self.edit_places
+        if (row > 0 and int(places[row - 1]) > place) or (row < n and int(places[row]) < place):
+            return False
+        return all(
+            torch.equal(getattr(self, name)[place], rows[name].to(getattr(self, name))) for name in self._wide
+        )
 
     def _append(self, name: str, row: int, used: int, new: Tensor) -> None:
         """Rows behind those that are used; no row that a snapshot can see moves."""
@@ -240,7 +343,8 @@ class EditMemory(nn.Module):
             table = table.to(new.dtype) if new.is_floating_point() else table
         need = used + new.shape[0]
         if need > table.shape[0]:
-            grown = table.new_zeros((max(need, 2 * table.shape[0], _FIRST_CAPACITY), *table.shape[1:]))
+            # Not zeros: room that nobody has written to takes no memory.
+            grown = table.new_empty((max(need, 2 * table.shape[0], _FIRST_CAPACITY), *table.shape[1:]))
             grown[:used] = table[:used]
             table = grown
         table[used:need] = new.to(table)
@@ -254,7 +358,7 @@ class EditMemory(nn.Module):
     def note(self, edit_id: int, record: Mapping[str, object]) -> None:
         """Put another record in the place of a stored edit's."""
         self.row_of(edit_id)
-        self._set_record(edit_id, json.loads(json.dumps(dict(record))))
+        self._set_record(edit_id, self.checked_record(record))
 
     def row_of(self, edit_id: int) -> int:
         """Row of an edit in the edit tables.
@@ -276,39 +380,50 @@ class EditMemory(nn.Module):
         """
         row = self.row_of(edit_id)
         tokens = int(self.edit_lengths[row])
+        self._gone = {**self._gone, edit_id: int(self.edit_places[row])}
         with torch.inference_mode(False):
-            for name in (*self.edit_tables, "edit_ids", "edit_lengths", "edit_starts"):
-                setattr(self, name, _without(getattr(self, name)[: self._num_edits], row, 1))
+            for name in (*self._narrow, *_NUMBERS):
+                setattr(self, name, _without(getattr(self, name)[: self._num_edits], row))
         del self._records[edit_id]
-        self._timed = {i: end for i, end in self._timed.items() if i != edit_id}
-        self._key_codes = self._key_codes.keep(_without(torch.arange(self._num_edits), row, 1))
+        if edit_id in self._timed:
+            self._timed = {i: end for i, end in self._timed.items() if i != edit_id}
         self._num_edits -= 1
-        self._num_removed += tokens
         self._snapshot = None
-        if 2 * self._num_removed > self._num_tokens:
-            self._clear_away()
+        wide = [getattr(self, name) for name in self._wide]
+        size = sum(table[: self._num_rows].numel() * table.element_size() for table in wide)
+        # A GPU copies a table in less time than it takes to ask it whether an edit is gone.
+        many = (self._num_rows - self._num_edits) * _CLEARED_AT > self._num_edits
+        if size <= _SMALL or many or self.edit_ids.device.type != "cpu":
+            self._clear_rows()
+        if self.values is None:
+            self._num_removed += tokens
+            if 2 * self._num_removed > self._num_tokens:
+                self._clear_tokens()
 
-    def _clear_away(self) -> None:
+    def _clear_rows(self) -> None:
+        """Wide edit tables without the rows that removed edits have left, in memory of their own."""
+        self._gone = {}
+        if self._num_rows == self._num_edits:
+            return
+        places = self.edit_places[: self._num_edits]
+        with torch.inference_mode(False):
+            for name in self._wide:
+                table = getattr(self, name)
+                setattr(self, name, table[places.to(table.device)])
+            self._key_codes = self._key_codes.keep(places.cpu())
+            self.edit_places = torch.arange(self._num_edits, device=places.device)
+        self._num_rows = self._num_edits
+
+    def _clear_tokens(self) -> None:
         """Token tables without the rows that removed edits have left, in memory of their own."""
         with torch.inference_mode(False):
-            found = {name: self._live(name) for name in self.token_tables}
+            found = {name: self.live(name) for name in self.token_tables}
             for name, table in found.items():
                 setattr(self, name, table)
             length = self.edit_lengths[: self._num_edits]
             self.edit_starts = length.cumsum(0) - length
         self._num_tokens -= self._num_removed
         self._num_removed = 0
-
-    def _live(self, name: str) -> Tensor:
-        """A token table's rows of the stored edits, one edit after the other, in memory of their own."""
-        table, n = getattr(self, name)[: self._num_tokens], self._num_edits
-        start, length = self.edit_starts[:n], self.edit_lengths[:n]
-        packed = length.cumsum(0) - length
-        if not self._num_removed and bool((start == packed).all()):
-            return table.detach().clone()
-        rows = torch.arange(int(length.sum()), device=start.device)
-        rows += (start - packed).repeat_interleave(length)
-        return table.detach()[rows.to(table.device)]
 
     # ------------------------------------------------------------------ reading
 
@@ -321,158 +436,36 @@ class EditMemory(nn.Module):
                 f"folder) or PeftModel.from_pretrained."
             )
         if self._snapshot is None:
-            n, t = self._num_edits, self._num_tokens
+            n, rows, t = self._num_edits, self._num_rows, self._num_tokens
+            wide = self._wide
+            kept = {name: getattr(self, name)[:rows] for name in wide}
+            kept |= {name: getattr(self, name)[:n] for name in self._narrow}
+            if self.values is None:
+                kept |= {name: getattr(self, name)[:t] for name in self.token_tables}
+            apart = None if self.values is None else (self.values, self.edit_slots[:n])
+            places = None if rows == n else self.edit_places[:n]
             self._snapshot = Snapshot(
-                tables={name: getattr(self, name)[:n] for name in self.edit_tables}
-                | {name: getattr(self, name)[:t] for name in self.token_tables},
+                Tables({name: kept[name] for name in self._order if name in kept}, places, wide, apart),
                 edit_ids=self.edit_ids[:n],
                 start=self.edit_starts[:n],
                 length=self.edit_lengths[:n],
                 key_codes=self._key_codes,
+                token_tables=frozenset(self.token_tables),
+                kind=self.kind,
+                dtype=self.like.dtype,
             )
         return self._snapshot
+
+    @property
+    def _order(self) -> list[str]:
+        return [*self.edit_tables, *self.token_tables]
 
     def _apply(self, fn, recurse: bool = True):
         self._snapshot = None  # tensors move: what was handed out stays where it was
         self._key_codes = TableCodes()
         return super()._apply(fn, recurse)
 
-    # ------------------------------------------------------------------ saving and loading
 
-    def sizes(self) -> dict[str, int]:
-        """Rows of the tables and bytes of the records, as a saved folder's config names them."""
-        tokens = self._num_tokens - self._num_removed
-        return {"edits": self._num_edits, "tokens": tokens, "records": len(self._record_bytes())}
-
-    def expect(self, edits: int) -> None:
-        """Let it be known that the folder which the settings came from holds edits.
-
-        Loading their tensors fulfils it. A loader that places the settings alone would lose the edits without
-        a word; the first question refuses then, and names `load_edits`.
-        """
-        self._expected = edits
-
-    def _record_bytes(self) -> bytes:
-        if not self._num_edits:
-            return b""
-        return json.dumps([self._records.get(i, {}) for i in self.ids], ensure_ascii=False).encode()
-
-    @property
-    def saved_tables(self) -> tuple[str, ...]:
-        """Names of the tensors that are saved."""
-        return (*self._sizes(), "record_bytes")
-
-    def _sizes(self) -> dict[str, int]:
-        sizes = dict.fromkeys((*self.edit_tables, "edit_ids", "edit_lengths"), self._num_edits)
-        return sizes | dict.fromkeys(self.token_tables, self._num_tokens - self._num_removed)
-
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
-        for name, size in self._sizes().items():
-            if name in self.token_tables:
-                destination[prefix + name] = self._live(name)
-            else:
-                destination[prefix + name] = getattr(self, name)[:size].detach().clone()
-        destination[prefix + "record_bytes"] = _as_bytes_tensor(self._record_bytes())
-
-    def _load_from_state_dict(
-        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-    ):
-        names = (*self._sizes(), "record_bytes")
-        found = {name: state_dict[prefix + name] for name in names if prefix + name in state_dict}
-        missing_keys.extend(prefix + name for name in names if name not in found)
-        if len(found) != len(names):
-            return
-        try:
-            self._adopt(found)
-        except ValueError as error:
-            error_msgs.append(f"{prefix[:-1]}: {error}")
-
-    def _check_types(self, found: dict[str, Tensor]) -> None:
-        """Refuse tables of a file that `add` would not have made."""
-        wanted = {"edit_ids": torch.int64, "edit_lengths": torch.int64, "record_bytes": torch.uint8}
-        for name, table in found.items():
-            right = table.dtype == wanted[name] if name in wanted else table.dtype.is_floating_point
-            if not right or (name in wanted and table.ndim != 1):
-                raise ValueError(
-                    f"{name} is {table.dtype} of shape {tuple(table.shape)}; the file is "
-                    "damaged. Restore it from a copy."
-                )
-            if name not in wanted and not table.is_meta and not _storable(table):
-                raise ValueError(
-                    f"{name} holds values that are not finite, and no edit has such; the file is "
-                    "damaged. Restore it from a copy."
-                )
-        ids = found["edit_ids"]
-        if not ids.is_meta and len(ids) and not 0 < int(ids.min()) <= int(ids.max()) < _LARGEST_ID:
-            raise ValueError(
-                f"edit_ids go from {int(ids.min())} to {int(ids.max())}, and edits count from 1; the file is "
-                "damaged. Restore it from a copy."
-            )
-
-    def _adopt(self, found: dict[str, Tensor]) -> None:
-        radius = found.get("radius")
-        if radius is not None and radius.is_floating_point() and not radius.is_meta:
-            # Version 0.1 had NaN for an edit without a radius of its own.
-            found["radius"] = torch.where(radius.isnan(), NO_RADIUS, radius)
-        self._check_types(found)
-        ids, lengths = found["edit_ids"].tolist(), found["edit_lengths"].tolist()
-        counts = dict.fromkeys(self.edit_tables, len(ids)) | dict.fromkeys(self.token_tables, sum(lengths))
-        for name, shape in (self.edit_tables | self.token_tables).items():
-            if tuple(found[name].shape) != (counts[name], *shape):
-                raise ValueError(
-                    f"{name} has shape {tuple(found[name].shape)} in the file, this model needs "
-                    f"{(counts[name], *shape)}; the edits belong to another model or adapter size."
-                )
-        text = found["record_bytes"].cpu().numpy().tobytes().decode()
-        records = json.loads(text) if text else [{} for _ in ids]
-        least = 1 if self.token_tables else 0
-        whole = len(records) == len(lengths) == len(set(ids)) and min(lengths, default=least) >= least
-        if not whole or not all(isinstance(record, dict) for record in records):
-            raise ValueError(
-                f"{len(ids)} edits (numbers {ids[:8]}) with {len(records)} records and lengths "
-                f"{lengths[:8]} do not fit together; the file is damaged. Restore it from a copy."
-            )
-        device = self.edit_ids.device
-        # A model being filled from a file may still be on the meta device; the file's tensors are real.
-        place = found["edit_ids"].device if device.type == "meta" else device
-        order = _ascending(found["edit_ids"], found["edit_lengths"])
-        for name, table in found.items():
-            table = table.detach()
-            if order is not None and name != "record_bytes":
-                table = table[order[name in self.token_tables].to(table.device)]
-            # Cloned: tensors mapped from a file can be unaligned, which changes the last bit of a product.
-            self._buffers[name] = table.to(place).clone()
-        self._records = dict(sorted(zip(ids, records, strict=True), key=lambda each: each[0]))
-        self._timed = {i: end for i, r in self._records.items() if (end := _ends(r)) is not None}
-        self._num_edits, self._num_tokens, self._snapshot = len(ids), sum(lengths), None
-        self._num_removed = 0
-        length = self._buffers["edit_lengths"]
-        self._buffers["edit_starts"] = length.cumsum(0) - length
-        self._key_codes = TableCodes()
-        self._expected, self._touched = 0, {}
-        self._highest_id = max([self._highest_id, *ids])
-
-
-def _ends(record: Mapping[str, object]) -> float | None:
-    """When an edit stops to answer; 0: it is disabled; None: never."""
-    return 0.0 if record.get("disabled") else expires_at(record)
-
-
-def _storable(table: Tensor) -> bool:
-    """Whether values can be stored: finite ones."""
-    return bool(torch.isfinite(table).all())
-
-
-def _without(table: Tensor, first: int, count: int) -> Tensor:
-    """A table without the rows from `first` on, in memory of its own."""
-    return torch.cat([table[:first], table[first + count :]])
-
-
-def _ascending(ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Orders of the edits' rows and of their tokens by number; None where they are in order already."""
-    if bool((ids.diff() > 0).all()):
-        return None
-    edits = ids.argsort()
-    start = lengths.cumsum(0) - lengths
-    pieces = [torch.arange(int(start[i]), int(start[i] + lengths[i])) for i in edits.tolist()]
-    return edits, torch.cat([torch.empty(0, dtype=torch.int64), *pieces])
+def _without(table: Tensor, row: int) -> Tensor:
+    """A table without a row, in memory of its own."""
+    return torch.cat([table[:row], table[row + 1 :]])

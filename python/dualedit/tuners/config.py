@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from ..folder import View, find_folder, read_folder
 from ..folder.manifest import CONFIG, WEIGHTS
 from ..folder.sealing import seal
+from ..memory import Budget
 from .model_card import how_to_load, write_card
 
 if TYPE_CHECKING:
@@ -107,6 +108,8 @@ class EditConfig(PeftConfig):
         # The folder that the settings were read from, where it has a manifest, and the adapter's name in it.
         # No field: it is not saved.
         self.saved_in: tuple[View, str] | None = None
+        # How much memory the values of edits that are loaded may take; None: all of them. No field, either.
+        self.budget: Budget | None = None
         sizes = self.memory_sizes
         fits = sizes is None or (isinstance(sizes, dict) and all(_are_sizes(each) for each in sizes.values()))
         require(fits, "memory_sizes", sizes, "it is set by saving; restore the file from a copy")

@@ -9,7 +9,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..memory import EditMemory, MemoryGroup, Snapshot
+from ..memory import EditMemory, Fired, MemoryGroup, Snapshot
 from ..memory.routing import Decision, nearest_edit
 from ..memory.routing_keys import PooledKey
 from ..runtime import compile as compiling
@@ -91,8 +91,8 @@ class EditLayer(nn.Module, BaseTunerLayer):
 
     @staticmethod
     @abstractmethod
-    def stored_edits(snapshot: Snapshot) -> Any:
-        """The stored edits in the form in which `bound` takes them."""
+    def stored_edits(snapshot: Snapshot | Fired) -> Any:
+        """Edits in the form in which `bound` takes them: all that are stored, or those that answer a batch."""
 
     def router(self, name: str) -> nn.Module | None:
         """The trained part of an adapter's routing key; None: states themselves are the key."""

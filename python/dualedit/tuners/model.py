@@ -16,6 +16,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from ..memory import MemoryGroup
+from ..memory.rows import without_edits
 from ..models import architectures
 from ..runtime.context import EditRuntime, runtime_of
 from .adapters import lifted_layers, put_beside, unwrap_layers
@@ -130,7 +131,9 @@ class EditTuner(BaseTuner):
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         # Tensors mapped from a file can be unaligned, and an unaligned operand changes the last bit of a
         # product.
-        if config.saved_in is not None:
+        if config.budget is not None:
+            state_dict = without_edits(state_dict)  # `saved.fill_adapter` reads them
+        elif config.saved_in is not None:
             state_dict = with_journal(*config.saved_in, state_dict)
         aligned = {key: value.clone() for key, value in state_dict.items()}
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, aligned)

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from dualedit_kernels import Full, LowRank, routed_linear
 
-from ...memory import EditMemory, MemoryGroup, Snapshot
+from ...memory import EditMemory, Fired, MemoryGroup, Snapshot
 from ...memory.routing import last_state
 from ...memory.routing_keys import PooledKey
 from ...models.placement import place_of
@@ -81,8 +81,8 @@ class BalancEditLayer(EditLayer):
             decision = self._decision(name, rows, forward)
         if decision.nothing:
             return base
-        route = forward.decision_rows(decision.route)
-        return self._routed(x, base, self.stored_edits(decision.snapshots[self.layer_name]), route)
+        fired = decision.fired(self.layer_name)
+        return self._routed(x, base, self.stored_edits(fired), forward.decision_rows(fired.route))
 
     def _by_row(self, x: Tensor, batch: int, length: int) -> Tensor:
         """x as [B, L, width]: OPT and others hand linear layers all tokens, row after row."""
@@ -116,8 +116,8 @@ class BalancEditLayer(EditLayer):
         return codebook_key(self.configs[name].key, states, prompt)
 
     @staticmethod
-    def stored_edits(snapshot: Snapshot) -> LowRank | Full:
-        """The stored values of the codebook in the operator's form."""
+    def stored_edits(snapshot: Snapshot | Fired) -> LowRank | Full:
+        """Values of the codebook in the operator's form."""
         if "weight" in snapshot.tables:
             return Full(snapshot.tables["weight"])
         return LowRank(snapshot.tables["down"], snapshot.tables["up"])

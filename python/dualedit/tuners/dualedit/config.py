@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from ...memory import packing
 from ..config import EditConfig, EditType, require, require_numbers
 
 DUALEDIT = EditType("DUALEDIT")
@@ -40,6 +41,11 @@ class DualEditConfig(EditConfig):
             Adam; the adapters stay as they are. 0 (the paper's): an edit is one forward, and nobody checks.
         refine_rate, refine_probability: Adam's learning rate, and the probability that each target token must
             have.
+        kv_dtype: how an edit's cached keys and values are stored: "native", in the model's dtype; "bfloat16";
+            "int8" or "float8" (e4m3), eight bits a value with a scale for each token. They are used in the
+            model's dtype. The routing key is stored as it is.
+        image_mass: of an edit's image tokens, the fewest are stored to which this share of the attention to
+            image tokens goes when the edit's own question is asked; 1: all. Not in the paper.
         norm_eps: epsilon of the adapters' LayerNorms.
         init_weights: True starts the adapters as the identity (output projection zero); False at random.
         calibrated_threshold: the tau that calibration on training facts found for these adapters and this
@@ -73,6 +79,12 @@ class DualEditConfig(EditConfig):
     refine_probability: float = field(
         default=0.9, metadata={"help": "Least probability of every target token of an edit that is checked."}
     )
+    kv_dtype: str = field(
+        default="native", metadata={"help": f"How edits' keys and values are stored: {packing.KINDS}."}
+    )
+    image_mass: float = field(
+        default=1.0, metadata={"help": "Share of the attention to image tokens that is kept; 1: all tokens."}
+    )
     norm_eps: float = field(default=1e-5, metadata={"help": "Epsilon of the adapters' LayerNorms."})
     init_weights: bool = field(default=True, metadata={"help": "Start as the identity (True) or at random."})
     calibrated_threshold: float | None = field(
@@ -84,7 +96,7 @@ class DualEditConfig(EditConfig):
         self.peft_type = DUALEDIT
         require_numbers(
             self, "mid_dim", "num_heads", "key_dim", "alpha", "refine_steps", "refine_rate",
-            "refine_probability", "norm_eps",
+            "refine_probability", "norm_eps", "image_mass",
         )  # fmt: skip
         layers = (self.text_layer, self.vis_layer)
         require(layers != (None, None), "text_layer, vis_layer", layers, "name at least one layer to edit")
@@ -125,5 +137,9 @@ class DualEditConfig(EditConfig):
             self.refine_probability,
             "pass a number in (0, 1)",
         )
+        require(self.kv_dtype in packing.KINDS, "kv_dtype", self.kv_dtype, f"choose one of {packing.KINDS}")
+        reason = packing.why_not(self.kv_dtype)
+        require(reason is None, "kv_dtype", self.kv_dtype, str(reason))
+        require(0.0 < self.image_mass <= 1.0, "image_mass", self.image_mass, "pass a share in (0, 1]")
         fits = self.key_dim > 0 and self.key_dim % 2 == 0
         require(fits, "key_dim", self.key_dim, "pass a positive even number")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dualedit_kernels import Gate
 
-from ...memory import EditMemory, MemoryGroup, Snapshot
+from ...memory import EditMemory, Fired, MemoryGroup, Snapshot
 from ...memory.routing import Decision, last_state
 from ...memory.routing_keys import PooledKey
 from ...models.placement import place_of
@@ -86,7 +86,7 @@ class DualEditLayer(EditLayer):
         tokens = {f"{kind}_{part}": config.mid_dim for part in parts for kind in ("k", "v")}
         width = hidden_size if router is None else config.key_dim
         keys = {"key": (width,), "radius": ()} if role.gate else {}
-        memory = EditMemory(keys, tokens, device=device, dtype=dtype)
+        memory = EditMemory(keys, tokens, device=device, dtype=dtype, kind=config.kv_dtype)
         self.dualedit_memory[adapter_name] = memory
         self.roles[adapter_name] = role
         self._add(adapter_name, config, memory, group)
@@ -128,8 +128,11 @@ class DualEditLayer(EditLayer):
         decision = self._decision(name, hidden, forward)
         if decision.nothing:
             return hidden
-        stored = self.stored_edits(decision.snapshots[self.layer_name])
-        return self._write(hidden, name, forward, stored, route=decision.route)[0]
+        return self._write_fired(hidden, name, forward, decision)
+
+    def _write_fired(self, hidden: Tensor, name: str, forward: ForwardPass, decision: Decision) -> Tensor:
+        fired = decision.fired(self.layer_name)
+        return self._write(hidden, name, forward, self.stored_edits(fired), route=fired.route)[0]
 
     def _decides_while_writing(self, name: str, forward: ForwardPass) -> bool:
         """Whether the text adapter is to decide the gate itself: the key is the very state that it edits."""
@@ -144,9 +147,12 @@ class DualEditLayer(EditLayer):
         config, prompt, group = self.configs[name], forward.prompt(), self.groups[name]
         snapshots = group.snapshot()
         stored = snapshots[self.layer_name]
+        if not stored.whole:  # an operator cannot decide by tables that are not in one piece
+            decision = self._decide(name, hidden, forward)
+            return hidden if decision.nothing else self._write_fired(hidden, name, forward, decision)
         last = (prompt.last if config.gate == "prompt" else prompt.last_input).to(hidden.device)
         radius, metric = config.method.radii(config, stored.tables["radius"]), config.method.metric(config)
-        keys = stored.tables["key"]
+        keys = stored.tables.kept["key"]
         gate = Gate(last, keys, radius, metric, stored.codes(keys, metric))
         hidden, route = self._write(hidden, name, forward, self.stored_edits(stored), gate=gate)
         # No prompt, no question, no edit; nor has anything been written, without a token to write to.
@@ -193,8 +199,8 @@ class DualEditLayer(EditLayer):
         return state if router is None else router(state, mean_image)
 
     @staticmethod
-    def stored_edits(snapshot: Snapshot) -> dict[str, EditKV]:
-        """Keys and values of the stored edits by part ("text", "vision")."""
+    def stored_edits(snapshot: Snapshot | Fired) -> dict[str, EditKV]:
+        """Keys and values of edits by part ("text", "vision")."""
         tables = snapshot.tables
         return {
             name[2:]: EditKV(tables[name], tables[f"v_{name[2:]}"], snapshot.start, snapshot.length)

@@ -18,6 +18,7 @@ from .config import DualEditConfig
 from .layer import DualEditLayer
 from .model import DualEditModel
 from .refine import refine_edit
+from .tokens import keep_most_read
 
 
 class DualEditMethod(EditMethod):
@@ -66,6 +67,8 @@ class DualEditMethod(EditMethod):
             everything = torch.ones_like(prompt.text[0])
             attended = everything if mask is None else mask[0].to(everything.device) != 0
             rows = _project(layers, adapter.name, states, attended)
+            if config.image_mass < 1 and prompt.image is not None:
+                _drop_seldom_read(layers, adapter, states, prompt, attended, rows)
             key = adapter.key_of(states, prompt)
             positive, negative = (adapter.distances(key, samples) for samples in (positives, negatives))
         notes: dict[str, Any] = {}
@@ -113,6 +116,20 @@ def _project(
             k, v = adapter.project_edit(hidden)
             rows[layer_name] |= {f"k_{part}": k.to(hidden.dtype), f"v_{part}": v.to(hidden.dtype)}
     return rows
+
+
+def _drop_seldom_read(
+    layers: Mapping[str, DualEditLayer], adapter: EditAdapter, states: Mapping[str, Tensor], prompt: Prompt,
+    attended: Tensor, rows: dict[str, dict[str, Tensor]],
+) -> None:  # fmt: skip
+    """Leave out the image tokens that the edit's own question hardly reads, at each layer."""
+    assert prompt.image is not None
+    positions = {"text": prompt.text[0], "vision": prompt.image[0]}
+    for name, layer in layers.items():
+        rows[name] = keep_most_read(
+            dict(layer.dualedit_adapter[adapter.name].items()), rows[name], states[name][0], positions,
+            prompt.image[0].to(attended.device)[attended], adapter.config.image_mass,
+        )  # fmt: skip
 
 
 def _check_image(layers: Mapping[str, DualEditLayer], name: str, prompt: Prompt) -> None:

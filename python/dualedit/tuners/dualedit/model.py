@@ -16,7 +16,7 @@ from .config import DualEditConfig
 from .layer import DualEditLayer, Role
 
 # Settings of new edits alone: trained adapters may be given others than they were saved with.
-_OF_NEW_EDITS = ("threshold", "refine_steps", "refine_rate", "refine_probability")
+_OF_NEW_EDITS = ("threshold", "refine_steps", "refine_rate", "refine_probability", "image_mass", "kv_dtype")
 
 
 class DualEditModel(EditTuner):
@@ -114,6 +114,12 @@ def _inject_trained(
                 f"{name}={value!r}: the adapters in {os.fspath(folder)!r} have {kept!r}. Leave {name} out."
             )
     checked = replace(config, **fields)  # and resolved
+    holds = any(sizes.get("edits") for sizes in (config.memory_sizes or {}).values())
+    if holds and checked.kv_dtype != config.kv_dtype:
+        raise ValueError(
+            f"kv_dtype={checked.kv_dtype!r}: the edits in {os.fspath(folder)!r} are stored as "
+            f"{config.kv_dtype!r}. Leave kv_dtype out, or pass adapters without edits."
+        )
     for name in fields:
         setattr(config, name, getattr(checked, name))
     return PeftModel.from_pretrained(model, os.fspath(folder), adapter_name=adapter_name, config=config)
