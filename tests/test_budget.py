@@ -159,7 +159,7 @@ def test_an_editor_with_a_fallback(generator, tmp_path):
 
 @pytest.mark.parametrize("kind", ["bfloat16", "int8", "float8"])
 def test_keys_and_values_in_fewer_bytes(kind, generator, tmp_path):
-    """Smaller by a half or nearly three quarters, near the same; the same wherever they lie, and once loaded."""
+    """Smaller by a half or nearly three quarters; nearly the same answers, wherever they lie."""
     inputs = LLAVA.questions(3, generator)
     state = generator.get_state()
     models = {}

@@ -109,7 +109,8 @@ def _opened(folder: Path) -> dict[str, Any]:
             made.token_tables = {n: tuple(tables[n].shape[1:]) for n in by_token}
             made._adopt(dict(tables))
             found[f"{name}.{memory}"] = (
-                made.ids, {i: made.record(i) for i in made.ids}, {n: t.numpy().tobytes() for n, t in made._buffers.items()},
+                made.ids, {i: made.record(i) for i in made.ids},
+                {n: t.numpy().tobytes() for n, t in made._buffers.items()},
             )  # fmt: skip
     return found
 

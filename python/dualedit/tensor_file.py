@@ -10,13 +10,15 @@ header (JSON: name to dtype, shape, first and last byte), then the bytes of all 
 from __future__ import annotations
 
 import json
+import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 # dtype to bytes of a value and its letter for `struct`, which lacks bfloat16: read as whole numbers.
 _DTYPES = {"F64": (8, "d"), "F32": (4, "f"), "F16": (2, "e"), "BF16": (2, "H"), "I64": (8, "q")}
+_SIZES = {name: size for name, (size, _) in _DTYPES.items()} | {"U8": 1, "I32": 4, "BOOL": 1}
 _LONGEST_HEADER = 100_000_000  # bytes; the format's own limit
 _PIECE = 1 << 24  # bytes copied at a time
 
@@ -131,3 +133,37 @@ class TensorFile:
                 raise ValueError("the file ends before its last tensor")
             target.write(piece)
             start += len(piece)
+
+
+def write_tensors(
+    file: Path,
+    tensors: Mapping[str, tuple[str, Sequence[int]]],
+    pieces: Callable[[str], Iterable[bytes | memoryview]],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write a safetensors file without holding a tensor in memory.
+
+    Args:
+        tensors: name to dtype, as the format calls it, and shape. They are written widest type first, as the
+            format wants them aligned.
+        pieces: name to the tensor's bytes, one piece after the other.
+
+    Raises:
+        ValueError: a tensor gets another number of bytes than its shape says. OSError: the disk refused.
+    """
+    header: dict[str, object] = {} if metadata is None else {"__metadata__": dict(metadata)}
+    names = sorted(tensors, key=lambda name: (-_SIZES[tensors[name][0]], name))
+    place, sizes = 0, {}
+    for name in names:
+        dtype, shape = tensors[name]
+        sizes[name] = _SIZES[dtype] * math.prod(shape)
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [place, place + sizes[name]]}
+        place += sizes[name]
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(file, "wb") as target:
+        target.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            written = sum(target.write(piece) for piece in pieces(name))
+            if written != sizes[name]:
+                raise ValueError(f"{name} has {written} bytes, its shape asks for {sizes[name]}")

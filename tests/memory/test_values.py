@@ -7,6 +7,7 @@ import threading
 import pytest
 import torch
 from dualedit.memory import Budget, EditMemory, packing, tables
+from dualedit.memory import budget as budget_module
 from dualedit.memory.budget import Tiers, bytes_of
 from dualedit.memory.filling import fill
 from dualedit.memory.notes import Notes, SavedNotes, text_of
@@ -46,7 +47,8 @@ def test_bad_budgets_are_refused_by_name(size):
         Budget(device=size)
 
 
-def test_the_least_recently_used_makes_room():
+def test_the_least_recently_used_makes_room(monkeypatch):
+    monkeypatch.setattr(budget_module, "_BESIDE", 0)
     tiers, row = Tiers(Budget(host=80)), {"k": torch.zeros(10)}  # 40 bytes
     for key in ("a", "b"):
         tiers.put("host", key, row)
@@ -228,7 +230,7 @@ def both_kinds():
     ]
 
 
-@pytest.mark.parametrize("budget", [0, 700, "1GB"])
+@pytest.mark.parametrize("budget", [0, 7000, "1GB"])
 @pytest.mark.parametrize("which", range(3))
 def test_values_are_the_same_wherever_they_lie(which, budget, tmp_path, generator):
     memory = both_kinds()[which]
@@ -316,7 +318,7 @@ def test_threads_read_while_edits_come_and_go(tmp_path, generator):
     memory = both_kinds()[0]
     for number in range(1, 31):
         memory.add(number, rows_for(memory, generator))
-    twin, _ = in_files(memory, tmp_path / "a.safetensors", 1000)
+    twin, _ = in_files(memory, tmp_path / "a.safetensors", 10_000)
     snapshot, faults = twin.snapshot(), []
     want = [memory.snapshot().rows(i)["k_text"] for i in range(1, 31)]
 
@@ -371,7 +373,7 @@ def test_damaged_packed_rows_are_refused(kind, generator):
 
 @pytest.mark.parametrize("kind", packing.KINDS)
 def test_memories_of_packed_rows(kind, tmp_path, generator):
-    """Values are those of the packed rows, in tables and in files; they come back from a state and a removal."""
+    """Values are those of the packed rows, in tables and in files, loaded and brought back."""
     memory = EditMemory({"key": (D,), "radius": ()}, {"k_text": M, "v_text": M}, kind=kind)
     stored = {}
     for number in range(1, 9):

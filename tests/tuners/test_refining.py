@@ -33,10 +33,9 @@ def least(model, inputs, target):
 
 def tables(model):
     return {
-        (layer.layer_name, name): getattr(layer.dualedit_memory["default"], name).nan_to_num(-1.0)
+        (layer.layer_name, name): table
         for layer in edit_layers(model)
-        for name in ("k_text", "v_text", "k_vision", "v_vision", "key", "radius")
-        if hasattr(layer.dualedit_memory["default"], name)
+        for name, table in layer.dualedit_memory["default"].snapshot().tables.items()
     }
 
 

@@ -251,6 +251,7 @@ def newer(view: View) -> tuple[list[Entry], View] | None:
     )
     after = replace(
         view, manifest=manifest, entries=[*view.entries, *map(slim, entries)],
-        seq=view.seq + len(entries), check=check, offset=view.offset + taken, torn=len(data) - taken, highest_id=highest,
+        seq=view.seq + len(entries), check=check, offset=view.offset + taken, torn=len(data) - taken,
+        highest_id=highest,
     )  # fmt: skip
     return entries, after

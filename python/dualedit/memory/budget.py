@@ -17,6 +17,7 @@ _UNITS = {"": 1, "b": 1}
 _UNITS |= {f"{letter}b": 1000**power for power, letter in enumerate("kmgt", 1)}
 _UNITS |= {f"{letter}ib": 1024**power for power, letter in enumerate("kmgt", 1)}
 _LARGEST = 2**62
+_BESIDE = 768  # bytes that a tensor takes beside its values, about; they count, as edits may be small
 TIERS = ("host", "device")
 Rows = dict[str, Tensor]
 
@@ -36,7 +37,8 @@ def bytes_of(size: object, argument: str) -> int:
             number = float(found[1]) * _UNITS[found[2].lower()]
     if not (math.isfinite(number) and 0 <= number <= _LARGEST):
         raise ValueError(
-            f"{argument}={size!r}: pass bytes (a whole number from 0 on), or a text such as '500MB' or '2GiB'."
+            f"{argument}={size!r}: pass bytes (a whole number from 0 on), or a text such as '500MB' or "
+            "'2GiB'."
         )
     return int(number)
 
@@ -82,6 +84,7 @@ class Tiers:
         self._lock = threading.Lock()
         self._held: dict[str, OrderedDict[tuple, Rows]] = {tier: OrderedDict() for tier in TIERS}
         self._bytes = dict.fromkeys(TIERS, 0)
+        self._beside = dict.fromkeys(TIERS, 0)
         self.new_number: Callable[[], int] = itertools.count().__next__
 
     def __deepcopy__(self, memo) -> Tiers:
@@ -89,8 +92,8 @@ class Tiers:
 
     def __reduce__(self) -> Any:
         raise TypeError(
-            "edits that were loaded with a budget are read from an open file, and that cannot be pickled. Load "
-            "them in the other process, or without a budget."
+            "edits that were loaded with a budget are read from an open file, and that cannot be pickled. "
+            "Load them in the other process, or without a budget."
         )
 
     def get(self, tier: str, key: tuple) -> Rows | None:
@@ -103,8 +106,8 @@ class Tiers:
 
     def put(self, tier: str, key: tuple, rows: Rows) -> None:
         """Keep an edit's values, and let others go as far as the budget asks. Larger ones are not kept."""
-        size, most = size_of(rows), int(getattr(self.budget, tier))
-        if size > most:
+        size, beside, most = size_of(rows), _BESIDE * len(rows), int(getattr(self.budget, tier))
+        if size + beside > most:
             return
         with self._lock:
             held = self._held[tier]
@@ -112,11 +115,14 @@ class Tiers:
                 return
             held[key] = rows
             self._bytes[tier] += size
-            while self._bytes[tier] > most:
-                self._bytes[tier] -= size_of(held.popitem(last=False)[1])
+            self._beside[tier] += beside
+            while self._bytes[tier] + self._beside[tier] > most:
+                _, gone = held.popitem(last=False)
+                self._bytes[tier] -= size_of(gone)
+                self._beside[tier] -= _BESIDE * len(gone)
 
     def used(self) -> dict[str, int]:
-        """Bytes in each tier."""
+        """Bytes of the values in each tier."""
         with self._lock:
             return dict(self._bytes)
 

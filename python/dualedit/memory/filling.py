@@ -50,55 +50,59 @@ def fill(
     Raises:
         ValueError: tables that do not fit the memory or each other.
     """
-    own_ids, own_lengths = (saved[name].rows(0, saved[name].shape[0]).tolist() for name in (IDS, LENGTHS))
+    own_ids, own_lengths = (saved[name].rows(0, saved[name].shape[0]) for name in (IDS, LENGTHS))
     _check(memory, saved, own_ids, own_lengths)
-    row_of = {number: row for row, number in enumerate(own_ids)}
-    ids = sorted(edits)
-    own = [(place, i) for place, i in enumerate(ids) if edits[i].source == 0]
-    added = {
-        place: rows_of(edits[i].source, i) for place, i in enumerate(ids) if edits[i].source != 0
-    }
+    ids = torch.tensor(sorted(edits), dtype=torch.int64)
+    added = {i: rows_of(kept.source, i) for i, kept in edits.items() if kept.source != 0}
     for rows in added.values():
         memory.check(rows)
-    rows_own = [row_of[i] for _, i in own]
-    places_own = [place for place, _ in own]
-    store, slots = _values(memory, saved, rows_own, own_lengths, added, tiers, spill)
-    of_slots = torch.empty(len(ids), dtype=torch.int64)
-    of_slots[places_own] = torch.arange(len(own))
-    for place, slot in slots.items():
-        of_slots[place] = slot
-    lengths = [0] * len(ids)
-    for place, row in zip(places_own, rows_own, strict=True):
-        lengths[place] = own_lengths[row]
-    for place, rows in added.items():
-        lengths[place] = next((len(rows[name]) for name in memory.token_tables), 0)
+    is_own = ~torch.isin(ids, torch.tensor(list(added), dtype=torch.int64))
+    rows_own = _rows_of(own_ids, ids[is_own])
+    places = {int(i): place for place, i in enumerate(ids.tolist()) if i in added} if added else {}
+    spread = {places[i]: rows for i, rows in added.items()}
+    slots, lengths = torch.empty_like(ids), torch.zeros_like(ids)
+    slots[is_own] = torch.arange(len(rows_own))
+    lengths[is_own] = own_lengths[rows_own]
+    store = _store(memory, saved, rows_own, own_lengths, spread, tiers, spill)
+    for place, rows in spread.items():
+        tokens = next((len(rows[name]) for name in memory.token_tables), 0)
+        slots[place], lengths[place] = store.put(memory.as_stored(rows), tokens), tokens
     tables = {
-        name: _table(saved[name], len(ids), places_own, rows_own, {p: r[name] for p, r in added.items()})
+        name: _table(saved[name], len(ids), is_own, rows_own, {p: r[name] for p, r in spread.items()})
         for name in RESIDENT
         if name in memory.edit_tables
     }
-    notes = _notes(memory, saved, own_ids, edits, unread, spill)
-    memory.adopt_stored(ids, lengths, tables, notes, store, of_slots)
+    notes = _notes(memory, saved, own_ids.tolist(), edits, unread, spill)
+    memory.adopt_stored(ids, lengths, tables, notes, store, slots)
 
 
-def _check(
-    memory: EditMemory, saved: Mapping[str, SavedTable], ids: Sequence[int], lengths: Sequence[int]
-) -> None:
+def _rows_of(own: Tensor, wanted: Tensor) -> Tensor:
+    """In which rows of the own file edits are. Raises KeyError."""
+    order, by = own.sort()
+    place = torch.searchsorted(order, wanted).clamp(max=max(len(own) - 1, 0))
+    if len(wanted) and (not len(own) or not torch.equal(order[place], wanted)):
+        raise KeyError("an edit is not in its file")
+    return by[place]
+
+
+def _check(memory: EditMemory, saved: Mapping[str, SavedTable], ids: Tensor, lengths: Tensor) -> None:
     shapes = {name: table.shape for name, table in saved.items()}
     for name in (*memory.edit_tables, *memory.token_tables):
         packed = name in memory.token_tables and packing.is_packed(memory.kind)
         dtype = saved[name].dtype
         if (dtype != torch.uint8) if packed else not dtype.is_floating_point:
             raise ValueError(f"{name} is {dtype} in the file; it is damaged. Restore it from a copy.")
-    memory._check_lengths(ids, lengths)
-    memory._check_shapes(shapes, len(ids), sum(lengths))
+    if ids.dtype != torch.int64 or lengths.dtype != torch.int64 or ids.ndim != 1:
+        raise ValueError(f"edit_ids are {ids.dtype}; the file is damaged. Restore it from a copy.")
+    memory.check_lengths(ids, lengths)
+    memory.check_shapes(shapes, len(ids), int(lengths.sum()))
 
 
-def _values(
-    memory: EditMemory, saved: Mapping[str, SavedTable], rows_own: Sequence[int], own_lengths: Sequence[int],
+def _store(
+    memory: EditMemory, saved: Mapping[str, SavedTable], rows: Tensor, own_lengths: Tensor,
     added: Mapping[int, Mapping[str, Tensor]], tiers: Tiers, spill: Spill,
-) -> tuple[ValueStore, dict[int, int]]:  # fmt: skip
-    """The values: slots from 0 on for the own file's edits in their order, and slots of the others by place."""
+) -> ValueStore:  # fmt: skip
+    """Where the values are, with a slot for each of the own file's edits in these rows, from 0 on."""
     shapes = memory.edit_tables | memory.token_tables
     shapes = {name: shape for name, shape in shapes.items() if name not in RESIDENT}
     # An empty table says nothing about the type: the first edits bring it.
@@ -108,28 +112,24 @@ def _values(
         for name in shapes
     }
     store = ValueStore(shapes, memory.token_tables, dtypes, memory.kind, tiers, saved, spill)
-    starts = [0]
-    for length in own_lengths:
-        starts.append(starts[-1] + length)
-    store.own(rows_own, [starts[row] for row in rows_own], [own_lengths[row] for row in rows_own])
-    slots = {}
-    for place, rows in added.items():
-        slots[place] = store.put(rows, next((len(rows[name]) for name in memory.token_tables), 0))
-    return store, slots
+    starts = own_lengths.cumsum(0) - own_lengths
+    store.own(rows, starts[rows], own_lengths[rows])
+    return store
 
 
 def _table(
-    saved: SavedTable, count: int, places: Sequence[int], rows: Sequence[int], added: Mapping[int, Tensor]
+    saved: SavedTable, count: int, is_own: Tensor, rows: Tensor, added: Mapping[int, Tensor]
 ) -> Tensor:
     """A resident table: the own file's rows at their places, those of segments at theirs, and some room."""
     shape, dtype = saved.shape[1:], saved.dtype
     if not saved.shape[0] and added:
         dtype = next(iter(added.values())).dtype
     table = torch.empty((count + count // 8 + 8, *shape), dtype=dtype)
-    if list(rows) == list(range(saved.shape[0])) and list(places) == list(range(len(places))):
+    whole = len(rows) == saved.shape[0] and bool(is_own[: len(rows)].all())
+    if whole and torch.equal(rows, torch.arange(len(rows))):
         saved.file.read_into(table[: len(rows)], saved.begin)
     elif len(rows):
-        table[torch.tensor(places)] = saved.rows(0, saved.shape[0])[torch.tensor(rows)]
+        table[:count][is_own] = saved.rows(0, saved.shape[0])[rows]
     for place, row in added.items():
         table[place] = row
     if not shape:  # version 0.1 had NaN for an edit without a radius of its own
@@ -150,9 +150,8 @@ def _notes(
     except ValueError:  # of an older version, or damaged: reading all of it says which
         text = table.file.bytes_at(table.begin, table.shape[0])
         notes = notes_in(text, list(own_ids))
-    for number in own_ids:
-        if number not in edits:
-            del notes[number]
+    for number in set(own_ids) - set(edits):
+        del notes[number]
     for number, kept in edits.items():
         if kept.record is not unread:
             notes[number] = dict(kept.record)

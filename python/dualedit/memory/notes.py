@@ -182,7 +182,8 @@ class SavedNotes(Mapping[int, Record]):
         if row < 0:
             raise KeyError(edit_id)
         first = 1 if row == 0 else self._breaks[row - 1] + 1  # behind the bracket, or behind the line before
-        last = self._breaks[row] - 1 if row < len(self._breaks) else self._end - 1  # its comma, or the bracket
+        # Up to its comma, or to the bracket.
+        last = self._breaks[row] - 1 if row < len(self._breaks) else self._end - 1
         text = self._table.file.bytes_at(self._table.begin + first, last - first)
         try:
             record = json.loads(text)

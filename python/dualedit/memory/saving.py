@@ -117,7 +117,8 @@ class SavedTables:
         if not ids.is_meta:
             check_ids(ids)
 
-    def _check_shapes(self, shapes: Mapping[str, Sequence[int]], edits: int, tokens: int) -> None:
+    def check_shapes(self, shapes: Mapping[str, Sequence[int]], edits: int, tokens: int) -> None:
+        """Refuse tables of other shapes than so many edits and tokens have here. Raises ValueError."""
         counts = dict.fromkeys(self.edit_tables, edits) | dict.fromkeys(self.token_tables, tokens)
         for name, shape in (self.edit_tables | self.token_tables).items():
             if tuple(shapes[name]) != (counts[name], *shape):
@@ -126,12 +127,13 @@ class SavedTables:
                     f"{(counts[name], *shape)}; the edits belong to another model or adapter size."
                 )
 
-    def _check_lengths(self, ids: Sequence[int], lengths: Sequence[int]) -> None:
+    def check_lengths(self, ids: Tensor, lengths: Tensor) -> None:
+        """Refuse numbers twice, and edits without tokens. Raises ValueError."""
         least = 1 if self.token_tables else 0
-        if len(lengths) != len(ids) or len(set(ids)) != len(ids) or min(lengths, default=least) < least:
+        if len(lengths) != len(ids) or len(ids.unique()) != len(ids) or bool((lengths < least).any()):
             raise ValueError(
-                f"{len(ids)} edits (numbers {list(ids[:8])}) with lengths {list(lengths[:8])} do not fit "
-                "together; the file is damaged. Restore it from a copy."
+                f"{len(ids)} edits (numbers {ids[:8].tolist()}) with lengths {lengths[:8].tolist()} do not "
+                "fit together; the file is damaged. Restore it from a copy."
             )
 
     # ------------------------------------------------------------------ loading
@@ -147,8 +149,8 @@ class SavedTables:
                     found[name] = found[name].new_empty((0, *self.token_tables[name]), dtype=torch.uint8)
         self._check_types(found)
         ids, lengths = found["edit_ids"].tolist(), found["edit_lengths"].tolist()
-        self._check_shapes({name: table.shape for name, table in found.items()}, len(ids), sum(lengths))
-        self._check_lengths(ids, lengths)
+        self.check_shapes({name: table.shape for name, table in found.items()}, len(ids), sum(lengths))
+        self.check_lengths(found["edit_ids"], found["edit_lengths"])
         try:
             notes = notes_in(found[_RECORDS].cpu().numpy().tobytes(), ids)
         except (ValueError, RecursionError) as error:
@@ -174,14 +176,14 @@ class SavedTables:
         self._highest_id = max([self._highest_id, *ids])
 
     def adopt_stored(
-        self, ids: Sequence[int], lengths: Sequence[int], tables: Mapping[str, Tensor], notes: Notes,
-        values: ValueStore, slots: Tensor,
+        self, ids: Tensor, lengths: Tensor, tables: Mapping[str, Tensor], notes: Notes, values: ValueStore,
+        slots: Tensor,
     ) -> None:  # fmt: skip
         """Take over edits whose values stay in files.
 
         Args:
-            ids: numbers, ascending.
-            lengths: numbers of tokens.
+            ids: numbers [N] int64, ascending.
+            lengths: numbers of tokens [N] int64.
             tables: the edit tables that are not in `values`, with some room behind the rows that count.
             notes: records.
             values: where the values are.
@@ -191,9 +193,8 @@ class SavedTables:
             ValueError: what `add` would have refused.
         """
         n = len(ids)
-        numbers, counts = torch.tensor(ids, dtype=torch.int64), torch.tensor(lengths, dtype=torch.int64)
-        check_ids(numbers)
-        self._check_lengths(ids, lengths)
+        check_ids(ids)
+        self.check_lengths(ids, lengths)
         shown = {name: table[:n] for name, table in tables.items()}
         for name, table in shown.items():
             if tuple(table.shape[1:]) != self.edit_tables.get(name) or not table.dtype.is_floating_point:
@@ -206,7 +207,7 @@ class SavedTables:
         place = self.edit_ids.device
         for name, table in tables.items():
             self._buffers[name] = table.to(place)
-        for name, table in (("edit_ids", numbers), ("edit_lengths", counts), ("edit_slots", slots)):
+        for name, table in (("edit_ids", ids), ("edit_lengths", lengths), ("edit_slots", slots)):
             self._buffers[name] = table.to(place)
         self._buffers["edit_starts"] = torch.zeros(n, dtype=torch.int64, device=place)
         plain = [values.dtypes[name] for name in values.names if values.dtypes[name].is_floating_point]
@@ -214,7 +215,7 @@ class SavedTables:
             self._set_like(plain[0], place)
         self.values, self._num_tokens = values, 0
         self._begin(n, notes, place)
-        self._highest_id = max([self._highest_id, *ids[-1:]])
+        self._highest_id = max([self._highest_id, *ids[-1:].tolist()])
 
     def _set_like(self, dtype: torch.dtype, place: torch.device) -> None:
         self._buffers["like"] = torch.empty(0, dtype=dtype, device=place)

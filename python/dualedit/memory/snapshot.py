@@ -190,7 +190,7 @@ class Snapshot:
         )
 
     def _values(self, rows: list[int]) -> dict[str, Tensor]:
-        """Values of the edits in some rows, unpacked: a row an edit, or its tokens one edit after the other."""
+        """Values of the edits in some rows, unpacked: a row an edit, or its tokens, edit after edit."""
         tables = self.tables
         with torch.inference_mode(False):
             if tables.apart is not None:

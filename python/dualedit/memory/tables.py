@@ -28,7 +28,7 @@ from .snapshot import Snapshot, Tables
 from .values import ValueStore
 
 _FIRST_CAPACITY = 8
-_SMALL = 1 << 20  # bytes of wide rows that are copied at once when an edit goes
+_SMALL = 8 << 20  # bytes of wide rows that are copied at once when an edit goes
 _CLEARED_AT = 64  # of so many edits, one that is gone may leave its rows
 __all__ = ["NO_RADIUS", "EditMemory"]
 _NUMBERS = ("edit_ids", "edit_lengths", "edit_starts", "edit_places", "edit_slots")
@@ -253,16 +253,16 @@ class EditMemory(SavedTables, nn.Module):
         kept = self.checked_record(record)
         # Tables made in inference mode could be neither changed outside it nor kept for a backward pass.
         with torch.inference_mode(False), torch.no_grad():
-            self._add_rows(edit_id, self._as_stored(rows))
+            if not self._num_edits:
+                plain = next((r for r in rows.values() if r.is_floating_point()), None)
+                self.like = self.like if plain is None else self.like.to(plain.dtype)
+            self._add_rows(edit_id, self.as_stored(rows))
         self._set_record(edit_id, kept)
         self._highest_id = max(self._highest_id, edit_id)
         self._snapshot, self._expected = None, 0
 
-    def _as_stored(self, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        if self._num_edits == 0:
-            plain = next((r for r in rows.values() if r.is_floating_point()), None)
-            if plain is not None:
-                self.like = self.like.to(plain.dtype)
+    def as_stored(self, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Rows as they are stored, token tables' packed if that is their kind."""
         if self.kind == "native":
             return dict(rows)
         return {

@@ -57,7 +57,9 @@ class OpenFile:
         while left:
             done = os.preadv(self._number, [left], place)
             if done <= 0:
-                raise ValueError(f"{self.path} is cut short. Restore it from a copy, and load the edits again.")
+                raise ValueError(
+                    f"{self.path} is cut short. Restore it from a copy, and load the edits again."
+                )
             left, place = left[done:], place + done
         if self._mark() != self._was:
             raise ValueError(
@@ -174,18 +176,15 @@ class ValueStore:
     def __deepcopy__(self, memo) -> ValueStore:
         return self  # slots are only added
 
-    def own(self, rows: Sequence[int], first: Sequence[int], counts: Sequence[int]) -> int:
-        """Slots for edits of the adapter's own file: their rows, first tokens and numbers of tokens.
+    def own(self, rows: Tensor, first: Tensor, counts: Tensor) -> None:
+        """Slots, one behind the other, for edits of the adapter's own file.
 
-        Returns:
-            the first of the slots, which follow each other.
+        Args:
+            rows, first, counts: [n] int64, their rows, first tokens and numbers of tokens.
         """
         with self._lock:
-            slot = len(self._row)
-            self._row.extend(rows)
-            self._first.extend(first)
-            self._count.extend(counts)
-            return slot
+            for known, new in ((self._row, rows), (self._first, first), (self._count, counts)):
+                known.frombytes(new.numpy().tobytes())
 
     def put(self, rows: Mapping[str, Tensor], tokens: int) -> int:
         """A slot for an edit that is added: its rows as they are to be stored. Raises OSError."""
@@ -201,7 +200,9 @@ class ValueStore:
             return len(self._row) - 1
 
     def read(self, slot: int) -> Rows:
-        """An edit's rows as they are stored: of an edit table without the first dimension. Do not change them.
+        """An edit's rows as they are stored: of an edit table without the first dimension.
+
+        Do not change them.
 
         Raises:
             ValueError: the file is damaged, or was written over.

@@ -92,7 +92,7 @@ class EditLayer(nn.Module, BaseTunerLayer):
     @staticmethod
     @abstractmethod
     def stored_edits(snapshot: Snapshot | Fired) -> Any:
-        """Edits in the form in which `bound` takes them: all that are stored, or those that answer a batch."""
+        """Edits in the form in which `bound` takes them: all stored ones, or those that answer a batch."""
 
     def router(self, name: str) -> nn.Module | None:
         """The trained part of an adapter's routing key; None: states themselves are the key."""
