@@ -91,7 +91,7 @@ def _reach(
     prompter: Prompter, adapter: EditAdapter, image: Image.Image | None, prompt: str, edit_id: int
 ) -> Lookup:
     """How far the edit's own question is from the edit that answers it, and a word where that is odd."""
-    own = lookup_in(adapter, prompter.inputs([(image, prompt)]))[0]
+    own = lookup_in(adapter, adapter.keys_of(prompter.inputs([(image, prompt)])))[0]
     if not own.fired:
         warnings.warn(
             f"The edit answers nothing, not even its own question: that is {own.distance:.3g} away from its "
@@ -100,7 +100,7 @@ def _reach(
         )
         return own
     other = None if image is None else Image.new("RGB", image.size)
-    found = lookup_in(adapter, prompter.inputs([(other, UNRELATED)]))[0]
+    found = lookup_in(adapter, adapter.keys_of(prompter.inputs([(other, UNRELATED)])))[0]
     if found.fired and found.edit_id == edit_id and prompt != UNRELATED:
         warnings.warn(
             "The edit answers everything: an unrelated question about a black picture is "

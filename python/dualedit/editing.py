@@ -20,7 +20,6 @@ from .models.architectures import target_token_type, unwrap
 from .models.placement import to_device
 from .models.targets import append_target
 from .records import answers, brief, new_uid, timestamp, uid_of
-from .runtime.recording import record_states
 from .tuners.adapter import EditAdapter, active_adapter
 from .tuners.fitting import least_probability, warn_if_weak
 from .tuners.method import Inputs
@@ -98,6 +97,9 @@ class Lookup:
     fired: bool
 
 
+NOTHING = Lookup(None, float("inf"), 0.0, False)
+
+
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """The model in eval mode: dropout in the run that is stored would be stored with it."""
@@ -116,18 +118,18 @@ def lookup_many(model: nn.Module, inputs: Inputs) -> list[Lookup]:
     Args:
         inputs: what a processor returns for a batch of prompts, padding masked.
     """
-    return lookup_in(active_adapter(model), inputs)
+    adapter = active_adapter(model)
+    return lookup_in(adapter, adapter.keys_of(inputs))
 
 
-def lookup_in(adapter: EditAdapter, inputs: Inputs) -> list[Lookup]:
-    """`lookup_many` among the edits of one adapter."""
-    nothing = Lookup(None, float("inf"), 0.0, False)
+def lookup_in(adapter: EditAdapter, query: Tensor) -> list[Lookup]:
+    """`lookup_many` among the edits of one adapter, for routing keys [B, P]."""
     if not len(adapter.stored()):
-        return [nothing] * inputs["input_ids"].shape[0]
-    stored, index, distance = adapter.nearest(inputs)
+        return [NOTHING] * len(query)
+    stored, index, distance = adapter.nearest(query)
     radii = adapter.radii(stored)[index.clamp(min=0)].tolist()
     return [
-        nothing if row < 0 else Lookup(stored.id_of(row), far, radius, far <= radius)
+        NOTHING if row < 0 else Lookup(stored.id_of(row), far, radius, far <= radius)
         for row, far, radius in zip(index.tolist(), distance.tolist(), radii, strict=True)
     ]
 
@@ -308,7 +310,7 @@ def trying(
     keys = {id(adapter): new.key}
     for other in beside:
         if len(other.group):
-            keys[id(other)] = other.key_of(*record_states(other.base, inputs))
+            keys[id(other)] = other.keys_of(inputs)
     with ExitStack() as stack:
         trials = [stack.enter_context(each.group.trial()) for each in (adapter, *beside)]
         replaced: list[Replaced] = []

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from .book import EditBook
 from .checking import UNRELATED, EditFailed, ask_back, failure, generate_answers
 from .data import EditRequest
-from .editing import Edit, Lookup, edit_of, lookup_in, trying
+from .editing import NOTHING, Edit, Lookup, edit_of, lookup_in, trying
 from .exchange import read_requests, write_export
 from .folder.writing import held
 from .history import Change
@@ -29,7 +29,6 @@ from .overlaps import Policies, nearest_few, shadowed_by
 from .records import noted as checked_notes
 from .requests import Pictures, Question, Sample, Words, arguments_of, black, brighter, check_samples
 from .runtime.context import runtime_of
-from .runtime.recording import record_states
 from .storage import check_folder, is_saved_in, load_edits, refresh_edits, save_edits
 from .tuners.adapter import EditAdapter, active_adapter, adapter_of
 from .tuners.adapters import disabled, remove_adapter
@@ -574,14 +573,15 @@ class Editor(EditBook):
         return self.explain_many([(image, prompt)])[0]
 
     def explain_many(self, questions: Sequence[tuple[Pictures, Words]]) -> list[Explanation]:
-        """`explain` for a batch of questions, in two forwards for each adapter that holds edits."""
+        """`explain` for a batch of questions, in one forward for each adapter."""
         inputs = self.prompter.inputs(open_questions(questions))
-        adapters = self.adapters
-        first, *others = [lookup_in(each, inputs) for each in adapters]
-        few = [_few(each, inputs) for each in adapters]
+        filled = [each for each in self.adapters if len(each.stored())]
+        keys = [each.keys_of(inputs) for each in filled]
+        nearest = [lookup_in(each, query) for each, query in zip(filled, keys, strict=True)]
+        few = [nearest_few(each, query, 3) for each, query in zip(filled, keys, strict=True)]
         found = []
-        for row, nearest in enumerate(first):
-            more = [nearest, *(other[row] for other in others if other[row].edit_id is not None)]
+        for row in range(len(questions)):
+            more = [each[row] for each in nearest if each[row].edit_id is not None] or [NOTHING]
             best = next((f for f in more if f.fired), min(more, key=lambda f: f.distance - f.radius))
             edit = None if best.edit_id is None else self._known(best.edit_id)
             fired = best.fired and edit is not None
@@ -669,12 +669,6 @@ class _Told:
     negatives: Sequence[Picture | Sample] | None
     noted: dict[str, Any]
     steps: list[dict[str, Any]]
-
-
-def _few(adapter: EditAdapter, inputs: Mapping[str, Any]) -> list[list[tuple[int, float, float]]]:
-    if not len(adapter.stored()):
-        return [[] for _ in range(len(inputs["input_ids"]))]
-    return nearest_few(adapter, adapter.key_of(*record_states(adapter.base, inputs)), 3)
 
 
 def _why(fired: bool, edit: Edit, found: Lookup) -> str:

@@ -18,11 +18,13 @@ from .calibration import (
     sweep_threshold,
     with_threshold,
 )
+from .copying import Copying, start_by_copying
 from .loop import Outcome, train
 from .pooled_key import fit_pooled_key
 from .recipe import Recipe, read_recipe
 
 __all__ = [
+    "Copying",
     "Curve",
     "Outcome",
     "Recipe",
@@ -39,5 +41,6 @@ __all__ = [
     "read_recipe",
     "train",
     "fit_pooled_key",
+    "start_by_copying",
     "with_threshold",
 ]

@@ -56,6 +56,9 @@ class Recipe:
     mid_dim: int = _about(1024, "Width of the adapters' attention.")
     num_heads: int = _about(8, "Attention heads; divides mid_dim.")
     threshold: float = _about(0.8, "tau that the adapters are saved with; calibrate it afterwards.")
+    copying: int = _about(
+        0, "Random tokens that the text adapter learns to write in closed form before step 0; 0 for none."
+    )
     learning_rate: float = _about(1e-4, "Of AdamW.")
     batch_size: int = _about(4, "Edits in an optimiser step, over all processes.")
     accumulate: int = _about(1, "Parts in which a process works through its share of a batch.")
@@ -96,7 +99,7 @@ class Recipe:
         for name in ("batch_size", "accumulate", "steps", "checkpoint_every", "keep_checkpoints",
                      "evaluate_every", "log_every", "mid_dim", "num_heads"):  # fmt: skip
             _require(getattr(self, name) >= 1, name, getattr(self, name), "pass a whole number from 1 up")
-        for name in ("weight_decay", "warmup", "held_out_edits", "keep_gib", *TERMS):
+        for name in ("weight_decay", "warmup", "held_out_edits", "keep_gib", "copying", *TERMS):
             _require((getattr(self, name) or 0) >= 0, name, getattr(self, name), "pass 0 or more")
         for name in ("beta1", "beta2"):
             _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "pass a number in [0, 1)")

@@ -16,6 +16,7 @@ from ..models.prompting import Prompter
 from ..runtime.context import runtime_of
 from ..tuners import inject_dualedit
 from .batches import BatchMaker
+from .copying import start_by_copying
 from .data import fingerprint_of
 from .feed import Feed
 from .questions import untrained_terms
@@ -80,6 +81,18 @@ def _in_bf16(precision: str, accelerator: Any) -> bool:
     return precision == "bf16" or (precision == "auto" and (gpu or accelerator.mixed_precision == "bf16"))
 
 
+def _cast(base: nn.Module) -> None:
+    """Cast a model's weights to bf16, in place.
+
+    Buffers stay as they are: rotary frequencies lose too much in bf16. So does batch norm, whose weights must
+    have the dtype of its running statistics.
+    """
+    for module in base.modules():
+        if not isinstance(module, nn.modules.batchnorm._NormBase):
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.to(torch.bfloat16)
+
+
 def set_up(
     base: nn.Module,
     processor: Any,
@@ -99,8 +112,7 @@ def set_up(
     base.requires_grad_(False).eval()
     bf16 = _in_bf16(recipe.precision, accelerator)
     if bf16:
-        for parameter in base.parameters():  # not the buffers: rotary frequencies lose too much in bf16
-            parameter.data = parameter.data.to(torch.bfloat16)
+        _cast(base)
     if accelerator.device.type == "cpu" and hasattr(base, "set_attn_implementation"):
         # On a CPU the fused attention kernel's backward costs several times the plain one's.
         base.set_attn_implementation("eager")
@@ -116,7 +128,16 @@ def set_up(
     sharded = accelerator.distributed_type.value == "FSDP"
     if not sharded:  # FSDP moves the pieces itself
         base.to(accelerator.device)
-    makers, notes = _batch_makers(step, Prompter(processor, recipe.template), samples, recipe, sharded)
+    prompter = Prompter(processor, recipe.template)
+    makers, notes = _batch_makers(step, prompter, samples, recipe, sharded)
+    if recipe.copying and recipe.adapters is None:
+        found = start_by_copying(
+            model, prompter.inputs([(None, samples[0].request.prompt)]), recipe.copying, seed=recipe.seed
+        )
+        notes.append(
+            f"The text adapter starts by copying: of {found.tested} tokens that it was not fitted on, it "
+            f"tells {found.found:.0%} apart."
+        )
     feeds = _feeds(makers, samples, held_out, recipe, accelerator)
     optimizer = torch.optim.AdamW(
         list(step.trained().values()), recipe.learning_rate, betas=(recipe.beta1, recipe.beta2),

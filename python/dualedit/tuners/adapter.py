@@ -73,9 +73,12 @@ class EditAdapter:
         with torch.no_grad():
             return layer.routing_key(self.name, states[layer.layer_name], prompt, states.mean_image)
 
-    def nearest(self, inputs: Inputs) -> tuple[Snapshot, Tensor, Tensor]:
-        """The stored edits, and the row [B] and distance [B] of the one nearest to each row of a batch."""
-        query = self.key_of(*record_states(self.base, inputs))
+    def keys_of(self, inputs: Inputs) -> Tensor:
+        """The routing keys [B, P] of a batch of prompts. The layers above the gate do not run."""
+        return self.key_of(*record_states(self.base, inputs, until=self.gate_layer))
+
+    def nearest(self, query: Tensor) -> tuple[Snapshot, Tensor, Tensor]:
+        """The stored edits, and the row [B] and distance [B] of the one nearest to each key [B, P]."""
         stored = self.stored()
         return (stored, *nearest_edit(query, stored, self.metric))
 
@@ -87,7 +90,7 @@ class EditAdapter:
         """
         if not samples:
             return []
-        keys = torch.cat([self.key_of(*record_states(self.base, sample)) for sample in samples]).float()
+        keys = torch.cat([self.keys_of(sample) for sample in samples]).float()
         everywhere = torch.full((1,), float("inf"), device=key.device)
         found = nearest_key(keys, key.float(), everywhere, self.metric)[1].tolist()
         check_distances(found)

@@ -51,7 +51,7 @@ class BalancEditMethod(EditMethod):
         negatives: Sequence[Inputs],
     ) -> NewEdit:  # fmt: skip
         layer, config = adapter.gate_layer, adapter.config
-        states, prompt = record_states(adapter.base, inputs)
+        states, prompt = record_states(adapter.base, inputs, until=layer)
         check_mean_image(states, prompt)
         key = adapter.key_of(states, prompt)
         positive, negative = (adapter.distances(key, samples) for samples in (positives, negatives))

@@ -60,7 +60,8 @@ class DualEditMethod(EditMethod):
     ) -> NewEdit:  # fmt: skip
         layers, config = adapter.layers, adapter.config
         with torch.no_grad():
-            states, prompt = record_states(adapter.base, full)
+            # In the model's order: behind the last of them nothing is needed.
+            states, prompt = record_states(adapter.base, full, until=list(layers.values())[-1])
             _check_image(layers, adapter.name, prompt)
             check_mean_image(states, prompt)
             mask = full.get("attention_mask")
