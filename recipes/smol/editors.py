@@ -1,9 +1,11 @@
-"""Step 6: BalancEdit on `smol`: its key fitted on training concepts, its alpha set on validation concepts.
+"""Steps 6 and 8: an editor on `smol`: its key fitted on training concepts, its reach set on validation ones.
 
 Pictures are by training and validation artists alone. The key's linear maps are fitted in closed form
 (`dualedit.training.fit_pooled_key`), so that what artists and wordings of one fact differ in counts little.
+The reach is BalancEdit's alpha and largest radius, or DualEdit's tau.
 
-    python recipes/smol/editors.py      # writes python/dualedit/smol/weights/editors/balancedit
+    python recipes/smol/editors.py balancedit    # writes python/dualedit/smol/weights/editors/balancedit
+    python recipes/smol/editors.py dualedit      # of the adapters that adapters.py has trained
 """
 
 import argparse
@@ -11,16 +13,17 @@ import json
 import time
 
 import torch
+from common import WORK
 from dualedit.data import Probe
 from dualedit.editor import Editor
 from dualedit.smol import load_concepts, load_smol
 from dualedit.smol.benchmark import Pictures
-from dualedit.smol.editors import BALANCEDIT, EDITORS
+from dualedit.smol.editors import BALANCEDIT, DUALEDIT, EDITORS, METHODS
 from dualedit.storage import load_edits, save_edits
-from dualedit.training import fit_pooled_key, measure_curve, sweep_reach
+from dualedit.training import fit_pooled_key, measure_curve, sweep_reach, sweep_threshold, with_threshold
 from dualedit.training.calibration import with_alpha
 from dualedit.training.pooled_key import read_questions
-from dualedit.tuners import inject_balancedit
+from dualedit.tuners import inject_balancedit, inject_dualedit
 from dualedit.tuners.adapter import active_adapter
 
 WEIGHTS = (0.5, 0.75, 1.0, 1.5, 2.0)  # of the pictures' cosine against the questions', to choose from
@@ -70,17 +73,26 @@ def key_distances(model, prompter, samples):
     return found
 
 
-def main(facts: int, choose: int, calibrate: int, seed: int):
+def fresh(base, method: str):
+    """The model with an editor that knows nothing of pictures yet."""
+    if method == "balancedit":
+        return inject_balancedit(base, **BALANCEDIT)
+    trained = WORK / f"adapters-{DUALEDIT['text_layer']}-{DUALEDIT['vis_layer']}"
+    gate = {name: DUALEDIT[name] for name in ("key", "key_dim", "refine_steps")}
+    return inject_dualedit(base, adapter=str(trained), **gate)
+
+
+def main(method: str, facts: int, choose: int, calibrate: int, seed: int):
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     base, processor = load_smol()
     base.config._name_or_path = base.name_or_path = "smol"  # not a folder of this machine, in the model card
     benchmark, start = Pictures(load_concepts(), seed), time.time()
-    folder = EDITORS / "balancedit"
+    folder = EDITORS / method
     if folder.exists():
         editor = Editor(load_edits(base, folder), processor)
     else:
-        editor = Editor(inject_balancedit(base, **BALANCEDIT), processor)
+        editor = Editor(fresh(base, method), processor)
         active_adapter(editor.model).config.base_model_name_or_path = "smol"  # not a folder of this machine
         choose_key(editor, benchmark, facts, choose, start)
         save_edits(editor.model, folder)
@@ -89,12 +101,17 @@ def main(facts: int, choose: int, calibrate: int, seed: int):
     curve = measure_curve(
         editor, benchmark.samples("validation", calibrate), max(1, calibrate // 2), progress=False
     )
-    sweep, limit = sweep_reach(curve)
-    with_alpha(editor, sweep.chosen, limit)
-    print(f"alpha {sweep.chosen}, largest radius {limit}, {time.time() - start:.0f} s", flush=True)
+    if method == "balancedit":
+        sweep, limit = sweep_reach(curve)
+        with_alpha(editor, sweep.chosen, limit)
+        print(f"largest radius {limit}", flush=True)
+    else:
+        sweep = sweep_threshold(curve, 40)
+        with_threshold(editor, sweep.chosen)
+    print(f"{sweep.setting} {sweep.chosen}, {time.time() - start:.0f} s", flush=True)
     print(json.dumps(sweep.chosen_figures), flush=True)
-    for alpha, figures in zip(sweep.values, sweep.figures, strict=True):
-        print(alpha, {k: None if v is None else round(v, 1) for k, v in figures.items()}, flush=True)
+    for value, figures in zip(sweep.values, sweep.figures, strict=True):
+        print(f"{value:.3f}", {k: None if v is None else round(v, 1) for k, v in figures.items()}, flush=True)
     save_edits(editor.model, folder)
 
 
@@ -121,9 +138,10 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("method", choices=METHODS)
     parser.add_argument("--facts", type=int, default=240, help="training facts for the key")
     parser.add_argument("--choose", type=int, default=60, help="validation facts for the key's weight")
     parser.add_argument("--calibrate", type=int, default=24, help="validation facts for alpha; 0 leaves it")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    main(given.facts, given.choose, given.calibrate, given.seed)
+    main(given.method, given.facts, given.choose, given.calibrate, given.seed)

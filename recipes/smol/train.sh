@@ -12,4 +12,6 @@ PYTHON="${PYTHON:-python}"
 "$PYTHON" recipes/smol/export.py
 "$PYTHON" -m dualedit.cli fetch smol
 "$PYTHON" recipes/smol/measure.py --role validation
-"$PYTHON" recipes/smol/editors.py
+"$PYTHON" recipes/smol/editors.py balancedit
+"$PYTHON" recipes/smol/adapters.py
+"$PYTHON" recipes/smol/editors.py dualedit

@@ -185,10 +185,10 @@ def start_editor(model: Path | None, start: Start) -> Editor:
 
         use_few_threads()
         return load_editor(start.method or "dualedit", fallback=start.fallback != "none")
-    if is_smol(model) and start.method in (None, "balancedit") and not (start.adapter or start.layer):
+    if is_smol(model) and not (start.adapter or start.layer):
         from ..smol.editors import load_editor as load_smol_editor
 
-        return load_smol_editor()
+        return load_smol_editor(start.method or "balancedit")
     if start.method == "balancedit" or (start.method is None and start.layer and not start.adapter):
         if start.adapter or not start.layer:
             raise ValueError("--method balancedit takes --layer (as layers.20.mlp.up_proj) and no --adapter.")

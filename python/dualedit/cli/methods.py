@@ -105,6 +105,8 @@ def _lacks(name: str, source: Source) -> str | None:
     """What a method would need beside `source`, in words."""
     if source.model is None:
         return _lacks_of_embedded(name, source)
+    if name in EDITORS and is_smol(source.model):
+        return None
     if name in _fitted() and not (source.networks and (source.networks / name).is_dir()):
         return (
             "it has to be fitted to training facts first; pass --networks DIR, of which DIR/"
@@ -112,7 +114,7 @@ def _lacks(name: str, source: Source) -> str | None:
         )
     if name in ("dualedit", "visedit") and source.adapter is None:
         return "DualEdit's adapters have to be trained for a model first; pass them with --adapter DIR"
-    if name == "balancedit" and source.layer is None and not is_smol(source.model):
+    if name == "balancedit" and source.layer is None:
         return "pass the linear layer to edit with --layer NAME (as layers.20.mlp.up_proj)"
     return None
 

@@ -6,15 +6,20 @@ from pathlib import Path
 
 from ..editor import Editor
 from ..storage import load_edits
-from ..tuners import inject_balancedit
+from ..tuners import inject_balancedit, inject_dualedit
 from .model import load_smol
 
-METHODS = ("balancedit",)
+METHODS = ("balancedit", "dualedit")
 EDITORS = Path(__file__).parent / "weights" / "editors"
 # Chosen on validation concepts drawn by validation artists; see recipes/smol/README.md.
 BALANCEDIT = {
     "layer": "layers.21.mlp.up_proj", "key": "pooled", "key_dim": 192, "rank": 8, "learning_rate": 1e-2,
     "max_steps": 60, "stop_probability": 0.99,
+}  # fmt: skip
+# Where the adapters are was chosen by training each briefly: see docs/pictures.md.
+DUALEDIT = {
+    "text_layer": 22, "vis_layer": 22, "mid_dim": 512, "num_heads": 8, "key": "pooled", "key_dim": 192,
+    "refine_steps": 40,
 }  # fmt: skip
 
 
@@ -30,4 +35,6 @@ def load_editor(method: str = "balancedit") -> Editor:
     folder = EDITORS / method
     if (folder / "adapter_config.json").is_file():
         return Editor(load_edits(base, folder), processor)
-    return Editor(inject_balancedit(base, **BALANCEDIT), processor)
+    if method == "balancedit":
+        return Editor(inject_balancedit(base, **BALANCEDIT), processor)
+    return Editor(inject_dualedit(base, **DUALEDIT), processor)
