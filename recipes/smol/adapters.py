@@ -1,6 +1,6 @@
 """Step 7: DualEdit's adapters on `smol`, trained on facts about training concepts.
 
-    python recipes/smol/adapters.py --steps 600 --layers 22 22
+    python recipes/smol/adapters.py --steps 520 --layers 21 21
 
 Pictures are by training and validation artists. `dualedit.training.train` does the work; the folder
 `$SMOL_WORK/adapters` holds its checkpoints, from which a stopped run goes on. `editors.py` makes an editor
@@ -64,11 +64,11 @@ class Edits:
         return replace(sample, request=replace(sample.request, target=target), generality=generality)
 
 
-def main(steps: int, layers: tuple[int, int], rate: float, seed: int):
+def main(steps: int, layers: tuple[int, int], copying: int, seed: int):
     torch.set_num_threads(1)
     base, processor = load_smol()
     recipe = replace(
-        SETTINGS, steps=steps, text_layer=layers[0], vis_layer=layers[1], learning_rate=rate, seed=seed
+        SETTINGS, steps=steps, text_layer=layers[0], vis_layer=layers[1], copying=copying, seed=seed
     )
     edits = Edits(recipe.steps * recipe.batch_size, seed)
     train(base, processor, edits, [], recipe, WORK / f"adapters-{layers[0]}-{layers[1]}", resume=True)
@@ -78,9 +78,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--layers", type=int, nargs=2, default=(22, 22), help="for text and for image tokens")
-    parser.add_argument("--rate", type=float, default=SETTINGS.learning_rate)
+    parser.add_argument("--steps", type=int, default=520)
+    parser.add_argument("--layers", type=int, nargs=2, default=(21, 21), help="for text and for image tokens")
+    parser.add_argument("--copying", type=int, default=SETTINGS.copying, help="tokens; 0: as published")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    main(given.steps, tuple(given.layers), given.rate, given.seed)
+    main(given.steps, tuple(given.layers), given.copying, given.seed)

@@ -18,7 +18,7 @@ BALANCEDIT = {
 }  # fmt: skip
 # Where the adapters are was chosen by training each briefly: see docs/pictures.md.
 DUALEDIT = {
-    "text_layer": 22, "vis_layer": 22, "mid_dim": 512, "num_heads": 8, "key": "pooled", "key_dim": 192,
+    "text_layer": 21, "vis_layer": 21, "mid_dim": 512, "num_heads": 8, "key": "pooled", "key_dim": 192,
     "refine_steps": 40,
 }  # fmt: skip
 
