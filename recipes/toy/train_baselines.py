@@ -19,12 +19,10 @@ from dualedit.baselines import (
     MENDSettings,
     RECIPESettings,
     SERACSettings,
-    TPatcherSettings,
     TrainingSettings,
-    WISESettings,
     fit_baseline,
 )
-from dualedit.baselines.settings import NetworkSettings
+from dualedit.baselines.network_settings import NetworkSettings
 from dualedit.data import EditSample
 from dualedit.toy.baselines import NOTED
 from dualedit.toy.model import load_embedded
@@ -43,10 +41,6 @@ NETWORKS: dict[str, NetworkSettings] = {
     "lte": LTESettings(rank=4, **NOTED),
     "ke": KESettings(hidden=64),
 }
-# What these two note is no matter of training; what else they have to choose is `tune_baselines`'.
-NOTING: dict[str, NetworkSettings] = {
-    "tp": TPatcherSettings(), "wise": WISESettings(routed_by="prompt"),
-}  # fmt: skip
 
 
 def run_folder(work: Path, name: str, rate: float) -> Path:

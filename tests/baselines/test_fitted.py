@@ -212,9 +212,13 @@ def test_tpatcher_needs_states_in_and_states_out(networks, generator, tmp_path):
         method.edit(fact(random_image(generator)))
 
 
-def test_liveedit_needs_a_picture(networks):
+def test_liveedit_needs_a_picture(networks, tmp_path):
     with pytest.raises(ValueError, match="image=None: LiveEdit finds an edit by its picture"):
         opened("liveedit", networks).edit(fact(None))
+    bare = [*training_edits(5), fact(None)]
+    with pytest.raises(ValueError, match=r"samples\[5\] has image=None"):
+        fit_baseline("liveedit", sharp(LLAVA), tiny_processor(), bare, tmp_path, network_settings("liveedit"),
+                     TRAINING)  # fmt: skip
 
 
 # ---------------------------------------------------------------------- each method's own

@@ -19,6 +19,17 @@ from .liveedit import LiveEdit
 from .lora import LoRA
 from .lte import LTE
 from .mend import MEND
+from .network_settings import (
+    KESettings,
+    LiveEditSettings,
+    LTESettings,
+    MENDSettings,
+    NetworkSettings,
+    RECIPESettings,
+    SERACSettings,
+    TPatcherSettings,
+    WISESettings,
+)
 from .recipe import RECIPE
 from .retrieval import Retrieval
 from .serac import SERAC
@@ -26,25 +37,19 @@ from .settings import (
     FineTuneSettings,
     GRACESettings,
     IKESettings,
-    KESettings,
-    LiveEditSettings,
     LoRASettings,
-    LTESettings,
-    MENDSettings,
-    NetworkSettings,
-    RECIPESettings,
     RetrievalSettings,
-    SERACSettings,
-    Settings,
-    TPatcherSettings,
     VisEditSettings,
-    WISESettings,
 )
 from .tpatcher import TPatcher
 from .trained import Trained, TrainingSettings, shaping_of, train_network
 from .visedit import VisEdit
 from .wise import WISE
 
+Settings = (
+    FineTuneSettings | LoRASettings | IKESettings | RetrievalSettings | GRACESettings | VisEditSettings
+    | NetworkSettings
+)  # fmt: skip
 _KINDS: dict[str, tuple[type[Baseline], type | None]] = {
     "base": (Unedited, None), "ft-l": (FineTune, FineTuneSettings), "ft-v": (FineTune, FineTuneSettings),
     "lora": (LoRA, LoRASettings), "ike": (IKE, IKESettings), "retrieval": (Retrieval, RetrievalSettings),

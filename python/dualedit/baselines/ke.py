@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..models.architectures import hidden_size
 from .hypernetwork import Gradient, HyperNetwork
 from .lessons import Passed
-from .settings import KESettings
+from .network_settings import KESettings
 
 
 class Reader(nn.Module):

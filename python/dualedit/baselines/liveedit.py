@@ -25,7 +25,7 @@ from ..models.architectures import find_decoder_layers, hidden_size
 from .baseline import Question
 from .layers import decoder_layer
 from .lessons import Lessons, Passed, rows_of, written_and_kept
-from .settings import LiveEditSettings
+from .network_settings import LiveEditSettings
 from .trained import Trained
 from .watching import Watch, first_of, watching, with_first
 
@@ -195,6 +195,12 @@ class LiveEdit(Trained):
         )  # fmt: skip
 
     # ------------------------------------------------------------------ training
+
+    def prepare(self, samples: Sequence[EditSample]) -> None:
+        """Refuse training edits without a picture."""
+        bare = next((i for i, sample in enumerate(samples) if sample.request.image_source is None), None)
+        if bare is not None:
+            raise ValueError(f"samples[{bare}] has image=None: LiveEdit is trained on edits with a picture.")
 
     def training_loss(self, lessons: Lessons, keep_weight: float) -> Tensor:
         lessons = lessons.only(torch.tensor([image is not None for image, _ in lessons.questions]))

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from ..models.architectures import find_decoder_layers
 from .baseline import Question
 from .lessons import Lessons, Passed, rows_of, written_and_kept
+from .network_settings import LTESettings
 from .notes import GatedNotes
 from .retrieval import QuestionKey
-from .settings import LTESettings
 from .trained import Trained
 
 

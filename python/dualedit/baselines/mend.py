@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..data import EditSample
 from .hypernetwork import Gradient, HyperNetwork, gradients_of
 from .lessons import Passed, lessons_of
-from .settings import MENDSettings
+from .network_settings import MENDSettings
 
 _BATCHES, _EDITS = 8, 6  # of the normalisation
 

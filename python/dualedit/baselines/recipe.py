@@ -28,7 +28,7 @@ from .baseline import Question, end_token, stored_edit
 from .features import asked_rows, features_of
 from .layers import decoder_layer
 from .lessons import Lessons, Passed, rows_of, written_and_kept
-from .settings import RECIPESettings
+from .network_settings import RECIPESettings
 from .states import entering
 from .trained import Trained
 from .watching import watching

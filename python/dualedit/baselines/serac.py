@@ -27,7 +27,7 @@ from .baseline import Question, stored_edit
 from .features import asked_rows, features_of
 from .layers import decoder_layer
 from .lessons import Lessons, Rows, rows_of
-from .settings import SERACSettings
+from .network_settings import SERACSettings
 from .trained import Trained
 from .watching import Watch, watching
 

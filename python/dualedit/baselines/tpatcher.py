@@ -24,8 +24,8 @@ from .baseline import Question
 from .gradient import fit
 from .layers import feed_forward, layer_number, named_module
 from .lessons import Lessons
+from .network_settings import TPatcherSettings
 from .noting import noted_inputs
-from .settings import TPatcherSettings
 from .states import entering
 from .trained import Trained
 from .watching import first_of, with_first

@@ -27,7 +27,8 @@ from ..models.architectures import check_fingerprint, fingerprint
 from ..models.placement import place_of
 from .baseline import Baseline
 from .lessons import Lessons, lessons_of
-from .settings import NetworkSettings, require
+from .network_settings import NetworkSettings
+from .settings import require
 
 NETWORK, REPORT, CHECKPOINT = "network.safetensors", "network.json", "training.pt"
 

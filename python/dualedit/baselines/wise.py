@@ -24,8 +24,8 @@ from .baseline import Question
 from .gradient import fit
 from .layers import decoder_layer, last_linear, layer_number, linear_module
 from .lessons import Lessons
+from .network_settings import WISESettings
 from .noting import noted_inputs
-from .settings import WISESettings
 from .trained import Trained
 from .watching import Watch, watching
 

@@ -171,11 +171,15 @@ def _open_baseline(name: str, source: Source) -> Method:
 
         vlm, editors = _folders(source)
         return load_baseline(name, vlm=vlm, weights=editors)
-    from ..baselines import VisEditSettings, open_baseline, saved_settings
+    from ..baselines import RetrievalSettings, VisEditSettings, open_baseline, saved_settings
 
     settings = None
     if name == "visedit":
         settings = VisEditSettings(adapters=source.adapter)
+    elif name == "retrieval" and is_smol(source.model):
+        from ..smol.editors import EDITORS as OF_SMOL
+
+        settings = RetrievalSettings(adapter=OF_SMOL / "balancedit")  # its pooled key
     elif name in _fitted():
         settings = saved_settings(name, source.networks / name)
     base, processor = load_base(source.model)

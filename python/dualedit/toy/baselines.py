@@ -81,8 +81,8 @@ def baseline_settings(name: str, weights: str | os.PathLike | None = None) -> Se
     settings = {key: tuple(v) if isinstance(v, list) else v for key, v in tuned[name]["settings"].items()}
     if name in FITTED:
         settings["network"] = folder / name
-    if name == "retrieval":
-        settings["adapter"] = folder / "balancedit"  # its pooled key
+    if settings.get("adapter") is not None:  # another editor's, beside it
+        settings["adapter"] = folder / settings["adapter"]
     return _TUNED[name](**settings)
 
 
