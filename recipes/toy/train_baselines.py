@@ -34,7 +34,7 @@ RATES = (1e-3, 3e-3)
 STEPS, BATCH, SEED = 160, 6, 5
 # As wide as the model itself where the papers' networks are as wide as theirs.
 NETWORKS: dict[str, NetworkSettings] = {
-    "liveedit": LiveEditSettings(width=128, sentinel=8),
+    "liveedit": LiveEditSettings(width=128, sentinel=8, scale=0.1),  # the states here are long
     "mend": MENDSettings(rank=64),
     "serac": SERACSettings(width=128, heads=4, layers=2, longest=96),
     "recipe": RECIPESettings(width=256),

@@ -42,7 +42,7 @@ def test_wise_routes_to_the_largest_activation_above_its_threshold(generator):
                 best, wanted = here, memory
         assert index == wanted
     assert found[:2] == [-1, -1] and set(found) == {-1, 0, 1, 2, 3}
-    # One memory: the paper's Eq. 5, side memory if the activation exceeds epsilon, else the main one.
+    # One memory: the side memory if the activation exceeds epsilon, else the main one.
     one = wise.route(activations[:, :1], thresholds[:1])
     assert torch.equal(one == 0, activations[:, 0] > thresholds[0])
 

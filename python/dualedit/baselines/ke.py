@@ -2,9 +2,9 @@
 
 The network reads the question, the new answer and the model's present answer, and gives for each layer
 vectors a, b [O] and c, d [I] and a number e; the weight then changes by
-sigmoid(e) (softmax(a) c^T * gradient + softmax(b) d^T) (their Eq. 5 and 6, with the gradient's sign turned).
+sigmoid(e) (softmax(a) c^T * gradient + softmax(b) d^T) with the gradient's sign turned.
 It is trained to write the new answer under the constraint that other answers stay, KL <= margin, by a
-Lagrange multiplier that gradient ascent sets (their Eq. 2 to 4). Departures: the words are the model's own
+Lagrange multiplier that gradient ascent sets. Departures: the words are the model's own
 embeddings (of the picture it sees only what the gradient says); the present answer is what the model would
 write at each place of the new one; the margin is fixed; the gradient comes at length 1, with a learned rate.
 """
@@ -61,7 +61,7 @@ class Reader(nn.Module):
 def constrained_change(
     a: Tensor, b: Tensor, c: Tensor, d: Tensor, e: Tensor, gradient: Tensor, rate: Tensor
 ) -> Tensor:
-    """[E, O, I] the change of a weight (the paper's Eq. 5): -rate sigmoid(e) (O softmax(a) c^T * g + ...).
+    """[E, O, I] the change of a weight: -rate sigmoid(e) (O softmax(a) c^T * g + ...).
 
     Args:
         a, b: [E, O]; c, d: [E, I]; e: [E]; gradient: [E, O, I].

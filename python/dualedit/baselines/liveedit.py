@@ -4,7 +4,7 @@ At one decoder layer a generator reads the states of an edit (picture, question,
 (U, V); an extractor makes features of its picture, as the question asks for them, and of its question. At
 use the hard filter keeps the experts whose picture features are more similar to the question's than a learned
 sentinel's, and the soft router weighs those by softmax times sigmoid of the similarity of the questions'
-features; the weighed sum of relu(norm(h) U^T) V is added to every state h (their Sec. 4). Departures: of the
+features; the weighed sum of relu(norm(h) U^T) V is added to every state h, as in their paper and code. Departures: of the
 router's training pairs, questions that must stay count as negatives of the edit that they were drawn for, so
 that other questions about the same picture do; similar lengths are batched. Without a picture there is
 nothing to filter by: such questions are never edited, such edits refused.
@@ -312,7 +312,7 @@ def _question(prompt: Tensor, image: Tensor) -> Tensor:
 
 
 def _soft_loss(questions: Tensor, owner: Tensor, change: Tensor) -> Tensor:
-    """The softmax finds the own edit, the sigmoid says whether a question is about it (their Eq. 13, 14)."""
+    """The softmax finds the own edit, the sigmoid says whether a question is about it."""
     edits = questions.shape[1]
     found = nn.functional.cross_entropy(questions[change], owner[change])
     own = nn.functional.one_hot(owner, edits).bool()
@@ -325,7 +325,7 @@ def _soft_loss(questions: Tensor, owner: Tensor, change: Tensor) -> Tensor:
 
 
 def _hard_loss(near: Tensor, nothing: Tensor, owner: Tensor, change: Tensor) -> Tensor:
-    """The own edit's picture is nearer than others and the sentinel; the sentinel else (their Eq. 11, 12)."""
+    """The own edit's picture is nearer than others and the sentinel; the sentinel else."""
     both = torch.cat([near, nothing[:, None]], dim=1)
     wanted = torch.where(change, owner, torch.full_like(owner, near.shape[1]))
     kinds = [kind for kind in (change, ~change) if bool(kind.any())]

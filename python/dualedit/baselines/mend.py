@@ -2,7 +2,7 @@
 
 At a linear layer the gradient of one edit is a sum of outer products of what the layer is given, u, and the
 error at its output, d, one for each token. A network maps (u, d) to (u', d') for each token, and the weight
-changes by -alpha times the mean of d' u'^T, alpha a learned rate for each layer (their Eq. 3 and 4): a short
+changes by -alpha times the mean of d' u'^T, alpha a learned rate for each layer: a short
 cut for the one gradient step that would not do. Layers of one shape share a network, with a scale and shift
 of their own; it starts as the identity. Departures: u and d are normalised by their mean and deviation over
 the first training batches, and not further; the loss on new answers includes the edit's own.

@@ -1,7 +1,7 @@
 """SERAC (Mitchell et al., ICML 2022): edits in a memory, a classifier of their scope, a counterfactual model.
 
 A question that the classifier finds in the scope of the most similar stored edit is answered by a small model
-that reads that edit in front of the question; every other question by the base model (their Eq. 2). The two
+that reads that edit in front of the question; every other question by the base model. The two
 are trained apart from the base model: the classifier by cross-entropy on questions inside and outside of an
 edit's scope, the counterfactual model on those inside. Departures: no pretrained small models come with a
 VLM, so the classifier compares the model's own frozen states (`Features`), and the counterfactual model is a

@@ -3,7 +3,7 @@
 A patch adds ReLU(q k + b) v to the part's output, for every token q that it is given. k, b and v are fitted
 to the new answer, with an activation loss exp(-(q_e k + b)) that opens the neuron at its own query, and two
 memory losses that keep it shut elsewhere: S(M k + b - beta) and S((M - q_e) k - gamma), S being the mean of
-the largest exponentials, M queries noted from training facts (their Eq. 6 to 9). Earlier patches stay as they
+the largest exponentials, M queries noted from training facts. Earlier patches stay as they
 are. Departures: the neuron has its own ReLU also where the model's feed-forward part is gated (the public
 port of another group adds a gated one), and steps end when the answer is likely enough.
 """
@@ -32,7 +32,7 @@ from .watching import first_of, with_first
 
 
 def memory_loss(activation: Tensor, hardest: int) -> Tensor:
-    """The mean of the largest exponentials of activations [N] (S of the paper's Eq. 8)."""
+    """The mean of the largest exponentials of activations [N] (the paper's S)."""
     return activation.exp().topk(min(hardest, len(activation))).values.mean()
 
 

@@ -2,8 +2,8 @@
 
 A side memory is a copy W' of the matrix W that edits are written to. With a the matrix' input, the activation
 of a question is |a (W' - W)|, and it goes to the memory with the largest one, if that is above a share of the
-smallest activation among that memory's own edits; else W answers (their Eq. 4 and 5). Editing fits the answer
-with a margin loss: unrelated inputs below alpha, its own above beta, and gamma between them (Eq. 6).
+smallest activation among that memory's own edits; else W answers. Editing fits the answer
+with a margin loss: unrelated inputs below alpha, its own above beta, and gamma between them.
 Edits of one shard change a random share of W' only; full shards are merged by TIES (Yadav et al. 2023).
 Departures: Adam, until the answer is likely enough; the margins are measured in mean lengths of the matrix'
 own output; unrelated inputs are tokens noted from training facts; a question decides once, at its prompt.
@@ -31,7 +31,7 @@ from .watching import Watch, watching
 
 
 def activation(inputs: Tensor, change: Tensor, columns: Tensor) -> Tensor:
-    """[R] the mean length of a (W' - W) over some columns of the inputs (the paper's Eq. 4).
+    """[R] the mean length of a (W' - W) over some columns of the inputs (the paper's activation).
 
     Args:
         inputs: [R, L, I] of the matrix.
@@ -44,7 +44,7 @@ def activation(inputs: Tensor, change: Tensor, columns: Tensor) -> Tensor:
 
 
 def route(activations: Tensor, thresholds: Tensor) -> Tensor:
-    """[R] int64, the side memory that each question goes to, -1 for the model's own matrix (Eq. 5).
+    """[R] int64, the side memory that each question goes to, -1 for the model's own matrix.
 
     Args:
         activations: [R, M] of each question in each memory.
@@ -56,7 +56,7 @@ def route(activations: Tensor, thresholds: Tensor) -> Tensor:
 
 
 def margin_loss(own: Tensor, unrelated: Tensor, alpha: float, beta: float, gamma: float) -> Tensor:
-    """max(0, u - alpha) + max(0, beta - o) + max(0, gamma - (o - u)) of activations (the paper's Eq. 6)."""
+    """max(0, u - alpha) + max(0, beta - o) + max(0, gamma - (o - u)) of activations."""
     parts = (unrelated - alpha, beta - own, gamma - (own - unrelated))
     return sum(torch.relu(part) for part in parts)
 
