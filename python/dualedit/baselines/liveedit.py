@@ -4,10 +4,10 @@ At one decoder layer a generator reads the states of an edit (picture, question,
 (U, V); an extractor makes features of its picture, as the question asks for them, and of its question. At
 use the hard filter keeps the experts whose picture features are more similar to the question's than a learned
 sentinel's, and the soft router weighs those by softmax times sigmoid of the similarity of the questions'
-features; the weighed sum of relu(norm(h) U^T) V is added to every state h, as in their paper and code. Departures: of the
-router's training pairs, questions that must stay count as negatives of the edit that they were drawn for, so
-that other questions about the same picture do; similar lengths are batched. Without a picture there is
-nothing to filter by: such questions are never edited, such edits refused.
+features; the weighed sum of relu(norm(h) U^T) V is added to every state h, as in their paper and code.
+Departures: of the router's training pairs, questions that must stay count as negatives of the edit that they
+were drawn for, so that other questions about the same picture do. Without a picture there is nothing to
+filter by: such questions are never edited, such edits refused.
 """
 
 from __future__ import annotations

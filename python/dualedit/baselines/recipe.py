@@ -1,11 +1,12 @@
 """RECIPE (Chen et al., EMNLP 2024): retrieved continuous prompts, and a knowledge sentinel that may refuse.
 
 An edit is read into a vector, and that into a few prompt tokens that stand in front of a question's own. A
-question gets the prompt of the edit whose vector is nearest to its own, unless the sentinel's is nearer. Trained are the two readers, the sentinel and the prompts: on writing edits and leaving
-other answers, and by contrast: the own edit before the others, the sentinel before the others without it, and
-before all for questions that must stay. Departures: the readers take the model's own frozen
-states (`Features`) in place of a pretrained text encoder's, and see the picture; the sentinel is a vector of
-its own; the last two contrasts have no hinge.
+question gets the prompt of the edit whose vector is nearest to its own, unless the sentinel's is nearer.
+Trained are the two readers, the sentinel and the prompts: on writing edits and leaving other answers, and by
+contrast: the own edit before the others, the sentinel before the others without it, and before all for
+questions that must stay. Departures: the readers take the model's own frozen states (`Features`) in place of
+a pretrained text encoder's, and see the picture; the sentinel is a vector of its own; the last two contrasts
+have no hinge.
 """
 
 from __future__ import annotations
