@@ -15,7 +15,7 @@ LEVELS = [
     {"data", "folder", "runtime"},
     {"memory", "requests"},
     {"tuners"},
-    {"editing", "saved"},
+    {"editing", "saved", "store"},
     {"storage"},
     {"checking", "exchange", "history", "overlaps"},
     {"book"},

@@ -25,6 +25,7 @@ from .options import (
     SkipBad,
     path,
 )
+from .publish_command import add_command as add_publish
 from .serve_command import add_command
 from .terminal import quiet
 
@@ -485,3 +486,4 @@ def doctor(
 
 add_commands(app)
 add_command(app)
+add_publish(app)
