@@ -4,6 +4,7 @@
 # make test    all tests, on all cores, with the same seeds each time (DUALEDIT_SEED=<number>: with others)
 # make test-random   all tests with fresh seeds, which the first lines print
 # make test-all   also every architecture, and the tests on the oldest and the newest transformers
+# make test-serving   the tests of edits inside vLLM, in an environment of their own (.venv-vllm: 4 GB, made once)
 # make fast    tests that take seconds, on all cores, stopping at the first failure: the inner loop (under 2 minutes)
 # make lint    ruff, and mypy on what users import
 # make gpu     on a machine with a GPU: build, check and time everything there, and say which goals are
@@ -43,7 +44,7 @@ BENCHMARKS := $(patsubst benchmarks/bench_%.py,%,$(sort $(wildcard benchmarks/be
 
 ON_ALL_CORES := -n auto --dist worksteal
 
-.PHONY: setup demo test test-random test-all fast lint bench gpu compile-report docs wheel readme clean
+.PHONY: setup demo test test-random test-all test-serving fast lint bench gpu compile-report docs wheel readme clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP) $(SMOL)
@@ -75,6 +76,14 @@ test-all: $(STAMP)
 	$(PY) -m pytest -q -m "tier2 or not tier2"
 	PYTHON=$(PY) tests/with_transformers.sh 5.17.0
 	PYTHON=$(PY) tests/with_transformers.sh newest tests/lifecycle
+
+# VLLM="vllm==0.32.0" on a machine with a GPU; PIP="..." for more options of pip, such as where a torch for the CPU is.
+test-serving: $(VENV)-vllm/.stamp
+	$(VENV)-vllm/bin/python -m pytest -x tests/serving_vllm
+
+$(VENV)-vllm/.stamp: pyproject.toml tests/serving_vllm/environment.sh
+	PYTHON=$(PYTHON) tests/serving_vllm/environment.sh $(VENV)-vllm
+	touch $@
 
 fast: $(STAMP)
 	$(PY) -m pytest -q -x -m "not slow and not tier2" $(ON_ALL_CORES)
@@ -113,6 +122,6 @@ readme: $(STAMP) $(SMOL)
 	env -u OMP_NUM_THREADS $(PY) -m dualedit.cli demo --model smol --json demo_output/demo.json --page demo_output/demo.html --readme README.md
 
 clean:
-	rm -rf $(VENV) $(VENV)-docs build dist site demo_output .pytest_cache .ruff_cache *.egg-info python/*.egg-info
+	rm -rf $(VENV) $(VENV)-docs $(VENV)-vllm build dist site demo_output .pytest_cache .ruff_cache *.egg-info python/*.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 	rm -f dualedit_kernels/*.so

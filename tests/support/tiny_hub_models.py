@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -64,23 +65,33 @@ def _spread(model: nn.Module, seed: int) -> nn.Module:
     return model.eval()
 
 
-def _text(vocabulary: int, **more: object) -> dict[str, object]:
-    return dict(
-        vocab_size=vocabulary, hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=LAYERS,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, **more,
-    )  # fmt: skip
+@dataclass(frozen=True)
+class Size:
+    """Of a language model: width of its residual stream, attention heads, decoder layers."""
+
+    width: int = WIDTH
+    heads: int = 4
+    layers: int = LAYERS
+
+    def text(self, vocabulary: int, **more: object) -> dict[str, object]:
+        """The text config's settings."""
+        return dict(
+            vocab_size=vocabulary, hidden_size=self.width, intermediate_size=self.width * 3 // 2,
+            num_hidden_layers=self.layers, num_attention_heads=self.heads,
+            num_key_value_heads=self.heads // 2, max_position_embeddings=512, **more,
+        )  # fmt: skip
 
 
-def make_llava(folder: Path, seed: int) -> Path:
+def make_llava(folder: Path, seed: int, size: Size = Size()) -> Path:
     """A folder like llava-hf/llava-1.5-7b-hf."""
     vocabulary, merges = _learned(pre_tokenizers.Metaspace(), "▁", ["<unk>", "<s>", "</s>"])
     tokenizer = hf.LlamaTokenizer(
         vocab=vocabulary, merges=merges, pad_token="<pad>", extra_special_tokens={"image_token": "<image>"}
     )
     tokenizer.padding_side = "left"
-    size = {"height": 28, "width": 28}
+    crop = {"height": 28, "width": 28}
     processor = hf.LlavaProcessor(
-        image_processor=CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size=size),
+        image_processor=CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size=crop),
         tokenizer=tokenizer, patch_size=14, vision_feature_select_strategy="default",
         num_additional_image_tokens=1, image_token="<image>", chat_template=_LLAVA_TEMPLATE,
     )  # fmt: skip
@@ -89,14 +100,14 @@ def make_llava(folder: Path, seed: int) -> Path:
         patch_size=14, projection_dim=16,
     )  # fmt: skip
     config = hf.LlavaConfig(
-        vision_config=vision, text_config=hf.LlamaConfig(**_text(len(tokenizer))), image_seq_length=4,
+        vision_config=vision, text_config=hf.LlamaConfig(**size.text(len(tokenizer))), image_seq_length=4,
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"), pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     model = _spread(hf.LlavaForConditionalGeneration(config), seed)
     return _save(folder, model, processor)
 
 
-def make_qwen(folder: Path, seed: int) -> Path:
+def make_qwen(folder: Path, seed: int, size: Size = Size()) -> Path:
     """A folder like Qwen/Qwen2.5-VL-7B-Instruct. Its processor needs torchvision, as the real one does."""
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
                "<|image_pad|>", "<|video_pad|>"]  # fmt: skip
@@ -114,11 +125,12 @@ def make_qwen(folder: Path, seed: int) -> Path:
     )  # fmt: skip
     vision = dict(
         depth=2, hidden_size=16, num_heads=2, intermediate_size=24, patch_size=14, spatial_merge_size=2,
-        temporal_patch_size=2, out_hidden_size=WIDTH, fullatt_block_indexes=[1], window_size=112,
+        temporal_patch_size=2, out_hidden_size=size.width, fullatt_block_indexes=[1], window_size=112,
     )  # fmt: skip
-    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1000000.0}
+    part = size.width // size.heads // 8
+    rope = {"rope_type": "default", "mrope_section": [part, part, 2 * part], "rope_theta": 1000000.0}
     config = hf.Qwen2_5_VLConfig(
-        text_config=_text(
+        text_config=size.text(
             len(tokenizer), rope_parameters=rope, bos_token_id=ids["endoftext"], eos_token_id=ids["im_end"]
         ),
         vision_config=vision, bos_token_id=ids["endoftext"], eos_token_id=ids["im_end"],
