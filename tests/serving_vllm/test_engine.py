@@ -65,9 +65,11 @@ def in_turn(llm, world, salted):
         salt = salt_of(store, name.partition("@")[0]) if name and salted else None
         made = llm.generate([prompt(ask, name, salt)], [params(name)], use_tqdm=False)[0]
         found = logs(made)
-        right = right and torch.equal(seen.setdefault(name, found), found)
+        right = right and (name in seen or made.num_cached_tokens == 0)  # no block of anybody else's
+        right = right and float((seen.setdefault(name, found) - found).abs().max()) < CLOSE
         right = right and tokens(made) == {own: ask.edited, None: ask.base}.get(name, tokens(made))
-    return right and not torch.equal(seen[own], seen[None]) and not torch.equal(seen[own], seen[other])
+    apart = min(float((seen[own] - seen[name]).abs().max()) for name in (None, other))
+    return right and apart > 100 * CLOSE
 
 
 @pytest.mark.parametrize("name", ["toy-dualedit", "toy-balancedit"])
@@ -132,7 +134,7 @@ def test_only_what_an_edit_answers_is_sent_back(world, way, engines):
         assert ask.edit is not None or torch.equal(logs(output), logs(plain))
 
 
-# ---------------------------------------------------------------------- what goes wrong is told, the engine lives
+# ------------------------------------------------------------------ faults are told, the engine lives
 
 
 def test_faults_are_told_and_nobody_else_notices(worlds, engines, tmp_path):

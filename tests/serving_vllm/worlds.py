@@ -11,10 +11,13 @@ from typing import Any
 import tiny_hub_models
 import torch
 from dualedit import Editor, inject_balancedit, inject_dualedit, load_edits, save_edits
+from dualedit.memory.routing import nearest_edit
+from dualedit.runtime.recording import record_states
 from dualedit.store import Store, publish
 from dualedit.toy.editors import EDITORS
 from dualedit.toy.model import WEIGHTS, load_embedded
 from dualedit.toy.pictures import sample_pictures
+from dualedit.tuners.adapter import active_adapter
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -89,18 +92,14 @@ def answer(editor: Editor, image: Any, question: str) -> tuple[list[int], torch.
 
 def asked(editor: Editor, base: list, questions: list) -> list[Ask]:
     """Questions with the answers, routes and keys of transformers."""
-    from dualedit.runtime.recording import record_states
-    from dualedit.tuners.adapter import active_adapter
-
     adapter, asks = active_adapter(editor.model), []
     for (image, question), (tokens, logs) in zip(questions, base, strict=True):
         inputs = editor.prompter.inputs([(image, question)])
         key = adapter.key_of(*record_states(adapter.base, inputs))[0].float()
-        stored, row, _ = adapter.nearest(inputs)
-        far = adapter.distances(stored.tables["key"][row], [inputs])[0]
-        fires = far <= float(adapter.radii(stored)[row])
+        stored = adapter.stored()
+        row, _ = nearest_edit(key[None], stored, adapter.metric, adapter.radii(stored))
         edited, with_edits = answer(editor, image, question)
-        number = stored.id_of(int(row)) if fires else None
+        number = stored.id_of(int(row)) if int(row) >= 0 else None
         text = editor.prompter.text(image, question)
         asks.append(Ask(image, question, text, tokens, logs, edited, with_edits, number, key))
     return asks

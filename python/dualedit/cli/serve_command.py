@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated
 
 import typer
@@ -35,6 +36,26 @@ def serve(
     batch: Annotated[int, typer.Option(metavar="N", help="Questions answered together.")] = 16,
     tokens: Annotated[int, typer.Option(metavar="N", help="Most tokens of an answer.")] = 256,
     queue: Annotated[int, typer.Option(metavar="N", help="Most requests that wait.")] = 256,
+    engine: Annotated[
+        str, typer.Option(metavar="NAME", help="own: this process; vllm: a front of vLLM's servers.")
+    ] = "own",
+    store: Annotated[
+        str | None, typer.Option(metavar="PLACE", help="With vllm: where edits are published (EDITS-store).")
+    ] = None,
+    form: Annotated[
+        str, typer.Option(metavar="NAME", help="With vllm: optimistic, or router: a key before the answer.")
+    ] = "optimistic",
+    replicas: Annotated[int, typer.Option(metavar="N", help="With vllm: servers that are started here.")] = 1,
+    server: Annotated[
+        list[str] | None, typer.Option(metavar="URL", help="With vllm: a server that runs already; repeated.")
+    ] = None,
+    router: Annotated[
+        list[str] | None, typer.Option(metavar="URL", help="With vllm: a router that runs already.")
+    ] = None,
+    vllm: Annotated[str, typer.Option(metavar="TEXT", help="With vllm: its own options, in quotes.")] = "",
+    values: Annotated[
+        str, typer.Option(metavar="NAME", help="With vllm: values of edits 'as stored' or 'int8'.")
+    ] = "as stored",
 ) -> None:
     """Serve an edited model: a page to ask and correct, and a service that OpenAI's clients call.
 
@@ -47,6 +68,20 @@ def serve(
         edits, model, Start(method, adapter, layer), host, port, token, read_only, urls, page, batch, tokens,
         queue,
     )  # fmt: skip
+    if engine not in ("own", "vllm"):
+        raise ValueError(f"--engine {engine}: choose own or vllm.")
+    if engine == "vllm":
+        from . import serve_vllm
+
+        options = replace(options, page=False)  # the page asks its own process's model
+        options.check()
+        own = serve_vllm.EngineOptions(
+            store, form, replicas, tuple(server or ()), tuple(router or ()), vllm, values
+        )
+        own.check()
+        with named(**ASKED):
+            serve_vllm.run(options, own)
+        return
     options.check()
     with named(**ASKED):
         work.run(options)

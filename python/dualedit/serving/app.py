@@ -18,7 +18,7 @@ from .edits import edit_routes
 from .service import Service
 from .settings import Refused
 
-_TEXT = "text/plain; version=0.0.4; charset=utf-8"
+TEXT = "text/plain; version=0.0.4; charset=utf-8"
 
 
 def create_app(service: Service) -> FastAPI:
@@ -43,7 +43,7 @@ def create_app(service: Service) -> FastAPI:
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(service.settings.hosts))
     app.include_router(chat_routes(service))
     app.include_router(edit_routes(service))
-    _errors(app, service)
+    add_error_handlers(app, service)
 
     @app.get("/health")
     def health() -> Response:
@@ -53,7 +53,7 @@ def create_app(service: Service) -> FastAPI:
 
     @app.get("/metrics")
     def metrics() -> Response:
-        return Response(service.metrics.text(), media_type=_TEXT)
+        return Response(service.metrics.text(), media_type=TEXT)
 
     if service.settings.page:
         from .page import mount_page
@@ -62,7 +62,9 @@ def create_app(service: Service) -> FastAPI:
     return app
 
 
-def _errors(app: FastAPI, service: Service) -> None:
+def add_error_handlers(app: FastAPI, service: Service) -> None:
+    """Have errors answered in OpenAI's form."""
+
     def told(status: int, code: str | None, message: str, headers: dict[str, str] | None = None) -> Response:
         service.metrics.failed(status)
         kind = "invalid_request_error" if status < 500 else "server_error"
