@@ -40,7 +40,7 @@ def world(request, worlds):
 
 @pytest.fixture(scope="module")
 def engines():
-    """An engine by world and settings; those of the last two pairs are kept, for memory's sake."""
+    """An engine by world and settings; the last two are kept, for memory's sake."""
     from engines import engine
 
     kept = {}
@@ -48,7 +48,7 @@ def engines():
     def made(world, edits=True, router=None, **settings):
         name = (world.name, edits, router, repr(sorted(settings.items())))
         if name not in kept:
-            while len(kept) > 3:
+            while len(kept) > 1:
                 kept.pop(next(iter(kept)))
                 gc.collect()
             kept[name] = engine(world, edits, router, **settings)

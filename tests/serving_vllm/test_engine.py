@@ -59,8 +59,7 @@ def in_turn(llm, world, salted):
     other = next(world.named(a) for a in world.fired if a.edit != ask.edit)
     store = Store(world.store).now().manifest.store
     llm.reset_prefix_cache()
-    seen = {}
-    right = True
+    seen, right = {}, True
     for name in (None, own, None, other, own, other, None):
         salt = salt_of(store, name.partition("@")[0]) if name and salted else None
         made = llm.generate([prompt(ask, name, salt)], [params(name)], use_tqdm=False)[0]
@@ -68,8 +67,9 @@ def in_turn(llm, world, salted):
         right = right and (name in seen or made.num_cached_tokens == 0)  # no block of anybody else's
         right = right and float((seen.setdefault(name, found) - found).abs().max()) < CLOSE
         right = right and tokens(made) == {own: ask.edited, None: ask.base}.get(name, tokens(made))
-    apart = min(float((seen[own] - seen[name]).abs().max()) for name in (None, other))
-    return right and apart > 100 * CLOSE
+        if not right:
+            return False
+    return min(float((seen[own] - seen[name]).abs().max()) for name in (None, other)) > 100 * CLOSE
 
 
 @pytest.mark.parametrize("name", ["toy-dualedit", "toy-balancedit"])

@@ -32,8 +32,8 @@ class Service:
     def __init__(self, place, *options):
         self.token = "secret"
         command = [
-            sys.executable, "-m", "dualedit.cli", "serve", "--engine", "vllm", "--model", "toy", "--port", "0",
-            "--edits", str(place / "edits"), "--token", self.token, "--vllm", VLLM, *options,
+            sys.executable, "-m", "dualedit.cli", "serve", "--engine", "vllm", "--model", "toy", "--port",
+            "0", "--edits", str(place / "edits"), "--token", self.token, "--vllm", VLLM, *options,
         ]  # fmt: skip
         self.log = place / "serve.log"
         with open(self.log, "wb") as output:
