@@ -369,3 +369,37 @@ def test_lists_hold_while_others_edit_and_remove(generator):
     for thread in writers:
         thread.join()
     assert faults == []
+
+
+def test_a_question_told_again_takes_its_own_place_while_others_come_and_go(generator):
+    """Rows move while it is looked up; what makes room is the edit of this very question, and no other."""
+    editor = editor_for("dualedit")
+    pictures = [random_image(generator) for _ in range(4)]
+    for picture in pictures:
+        editor.edit(picture, BRAND, "dell", keep_failed=True)
+    group = active_adapter(editor.model).group
+    kept, stop = set(group.ids()[:3]), threading.Event()
+    rows = group.rows(group.snapshot(), 1)
+    rows = {n: {t: r + 1.0 if t == "key" else r for t, r in each.items()} for n, each in rows.items()}
+
+    def change():
+        while not stop.is_set():
+            numbers = [group.add(rows, {"target": "x"}) for _ in range(3)]
+            for number in numbers:
+                group.remove(number)
+
+    writers = [threading.Thread(target=change) for _ in range(2)]
+    for thread in writers:
+        thread.start()
+    told = group.ids()[3]
+    try:
+        for turn in range(8):
+            edit = editor.edit(pictures[3], BRAND, ("dell", "lenovo")[turn % 2], keep_failed=True)
+            assert [old["id"] for old in edit.replaces] == [told]
+            told = edit.id
+            assert kept <= set(group.ids())
+    finally:
+        stop.set()
+        for thread in writers:
+            thread.join()
+    assert set(group.ids()) == {*kept, told}

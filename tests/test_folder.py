@@ -15,6 +15,7 @@ from dualedit.folder.lock import writing_in
 from dualedit.folder.sealing import migrate
 from dualedit.folder.verifying import verify
 from dualedit.records import uid_of
+from dualedit.saved import origin_of
 from dualedit.storage import compact_edits
 from dualedit.tuners.adapter import active_adapter, adapter_of
 from peft import PeftModel, peft_model
@@ -681,26 +682,48 @@ def test_the_commands_of_a_book(saved, capsys, tmp_path):
     assert refreshed == 1 and state(model) == state(load_edits(LLAVA.build(), folder))
 
 
-def test_threads_share_a_tokenizer(generator):
-    import threading
+def test_what_a_model_knows_of_its_folder_does_not_grow_with_what_is_noted(saved, generator):
+    """Records hold pictures; once a commit is made or taken over, the memories have them and nothing else."""
+    import pickle
 
-    from dualedit.models.prompting import Prompter
-    from tiny_models import random_image
+    model, _, folder = saved
+    other = load_edits(LLAVA.build(), folder)
+    group = active_adapter(model).group
+    rows, record = group.rows(group.everything(), 1), group.first.record(1)
+    before = len(pickle.dumps(origin_of(model).view))
+    for turn in range(10):
+        number = group.add(rows, {**record, "uid": f"u{turn}", "image": "x" * 100_000})
+        save_edits(model, folder)
+        group.remove(number)
+        save_edits(model, folder)
+        refresh_edits(other)
+    for each in (model, other):
+        assert len(pickle.dumps(origin_of(each).view)) < before + 20 * 1000
+    loaded = load_edits(LLAVA.build(), folder)  # of a journal that holds them
+    held = loaded.peft_config["default"].saved_in
+    assert len(pickle.dumps((origin_of(loaded).view, held))) < 2 * before + 20 * 1000
+    assert state(loaded) == state(model) == state(other)
 
-    prompter, faults = Prompter(tiny_processor()), []
-    images = [random_image(generator) for _ in range(3)]
 
-    def ask(number):
-        for turn in range(30):
-            words = "what brand is this computer ? " * (1 + (number + turn) % 3)
-            try:
-                prompter.inputs([(images[turn % 3], words), (images[0], "who ?")])
-            except Exception as error:
-                faults.append(error)
+def test_every_command_of_a_book_prints_json(saved, capsys, tmp_path):
+    from dualedit.cli import main as run
 
-    everyone = [threading.Thread(target=ask, args=(number,)) for number in range(6)]
-    for thread in everyone:
-        thread.start()
-    for thread in everyone:
-        thread.join()
-    assert faults == []
+    model, _, folder = saved
+    at, done = ["--edits", str(folder), "--json"], {}
+    for name, arguments in {
+        "list": at, "show": ["1", *at], "note": ["1", "--note", "Zürich", *at], "disable": ["1", *at],
+        "enable": ["1", *at], "undo": at, "redo": at, "export": [str(tmp_path / "all.jsonl"), *at],
+        "verify": [str(folder), "--json"], "compact": [str(folder), "--json"],
+        "migrate": [str(folder), "--json"], "remove": ["1", *at],
+    }.items():  # fmt: skip
+        assert run([name, *arguments]) == 0, name
+        done[name] = json.loads(capsys.readouterr().out)
+    assert done["note"] == {"id": 1, "noted": {"note": "Zürich"}}
+    assert done["disable"] == {"id": 1, "disabled": True} and done["enable"]["disabled"] is False
+    assert done["undo"] == done["redo"] == [{"id": 1, "change": "note"}]
+    assert done["export"]["edits"] == 1 and done["compact"]["commits"] == 5
+    assert done["migrate"]["changed"] is False and done["remove"] == {"removed": [1], "left": 0}
+    use = active_adapter(model).group.bytes_used()
+    assert {name: done["list"]["bytes"][name] for name in ("keys", "values")} == {
+        name: use[name] for name in ("keys", "values")
+    }

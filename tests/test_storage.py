@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from dualedit import inject_dualedit, load_edits, save_edits
+from dualedit.models.architectures import fingerprint
 from dualedit.runtime.context import runtime_of
 from safetensors.torch import load_file, save_file
 from tiny_models import LLAVA, METHODS, QWEN, editor_of, row_of, store, tiny_llama
@@ -238,6 +239,26 @@ def test_edits_of_another_base_model(base, message, saved):
     with pytest.raises(ValueError, match=message):
         load_edits(model, folder)
     assert state_of(model) == state and contents(folder) == before
+
+
+def test_edits_of_a_model_that_was_trained_further(saved, tmp_path):
+    """Its embeddings are the same; a few weights of its layers have other signs. Adapters on it do not count."""
+    from peft import LoraConfig, get_peft_model
+
+    _, inputs, folder = saved
+    further = LLAVA.build()
+    with torch.no_grad():
+        for layer in further.model.language_model.layers:
+            weight = layer.self_attn.q_proj.weight
+            weight += 0.5 * weight.std() * torch.randn(weight.shape, generator=torch.Generator().manual_seed(3))
+    with pytest.raises(ValueError, match="another base model: weight_signs is '[0-9a-f]{16}' here and was"):
+        load_edits(further, folder)
+    beside = get_peft_model(LLAVA.build(), LoraConfig(target_modules=["q_proj", "up_proj"]), "style")
+    load_edits(beside, folder, adapter_name="facts")
+    marks = [fingerprint(base) for base in (LLAVA.build(), beside.get_base_model())]
+    assert marks[0] == marks[1] and marks[0]["weight_signs"] is not None
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["base_fingerprint"] == marks[0]
 
 
 def test_a_config_of_another_size(generator, tmp_path):

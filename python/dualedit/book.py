@@ -144,6 +144,13 @@ class EditBook(ABC):
 
         return [edit for edit in self.edits if fits(edit)]
 
+    def memory_use(self) -> dict[str, int]:
+        """Bytes of the stored edits: "keys", which are always in memory; "values" of all edits; and of the
+        values those on the "device", in the "host"'s memory, and on the "disk" alone (`load_edits(budget=)`).
+        """
+        parts = [each.group.bytes_used() for each in self.adapters]
+        return {name: sum(part[name] for part in parts) for name in parts[0]}
+
     def conflicts(self) -> list[Conflict]:
         """Pairs of edits with near keys (one reaches the other's) and different answers, oldest first."""
         return [found for each in self.adapters for found in conflicts_in(each)]

@@ -74,6 +74,11 @@ class TensorFile:
             for name, entry in self._header.items()
         }
 
+    def sizes(self) -> dict[str, int]:
+        """Each tensor's bytes."""
+        places = ((name, entry["data_offsets"]) for name, entry in self._header.items())
+        return {name: last - first for name, (first, last) in places}
+
     def data(self, name: str) -> bytes:
         """A tensor's bytes. Raises KeyError for an unknown name."""
         first, last = self._header[name]["data_offsets"]

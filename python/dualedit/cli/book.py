@@ -77,6 +77,10 @@ def show_list(
     told = ", ".join(f"{name} {_size(size)}" for name, size in sizes.items())
     shown = "" if len(chosen) == len(saved.edits) else f", {len(chosen)} of them shown"
     print(f"{heading(folder, saved)}{shown}; {_size(sum(sizes.values()))} on the disk ({told})")
+    print(
+        f"Loaded: keys {_size(saved.bytes['keys'])}, always in memory; values {_size(saved.bytes['values'])}, "
+        "in memory or, with a budget, as far as it goes and else on the disk"
+    )
     for note in saved.notes:
         print(f"Note: {note}")
     if chosen:
@@ -136,17 +140,32 @@ def _write_picture(file: Path, edit_id: int, record: dict[str, Any]) -> None:
         raise ValueError(f"--picture {file}: {error}.") from error
 
 
-def remove(folder: Path, edit_ids: Sequence[int]) -> None:
+def tell(as_json: bool, words: str, **facts: Any) -> None:
+    """Print what was done, in words or as JSON."""
+    if as_json:
+        say(facts)
+    else:
+        print(words)
+
+
+def remove(folder: Path, edit_ids: Sequence[int], as_json: bool = False) -> None:
     """Forget edits of a saved folder."""
     read_config(folder)
+    left = 0
     for edit_id in edit_ids:
         left = remove_saved(folder, edit_id)
-        print(f"edit {edit_id} is removed; {left} left in {folder}")
+        if not as_json:
+            print(f"edit {edit_id} is removed; {left} left in {folder}")
+    if as_json:
+        say({"removed": list(edit_ids), "left": left})
 
 
-def switch(folder: Path, edit_id: int, on: bool) -> None:
+def switch(folder: Path, edit_id: int, on: bool, as_json: bool = False) -> None:
     """Let an edit answer, or not."""
     note_saved(folder, edit_id, {"disabled": None if on else True})
+    if as_json:
+        say({"id": edit_id, "disabled": not on})
+        return
     print(f"edit {edit_id} in {folder} is {'on' if on else 'off: it answers nothing until it is enabled'}")
 
 
@@ -157,6 +176,7 @@ def annotate(
     note: str | None,
     tags: Sequence[str] | None,
     expires: str | None,
+    as_json: bool = False,
 ) -> None:
     """Change what people noted about an edit; an empty text takes it away."""
     changed: dict[str, Any] = noted(
@@ -167,27 +187,32 @@ def annotate(
     if not changed:
         raise ValueError("nothing to note: pass --author, --note, --tag or --expires.")
     note_saved(folder, edit_id, changed)
-    print(f"noted with edit {edit_id} in {folder}")
+    tell(as_json, f"noted with edit {edit_id} in {folder}", id=edit_id, noted=changed)
 
 
-def step(folder: Path, kind: str) -> None:
+def step(folder: Path, kind: str, as_json: bool = False) -> None:
     """Take the last change of a folder back, or do the one that was taken back last again."""
     from ..folder.undoing import step as work
 
     read_config(folder)
     words = {"add": "is stored", "remove": "is removed", "note": "is noted otherwise"}
-    for change in work(folder, kind):
+    changes = work(folder, kind)
+    if as_json:
+        say([{"id": change["id"], "change": change["op"]} for change in changes])
+        return
+    for change in changes:
         print(f"edit {change['id']} {words[change['op']]}")
 
 
-def export(folder: Path, file: Path) -> None:
+def export(folder: Path, file: Path, as_json: bool = False) -> None:
     """Write all edits to one file of JSON lines, with their pictures where they are kept."""
     from ..exchange import write_export
 
     records = records_of(folder)
     write_export(file, records)
     kept = sum("picture" in record for _, record in records)
-    print(f"{len(records)} edits in {file}, {kept} of them with their whole pictures")
+    words = f"{len(records)} edits in {file}, {kept} of them with their whole pictures"
+    tell(as_json, words, file=str(file), edits=len(records), pictures=kept)
 
 
 def verify(folder: Path, as_json: bool = False) -> None:
@@ -205,18 +230,20 @@ def verify(folder: Path, as_json: bool = False) -> None:
         print(f"Note: {note}")
 
 
-def migrate(folder: Path) -> None:
+def migrate(folder: Path, as_json: bool = False) -> None:
     """Give a folder a manifest of what is in it."""
     from ..folder.sealing import migrate as work
     from ..version import __version__
 
     done = work(folder, __version__)
-    print(f"{folder} {'has a manifest now' if done else 'has a manifest that fits already'}")
+    words = f"{folder} {'has a manifest now' if done else 'has a manifest that fits already'}"
+    tell(as_json, words, folder=str(folder), changed=done)
 
 
-def compact(folder: Path) -> None:
+def compact(folder: Path, as_json: bool = False) -> None:
     """Put all edits into the adapters' own files."""
     from ..storage import compact_edits
 
     commits = compact_edits(folder)
-    print(f"{folder}: {commits} commits are in the adapters' own files now")
+    words = f"{folder}: {commits} commits are in the adapters' own files now"
+    tell(as_json, words, folder=str(folder), commits=commits)

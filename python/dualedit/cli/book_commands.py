@@ -68,25 +68,26 @@ def remove(
     ],
     edits: Edits = FOLDER,
     model: NoModel = None,
+    json: Json = False,
 ) -> None:
     """Forget saved edits."""
     from .book import remove as work
 
-    work(edits, edit_ids)
+    work(edits, edit_ids, json)
 
 
-def enable(edit_id: Number, edits: Edits = FOLDER) -> None:
+def enable(edit_id: Number, edits: Edits = FOLDER, json: Json = False) -> None:
     """Let a saved edit answer that was off."""
     from .book import switch
 
-    switch(edits, edit_id, True)
+    switch(edits, edit_id, True, json)
 
 
-def disable(edit_id: Number, edits: Edits = FOLDER) -> None:
+def disable(edit_id: Number, edits: Edits = FOLDER, json: Json = False) -> None:
     """Keep a saved edit and let it answer nothing."""
     from .book import switch
 
-    switch(edits, edit_id, False)
+    switch(edits, edit_id, False, json)
 
 
 def note(
@@ -96,26 +97,27 @@ def note(
     note: Note = None,
     tag: Tags = None,
     expires: Expires = None,
+    json: Json = False,
 ) -> None:
     """Note something with a saved edit; an empty text takes a note away."""
     from .book import annotate
 
     with named(**ASKED):
-        annotate(edits, edit_id, author, note, tag or None, expires)
+        annotate(edits, edit_id, author, note, tag or None, expires, json)
 
 
-def undo(edits: Edits = FOLDER) -> None:
+def undo(edits: Edits = FOLDER, json: Json = False) -> None:
     """Take the last change of the saved edits back."""
     from .book import step
 
-    step(edits, "undo")
+    step(edits, "undo", json)
 
 
-def redo(edits: Edits = FOLDER) -> None:
+def redo(edits: Edits = FOLDER, json: Json = False) -> None:
     """Do the change again that was taken back last."""
     from .book import step
 
-    step(edits, "redo")
+    step(edits, "redo", json)
 
 
 def replace(
@@ -123,22 +125,24 @@ def replace(
     answer: Annotated[str, typer.Argument(metavar="ANSWER", help="The new answer.")],
     edits: Edits = FOLDER,
     model: Model = None,
+    json: Json = False,
 ) -> None:
     """Tell a saved edit another answer, to its own picture and question."""
     from .telling import replace as work
 
     with quiet(), named(**ASKED):
-        work(edits, model, edit_id, answer)
+        work(edits, model, edit_id, answer, json)
 
 
 def export(
     file: Annotated[Path, typer.Argument(parser=path, metavar="FILE", help="JSON lines to write.")],
     edits: Edits = FOLDER,
+    json: Json = False,
 ) -> None:
     """Write the saved edits to one file, with their pictures."""
     from .book import export as work
 
-    work(edits, file)
+    work(edits, file, json)
 
 
 def import_(
@@ -170,12 +174,13 @@ def merge(
     other: Annotated[Path, typer.Argument(parser=path, metavar="DIR", help="Another folder of saved edits.")],
     edits: Edits = FOLDER,
     model: Model = None,
+    json: Json = False,
 ) -> None:
     """Take over another folder's edits of the same base model."""
     from .telling import merge as work
 
     with quiet(), named(**ASKED):
-        work(edits, model, other)
+        work(edits, model, other, json)
 
 
 def explain(
@@ -214,19 +219,19 @@ def verify(folder: Folder = FOLDER, json: Json = False) -> None:
     work(folder, json)
 
 
-def compact(folder: Folder = FOLDER) -> None:
+def compact(folder: Folder = FOLDER, json: Json = False) -> None:
     """Put all commits of a folder of edits into its adapters' own files."""
     from .book import compact as work
 
     with quiet():
-        work(folder)
+        work(folder, json)
 
 
-def migrate(folder: Folder = FOLDER) -> None:
+def migrate(folder: Folder = FOLDER, json: Json = False) -> None:
     """Give a folder of version 0.1, of PEFT, or changed by hand the files of this version."""
     from .book import migrate as work
 
-    work(folder)
+    work(folder, json)
 
 
 _COMMANDS = {

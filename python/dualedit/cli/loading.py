@@ -29,12 +29,14 @@ class Start:
         adapter: folder of trained DualEdit adapters, for a model of the user's own.
         layer: linear layer for BalancEdit, for a model of the user's own.
         fallback: "balancedit" for what DualEdit cannot write, or "none".
+        budget: how much memory the values of saved edits may take; None: all.
     """
 
     method: str | None = None
     adapter: Path | None = None
     layer: str | None = None
     fallback: str = "balancedit"
+    budget: str | None = None
 
     def check(self) -> None:
         """Refuse an unknown method. Raises ValueError."""
@@ -118,7 +120,7 @@ def open_editor(folder: Path, model: Path | None, start: Start = Start()) -> Edi
     """The editor of a saved folder.
 
     Args:
-        start: says whether and where a fallback may come beside the adapter.
+        start: says whether and where a fallback may come beside the adapter, and the edits' budget.
 
     Raises:
         ValueError: no edits there, damaged files, or edits of another base model.
@@ -130,7 +132,7 @@ def open_editor(folder: Path, model: Path | None, start: Start = Start()) -> Edi
     model = model_for(folder, model)
     base, processor = load_base(model)
     try:
-        loaded = load_edits(base, folder)
+        loaded = load_edits(base, folder, budget=start.budget)
         named = loaded.peft_config["default"].fallback
         return Editor(loaded, processor, fallback=named or _fallback(model, kind, start))
     except json.JSONDecodeError as error:

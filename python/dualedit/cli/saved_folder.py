@@ -16,7 +16,7 @@ from ..folder import View, Writer, find_folder, read_folder
 from ..folder.manifest import CONFIG, WEIGHTS
 from ..folder.reading import settings_of
 from ..folder.sealing import migrate
-from ..folder.verifying import bytes_of
+from ..folder.verifying import bytes_of, bytes_of_edits
 from ..folder.writing import held
 from ..records import answers, uid_of
 
@@ -65,7 +65,8 @@ class Saved:
         method: "DualEdit", "BalancEdit" or the PEFT type of another method: where edits go first.
         base: the folder of the base model that the edits were made on, as PEFT noted it.
         edits: oldest first, those of the fallback beside the adapter among them.
-        bytes: on the disk: "own" files of the adapters, "segments", "journal".
+        bytes: on the disk: "own" files of the adapters, "segments", "journal"; and of the edits' rows: "keys",
+            which are in memory wherever the edits are loaded, and "values", for which there may be a budget.
         notes: what a writer that was stopped has left, in words.
     """
 
@@ -143,7 +144,8 @@ def read_saved(folder: Path) -> Saved:
     base = first.get("base_model_name_or_path")
     notes = [f"the last commit is not whole ({view.torn} bytes) and is left out"] if view.torn else []
     kind = NAMES.get(first["peft_type"], first["peft_type"])
-    return Saved(kind, base if isinstance(base, str) else "", edits, bytes_of(view), notes)
+    sizes = {**bytes_of(view), **bytes_of_edits(view)}
+    return Saved(kind, base if isinstance(base, str) else "", edits, sizes, notes)
 
 
 def _saved_edit(number: int, r: Mapping[str, Any], radius: float, method: str) -> SavedEdit:

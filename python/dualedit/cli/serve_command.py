@@ -56,6 +56,10 @@ def serve(
     values: Annotated[
         str, typer.Option(metavar="NAME", help="With vllm: values of edits 'as stored' or 'int8'.")
     ] = "as stored",
+    budget: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Memory for the edits' values, as 500MB; the rest stays on disk."),
+    ] = None,
 ) -> None:
     """Serve an edited model: a page to ask and correct, and a service that OpenAI's clients call.
 
@@ -65,8 +69,8 @@ def serve(
     from .loading import Start
 
     options = work.Options(
-        edits, model, Start(method, adapter, layer), host, port, token, read_only, urls, page, batch, tokens,
-        queue,
+        edits, model, Start(method, adapter, layer, budget=budget), host, port, token, read_only, urls, page,
+        batch, tokens, queue,
     )  # fmt: skip
     if engine not in ("own", "vllm"):
         raise ValueError(f"--engine {engine}: choose own or vllm.")
@@ -83,7 +87,7 @@ def serve(
             serve_vllm.run(options, own)
         return
     options.check()
-    with named(**ASKED):
+    with named(**ASKED, budget="--budget"):
         work.run(options)
 
 

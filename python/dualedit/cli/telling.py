@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .book import plain, say
+from .book import plain, say, tell
 from .edits import picture_of
 from .loading import Start, open_editor, open_or_start
 from .saved_folder import writing
@@ -90,26 +90,30 @@ def import_edits(
     return int(bool(failures))
 
 
-def replace(folder: Path, model: Path | None, edit_id: int, answer: str) -> None:
+def replace(folder: Path, model: Path | None, edit_id: int, answer: str, as_json: bool = False) -> None:
     """Tell a saved edit another answer, to its own picture and question."""
     with writing(folder):
         editor = open_editor(folder, model)
         editor.bind(folder)
         edit = editor.replace(edit_id, answer)
-    print(f"edit {edit.id} takes the place of edit {edit_id}: {plain(edit.prompt)} -> {plain(edit.target)}")
+    words = f"edit {edit.id} takes the place of edit {edit_id}: {plain(edit.prompt)} -> {plain(edit.target)}"
+    tell(as_json, words, replaced=edit_id, **edit.as_dict())
 
 
-def merge(folder: Path, model: Path | None, other: Path) -> None:
+def merge(folder: Path, model: Path | None, other: Path, as_json: bool = False) -> None:
     """Take over another folder's edits of the same base model, bit for bit."""
     with writing(folder):
         theirs = open_editor(other, model)
         editor = open_editor(folder, model)
         editor.bind(folder)
         found = editor.merge(theirs)
-    print(
+    tell(
+        as_json,
         f"{len(found.added)} edits of {other} are in {folder} now; {found.known} were there already, "
-        f"{len(found.older)} are older than what is there, {len(found.replaced)} made room"
-    )
+        f"{len(found.older)} are older than what is there, {len(found.replaced)} made room",
+        added=[edit.id for edit in found.added], known=found.known, older=[edit.id for edit in found.older],
+        replaced=[edit.id for edit in found.replaced],
+    )  # fmt: skip
 
 
 def check(folder: Path, model: Path | None, as_json: bool) -> int:

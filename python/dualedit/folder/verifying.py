@@ -10,6 +10,8 @@ from .journal import Damaged
 from .manifest import CONFIG, SEGMENTS, WEIGHTS, segment_name
 from .reading import View, read_folder
 
+_IDS = ".edit_ids"
+
 
 def verify(folder: Path) -> dict[str, Any]:
     """Read every byte of a folder and compare it with what was written.
@@ -49,6 +51,38 @@ def bytes_of(view: View) -> dict[str, int]:
     segments = sum(note["bytes"] for note in view.segments().values())
     journal = 0 if view.manifest is None else (view.folder / view.manifest.journal).stat().st_size
     return {"own": own, "segments": segments, "journal": journal}
+
+
+def bytes_of_edits(view: View) -> dict[str, int]:
+    """Bytes of the stored edits' rows: "keys" with their radii, which are always in memory where they are
+    loaded, and "values", which a budget may leave on the disk. Raises Damaged."""
+    found = {"keys": 0, "values": 0}
+    for adapter, edits in view.contents.items():
+        by_source: dict[int, set[int]] = {}
+        for number, kept in edits.items():
+            by_source.setdefault(kept.source, set()).add(number)
+        for source, numbers in by_source.items():
+            file = view.own_file(adapter, WEIGHTS) if source == 0 else view.folder / segment_name(source)
+            try:
+                with TensorFile(file) as tensors:
+                    _count(tensors, "" if source == 0 else f"{adapter}:", numbers, found)
+            except (ValueError, KeyError, IndexError) as error:
+                raise Damaged(f"{file} is damaged ({error}). Restore the folder from a copy.") from error
+    return found
+
+
+def _count(tensors: TensorFile, start: str, numbers: set[int], found: dict[str, int]) -> None:
+    for memory in [n.removesuffix(_IDS) for n in tensors.shapes if n.startswith(start) and n.endswith(_IDS)]:
+        ids = tensors.numbers(memory + _IDS)
+        lengths = tensors.numbers(f"{memory}.edit_lengths")
+        tokens = sum(length for number, length in zip(ids, lengths, strict=True) if number in numbers)
+        for name, size in tensors.sizes().items():
+            table = name.removeprefix(f"{memory}.")
+            if table == name or table in ("edit_ids", "edit_lengths", "record_bytes"):
+                continue
+            rows = tensors.shapes[name][0]
+            wanted = len(numbers) if rows == len(ids) else tokens
+            found["keys" if table in ("key", "radius") else "values"] += size * wanted // max(rows, 1)
 
 
 def _check_segments(view: View) -> None:

@@ -10,10 +10,12 @@ import difflib
 import hashlib
 import inspect
 import re
+from collections.abc import Iterator
 
 import torch
 from torch import nn
 
+_SIGNS = 64  # of each matrix, for the fingerprint
 # Kosmos does not mark pictures by an id: its processor hands this mask [B, P] to the model.
 IMAGE_MASK = "image_embeds_position_mask"
 # Path segments of module lists that are not the language model's layers. Whole tokens of a segment are
@@ -335,19 +337,17 @@ def target_token_type(model: nn.Module) -> int:
 
 
 def fingerprint(model: nn.Module) -> dict[str, object]:
-    """What identifies a base model: its type, sizes, and a hash of the signs of its first embedding rows.
+    """What identifies a base model: its type, sizes, and hashes of the signs of some of its weights.
 
-    Signs survive rounding, so that the same weights loaded in another dtype are still the same model; the
-    hash is None where the weights are not at hand (meta device, sharded).
+    Signs survive rounding, so that the same weights loaded in another dtype are still the same model; a hash
+    is None where the weights are not at hand (meta device, sharded, quantised). Looked at are the first
+    embedding rows, and 64 values of each linear weight of the decoder layers: of a model that was trained
+    further, a few of those have changed their signs. Adapters on the model do not count.
     """
     config = text_config(model)
     embeddings = model.get_input_embeddings().weight
     digest = None
-    if (
-        type(embeddings) in (nn.Parameter, torch.Tensor)
-        and embeddings.device.type != "meta"
-        and embeddings.ndim == 2
-    ):
+    if _is_at_hand(embeddings):
         signs = torch.signbit(embeddings.detach()[:32].cpu())
         digest = hashlib.sha256(signs.numpy().tobytes()).hexdigest()[:16]
     return {
@@ -355,7 +355,54 @@ def fingerprint(model: nn.Module) -> dict[str, object]:
         "hidden_size": hidden_size(model),
         "num_hidden_layers": getattr(config, "num_hidden_layers", None),
         "embedding_signs": digest,
+        "weight_signs": _weight_signs(model),
     }
+
+
+def _is_at_hand(weight: object) -> bool:
+    return (
+        type(weight) in (nn.Parameter, torch.Tensor)
+        and weight.device.type != "meta"
+        and weight.ndim == 2
+        and weight.is_floating_point()
+    )
+
+
+def _weight_signs(model: nn.Module) -> str | None:
+    """Hash of the signs of values of all linear weights in the decoder layers, spread over each."""
+    found = []
+    try:
+        layers = find_decoder_layers(model)[1]
+    except ValueError:  # no model that takes edits
+        return None
+    for layer in layers:
+        for name, weight in sorted(_own_weights(layer, "")):
+            if not _is_at_hand(weight):
+                return None
+            rows, columns = weight.shape
+            picks = torch.arange(_SIGNS)
+            # A prime times the number: not one column of a matrix whose width divides the distance.
+            place = (picks * rows // _SIGNS).to(weight.device), (picks * 7919 % columns).to(weight.device)
+            found.append((name, torch.signbit(weight.detach()[place]).cpu()))
+    if not found:
+        return None
+    digest = hashlib.sha256()
+    for name, signs in found:
+        digest.update(name.encode() + signs.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _own_weights(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Parameter]]:
+    """The matrices below a module without those of adapters, which hold what they wrap as `base_layer`."""
+    inside = getattr(module, "base_layer", None)
+    if isinstance(inside, nn.Module):
+        yield from _own_weights(inside, name)
+        return
+    for own, weight in module.named_parameters(recurse=False):
+        if weight.ndim == 2:
+            yield f"{name}.{own}", weight
+    for child, part in module.named_children():
+        yield from _own_weights(part, f"{name}.{child}")
 
 
 def check_fingerprint(model: nn.Module, saved: dict[str, object] | None) -> None:

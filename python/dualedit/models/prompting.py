@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +18,15 @@ from .chats import Chat, is_chat, pictures_and_words, read_chat
 from .images import is_file, open_image, shown
 
 LONGEST_TARGET = 128  # tokens of an edit's answer
+# A fast tokenizer keeps its padding from one call to the next: of two threads, one would pad as the other asks.
+_ALONE: weakref.WeakKeyDictionary[Any, threading.RLock] = weakref.WeakKeyDictionary()
+_MAKING = threading.Lock()
+
+
+def alone_with(tokenizer: Any) -> threading.RLock:
+    """The lock of a tokenizer, to be held while it is called."""
+    with _MAKING:
+        return _ALONE.setdefault(tokenizer, threading.RLock())
 
 
 def _plain(text: str) -> str:
@@ -171,11 +182,12 @@ class Prompter:
         # A chat template writes the beginning-of-sequence token itself where the model has one.
         begin = getattr(self.tokenizer, "bos_token", None)
         special = not (self._chats and begin and texts[0].startswith(begin))
-        # The side is passed with the call: others use this tokenizer at the same time, padding as they like.
-        batch = self.processor(
-            text=texts, return_tensors="pt", padding=len(texts) > 1, padding_side="left",
-            add_special_tokens=special, **({"images": images} if images else {}),
-        )  # fmt: skip
+        with alone_with(self.tokenizer):
+            # The side is passed with the call: others use this tokenizer, too, padding as they like.
+            batch = self.processor(
+                text=texts, return_tensors="pt", padding=len(texts) > 1, padding_side="left",
+                add_special_tokens=special, **({"images": images} if images else {}),
+            )  # fmt: skip
         return dict(batch)
 
     def target_ids(self, image: Image.Image | None, prompt: str, target: str, eos: int | None) -> Tensor:
@@ -191,11 +203,11 @@ class Prompter:
         before = self.text(image, prompt)
         join = "" if before[-1:].isspace() else " "
         # Tokenized together, because a word at the start of a text and inside it are not the same tokens.
-        whole = self.tokenizer(before + join + target.strip(), add_special_tokens=False)["input_ids"]
-        head = self.tokenizer(before, add_special_tokens=False)["input_ids"]
+        whole = self._ids(before + join + target.strip())
+        head = self._ids(before)
         ids = whole[len(head) :] if whole[: len(head)] == head else None
         if not ids:
-            ids = self.tokenizer(join + target.strip(), add_special_tokens=False)["input_ids"]
+            ids = self._ids(join + target.strip())
         if len(ids) > LONGEST_TARGET:
             raise ValueError(
                 f"target={shown(target)} has {len(ids)} tokens: an edit's answer has at most "
@@ -204,12 +216,16 @@ class Prompter:
             )
         return torch.tensor([*ids, *([] if eos is None else [eos])], dtype=torch.int64)
 
+    def _ids(self, text: str) -> list[int]:
+        with alone_with(self.tokenizer):
+            return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
     def _check_spelling(self, target: str) -> None:
         """Refuse a target that comes out of the tokenizer with holes in it, and name the letters."""
         unknown = getattr(self.tokenizer, "unk_token_id", None)
 
         def lost(text: str) -> bool:
-            return unknown in self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            return unknown in self._ids(text)
 
         if unknown is None or not lost(target):
             return
