@@ -242,7 +242,7 @@ def test_edits_of_another_base_model(base, message, saved):
 
 
 def test_edits_of_a_model_that_was_trained_further(saved, tmp_path):
-    """Its embeddings are the same; a few weights of its layers have other signs. Adapters on it do not count."""
+    """Its embeddings are the same; a few weights of its layers have other signs. Adapters do not count."""
     from peft import LoraConfig, get_peft_model
 
     _, inputs, folder = saved
@@ -250,7 +250,8 @@ def test_edits_of_a_model_that_was_trained_further(saved, tmp_path):
     with torch.no_grad():
         for layer in further.model.language_model.layers:
             weight = layer.self_attn.q_proj.weight
-            weight += 0.5 * weight.std() * torch.randn(weight.shape, generator=torch.Generator().manual_seed(3))
+            noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(3))
+            weight += 0.5 * weight.std() * noise
     with pytest.raises(ValueError, match="another base model: weight_signs is '[0-9a-f]{16}' here and was"):
         load_edits(further, folder)
     beside = get_peft_model(LLAVA.build(), LoraConfig(target_modules=["q_proj", "up_proj"]), "style")

@@ -12,7 +12,7 @@ from tiny_models import random_image, tiny_processor
 
 @pytest.fixture
 def faults(generator):
-    """What goes wrong where threads ask for batches, which are padded, and for single questions, which are not."""
+    """What goes wrong where threads ask for batches, which are padded, and for single questions."""
     processor, images = tiny_processor(), [random_image(generator) for _ in range(2)]
     short, long = "what ?", "what brand is this computer ? " * 40
     wanted = {

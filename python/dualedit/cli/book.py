@@ -78,8 +78,8 @@ def show_list(
     shown = "" if len(chosen) == len(saved.edits) else f", {len(chosen)} of them shown"
     print(f"{heading(folder, saved)}{shown}; {_size(sum(sizes.values()))} on the disk ({told})")
     print(
-        f"Loaded: keys {_size(saved.bytes['keys'])}, always in memory; values {_size(saved.bytes['values'])}, "
-        "in memory or, with a budget, as far as it goes and else on the disk"
+        f"Loaded: keys {_size(saved.bytes['keys'])}, always in memory; values "
+        f"{_size(saved.bytes['values'])}, in memory or, with a budget, as far as it goes and else on the disk"
     )
     for note in saved.notes:
         print(f"Note: {note}")

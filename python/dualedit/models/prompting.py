@@ -18,7 +18,7 @@ from .chats import Chat, is_chat, pictures_and_words, read_chat
 from .images import is_file, open_image, shown
 
 LONGEST_TARGET = 128  # tokens of an edit's answer
-# A fast tokenizer keeps its padding from one call to the next: of two threads, one would pad as the other asks.
+# A fast tokenizer keeps its padding from one call to the next: a thread would pad as another one asks.
 _ALONE: weakref.WeakKeyDictionary[Any, threading.RLock] = weakref.WeakKeyDictionary()
 _MAKING = threading.Lock()
 
