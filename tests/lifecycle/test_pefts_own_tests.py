@@ -40,7 +40,7 @@ LEFT_OUT = {
     "weighted_combination_of_adapters_ia3": "of IA3 only",
     "adding_multiple_adapters_with_bias_raises": "of methods with a setting called bias",
 }  # fmt: skip
-# It calls backward through the outputs; DualEdit's output projection is reached, BalancEdit has nothing there.
+# It goes back through the outputs: DualEdit's output projection is reached, BalancEdit has nothing there.
 LEFT_OUT_OF_BALANCEDIT = {"inference_safetensors": _TRAINED}
 SETTINGS = {
     "dualedit": lambda family: dict(

@@ -1,4 +1,4 @@
-"""PEFT's own tests, as the source distribution of the installed version holds them: fetched, never copied here.
+"""PEFT's own tests, as the source distribution of the installed version holds them; nothing is copied here.
 
 Where they come from: the folder $DUALEDIT_PEFT_TESTS (with testing_common.py in it), or else pip, which
 downloads the source distribution once into the temporary folder.

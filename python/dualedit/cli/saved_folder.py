@@ -66,7 +66,7 @@ class Saved:
         base: the folder of the base model that the edits were made on, as PEFT noted it.
         edits: oldest first, those of the fallback beside the adapter among them.
         bytes: on the disk: "own" files of the adapters, "segments", "journal"; and of the edits' rows:
-            "keys", which are in memory wherever they are loaded, and "values", for which there may be a budget.
+            "keys", which are in memory wherever they are loaded, and "values", which may have a budget.
         notes: what a writer that was stopped has left, in words.
     """
 
