@@ -73,6 +73,25 @@ def key_distances(model, prompter, samples):
     return found
 
 
+CHANGES = ("rel", "t_gen", "v_gen", "v_gen_view", "v_gen_artist")
+
+
+def oracles(curve, radius) -> dict[str, dict[str, float]]:
+    """What limits an editor: its figures with a gate that never errs, and with a writer that never errs."""
+    found: dict[str, list] = {}
+    for point in curve.points:
+        found.setdefault(point.metric, []).append(point)
+    gate, writer = {}, {}
+    for metric, points in found.items():
+        inside = sum(point.distance <= radius(point) for point in points) / len(points)
+        if metric in CHANGES:
+            gate[metric] = 100 * sum(point.open for point in points) / len(points)
+            writer[metric] = 100 * inside
+        else:
+            writer[metric] = 100 * (1 - inside)
+    return {"gate never errs": gate, "writer never errs": writer}
+
+
 def fresh(base, method: str):
     """The model with an editor that knows nothing of pictures yet."""
     if method == "balancedit":
@@ -80,6 +99,22 @@ def fresh(base, method: str):
     trained = WORK / f"adapters-{DUALEDIT['text_layer']}-{DUALEDIT['vis_layer']}"
     gate = {name: DUALEDIT[name] for name in ("key", "key_dim", "refine_steps")}
     return inject_dualedit(base, adapter=str(trained), **gate)
+
+
+def save(editor, folder) -> None:
+    """Write the editor with DualEdit's adapters in float16, as the weights of the model are stored."""
+    adapter = active_adapter(editor.model)
+    parts = [
+        part
+        for layer in adapter.layers.values()
+        if hasattr(layer, "dualedit_adapter")
+        for part in layer.dualedit_adapter[adapter.name].values()
+    ]
+    for part in parts:
+        part.half()
+    save_edits(editor.model, folder)
+    for part in parts:
+        part.float()
 
 
 def main(method: str, facts: int, choose: int, calibrate: int, seed: int):
@@ -95,7 +130,7 @@ def main(method: str, facts: int, choose: int, calibrate: int, seed: int):
         editor = Editor(fresh(base, method), processor)
         active_adapter(editor.model).config.base_model_name_or_path = "smol"  # not a folder of this machine
         choose_key(editor, benchmark, facts, choose, start)
-        save_edits(editor.model, folder)
+        save(editor, folder)
     if not calibrate:
         return
     curve = measure_curve(
@@ -105,14 +140,22 @@ def main(method: str, facts: int, choose: int, calibrate: int, seed: int):
         sweep, limit = sweep_reach(curve)
         with_alpha(editor, sweep.chosen, limit)
         print(f"largest radius {limit}", flush=True)
+
+        def reach(point):
+            between = sweep.chosen * point.positive + (1 - sweep.chosen) * point.negative
+            return min(between, limit or between, point.negative * (1 - 1e-4))
     else:
         sweep = sweep_threshold(curve, 40)
         with_threshold(editor, sweep.chosen)
+
+        def reach(point):
+            return 1.0 - sweep.chosen
     print(f"{sweep.setting} {sweep.chosen}, {time.time() - start:.0f} s", flush=True)
     print(json.dumps(sweep.chosen_figures), flush=True)
+    print(json.dumps(oracles(curve, reach)), flush=True)
     for value, figures in zip(sweep.values, sweep.figures, strict=True):
         print(f"{value:.3f}", {k: None if v is None else round(v, 1) for k, v in figures.items()}, flush=True)
-    save_edits(editor.model, folder)
+    save(editor, folder)
 
 
 def choose_key(editor, benchmark, facts: int, choose: int, start: float) -> None:

@@ -130,7 +130,7 @@ def set_up(
         base.to(accelerator.device)
     prompter = Prompter(processor, recipe.template)
     makers, notes = _batch_makers(step, prompter, samples, recipe, sharded)
-    if recipe.copying and recipe.adapters is None:
+    if recipe.copying and recipe.adapters is None and recipe.text_layer is not None:
         found = start_by_copying(
             model, prompter.inputs([(None, samples[0].request.prompt)]), recipe.copying, seed=recipe.seed
         )
