@@ -56,7 +56,8 @@ class Plan:
     exhaustive: bool = False
     grid_layers: tuple[int, ...] | None = None
     recipe: Recipe = field(default_factory=lambda: Recipe(
-        mid_dim=128, num_heads=4, steps=300, batch_size=16, learning_rate=5e-3, warmup=10, grad_clip=1.0,
+        mid_dim=128, num_heads=4, copying=2000, steps=150, batch_size=16, learning_rate=2e-3, warmup=10,
+        grad_clip=1.0,
         beta2=0.98, precision="fp32", text_generality=0.0, image_generality=0.0, text_locality=0.0,
         image_locality=0.0,
     ))  # fmt: skip

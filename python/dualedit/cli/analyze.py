@@ -48,7 +48,7 @@ class Options:
     facts: int = 24
     pairs: int = 0
     grid: tuple[int, ...] = ()
-    steps: int = 300
+    steps: int = 150
     layers: int = 10
     seed: int = 0
     json: Path | None = None

@@ -424,7 +424,7 @@ def analyze(
     grid: Annotated[
         str | None, typer.Option(metavar="A,B", help="Train every pair of these layers instead.")
     ] = None,
-    steps: Annotated[int, typer.Option(metavar="N", help="Steps of that training.")] = 300,
+    steps: Annotated[int, typer.Option(metavar="N", help="Steps of that training.")] = 150,
     layers: Annotated[int, typer.Option(metavar="N", help="Decoder layers to look at, at most.")] = 10,
     seed: Annotated[int, typer.Option(metavar="N", help="Which facts, and the noise.")] = 0,
     json: Annotated[
