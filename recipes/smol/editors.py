@@ -25,6 +25,8 @@ from dualedit.training.calibration import with_alpha
 from dualedit.training.pooled_key import read_questions
 from dualedit.tuners import inject_balancedit, inject_dualedit
 from dualedit.tuners.adapter import active_adapter
+from peft import set_peft_model_state_dict
+from safetensors.torch import load_file
 
 WEIGHTS = (0.5, 0.75, 1.0, 1.5, 2.0)  # of the pictures' cosine against the questions', to choose from
 
@@ -96,9 +98,16 @@ def fresh(base, method: str):
     """The model with an editor that knows nothing of pictures yet."""
     if method == "balancedit":
         return inject_balancedit(base, **BALANCEDIT)
-    trained = WORK / f"adapters-{DUALEDIT['text_layer']}-{DUALEDIT['vis_layer']}"
-    gate = {name: DUALEDIT[name] for name in ("key", "key_dim", "refine_steps")}
-    return inject_dualedit(base, adapter=str(trained), **gate)
+    folder = WORK / f"adapters-{DUALEDIT['text_layer']}-{DUALEDIT['vis_layer']}"
+    trained = folder / "adapter_model.safetensors"
+    if not trained.is_file():
+        raise SystemExit(f"{trained} is not there: run recipes/smol/adapters.py first.")
+    model = inject_dualedit(base, **DUALEDIT)
+    # They were trained without a pooled key, whose maps are not in the file.
+    weights = {name: value for name, value in load_file(trained).items() if ".dualedit_adapter." in name}
+    missing = set_peft_model_state_dict(model, weights).missing_keys
+    assert weights and not [name for name in missing if ".dualedit_adapter." in name]
+    return model.eval()
 
 
 def save(editor, folder) -> None:
