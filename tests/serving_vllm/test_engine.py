@@ -140,7 +140,7 @@ def test_only_what_an_edit_answers_is_sent_back(world, way, engines):
 def test_faults_are_told_and_nobody_else_notices(worlds, engines, tmp_path):
     world = worlds("toy-dualedit")
     shutil.copytree(world.store, tmp_path / "store")
-    llm = engines(world, dualedit={"store": str(tmp_path / "store"), "slots": 1})
+    llm = engines(world, dualedit={"store": str(tmp_path / "store"), "device": 0})
     fired, plain = world.fired[0], world.unedited[0]
     file = next((tmp_path / "store" / "edits").glob(f"{fired.edit}-v1*"))
     file.write_bytes(file.read_bytes()[:-100])  # half copied
@@ -160,13 +160,15 @@ def test_faults_are_told_and_nobody_else_notices(worlds, engines, tmp_path):
     assert agrees(ask_all(llm, [other], [world.named(other)]), [other])
 
 
-def test_fewer_slots_than_edits_in_a_batch(worlds, engines):
+def test_less_room_than_the_edits_of_a_batch_need(worlds, engines):
     world = worlds("toy-dualedit")
-    llm = engines(world, dualedit={"slots": 1})
+    size = next((world.store / "edits").iterdir()).stat().st_size
+    llm = engines(world, dualedit={"device": int(1.5 * size), "host": 0})
     names = [world.named(ask) for ask in world.asks]
     assert len({name for name in names if name}) > 1
     assert agrees(ask_all(llm, world.asks, names), world.asks)
-    assert llm.collective_rpc("dualedit_counts")[0]["held"] == 1
+    used = llm.collective_rpc("dualedit_counts")[0]
+    assert 0 < used["device"] <= 1.5 * size and used["host"] == 0
 
 
 def test_values_in_eight_bits(worlds, engines):

@@ -54,7 +54,7 @@ def serve(
     ] = None,
     vllm: Annotated[str, typer.Option(metavar="TEXT", help="With vllm: its own options, in quotes.")] = "",
     values: Annotated[
-        str, typer.Option(metavar="NAME", help="With vllm: values of edits 'as stored' or 'int8'.")
+        str, typer.Option(metavar="NAME", help="With vllm: values of edits: as stored, int8 or float8.")
     ] = "as stored",
     budget: Annotated[
         str | None,

@@ -118,7 +118,7 @@ def gate_of(store) -> int:
 
     from ..serving.vllm.values import EngineEdits
 
-    return EngineEdits(store, torch.device("cpu"), torch.float32, slots=1).layers[0].number
+    return EngineEdits(store, torch.device("cpu"), torch.float32).layers[0].number
 
 
 def code_of(editor):

@@ -15,8 +15,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from ..folder import Damaged
@@ -117,7 +118,7 @@ class Store:
     Args:
         store: a folder, or an address of fsspec.
         cache: where copies of remote files are kept; None: in the folder for temporary files.
-        newest: how many edits' values are kept in memory; older ones are read again when they are asked for.
+        newest: how many edits are kept in memory; older ones are read again when they are asked for.
 
     Raises:
         FileNotFoundError: there is no store. Damaged: it is not what was written.
@@ -223,11 +224,11 @@ class Store:
         """The adapter's settings and weights, checked; without edits. Raises Damaged."""
         manifest = self.now().manifest
         data = {name: self._checked(note["at"], note) for name, note in manifest.files.items()}
-        with safe_open(str(data["adapter_model.safetensors"]), framework="pt") as tensors:
-            state = {name: tensors.get_tensor(name) for name in tensors.keys()}
-        return json.loads(data["adapter_config.json"].read_text()), state
+        state = safetensors.torch.load(data["adapter_model.safetensors"])
+        return json.loads(data["adapter_config.json"]), state
 
-    def _checked(self, name: str, note: Mapping[str, Any]) -> Path:
+    def _checked(self, name: str, note: Mapping[str, Any]) -> bytes:
+        """The bytes that were compared, and no others: a file may change behind a reader's back."""
         file = self.place.local(name, note["sha256"])
         data = file.read_bytes()
         if len(data) != note["bytes"] or hashlib.sha256(data).hexdigest() != note["sha256"]:
@@ -235,7 +236,7 @@ class Store:
                 f"{self.place}/{name} is damaged or cut short: it has {len(data)} bytes, {note['bytes']} "
                 "were written. Publish the folder again (dualedit publish), or restore the store from a copy."
             )
-        return file
+        return data
 
     def edit(self, file: EditFile) -> StoredEdit:
         """An edit's values, checked against the digest in the codebook; those asked for last stay in memory.
@@ -250,8 +251,8 @@ class Store:
                 self._edits.move_to_end(key)
                 return found
         name = edit_name(*key)
-        path = self._checked(name, {"bytes": file.bytes, "sha256": file.sha256})
-        made = read_edit(path, self.now().manifest.memories, file.id)
+        data = self._checked(name, {"bytes": file.bytes, "sha256": file.sha256})
+        made = edit_in(data, self.now().manifest.memories, file.id, name)
         with self._lock:
             self._edits[key] = made
             while len(self._edits) > self._newest:
@@ -259,11 +260,10 @@ class Store:
         return made
 
 
-def read_edit(path: Path, memories: list[str], edit_id: int) -> StoredEdit:
-    """The one edit of a file. Raises Damaged."""
+def edit_in(data: bytes, memories: list[str], edit_id: int, name: str) -> StoredEdit:
+    """The one edit of a file's contents; `name`: of the file. Raises Damaged."""
     try:
-        with safe_open(str(path), framework="pt") as tensors:
-            state = {name: tensors.get_tensor(name) for name in tensors.keys()}
+        state = safetensors.torch.load(data)
         tables, record = {}, {}
         for memory in memories:
             rows = Rows(state, memory)
@@ -272,4 +272,4 @@ def read_edit(path: Path, memories: list[str], edit_id: int) -> StoredEdit:
                 record = records_in(state[f"{memory}.{RECORDS}"], 1)[0]
         return StoredEdit(tables, record)
     except (SafetensorError, KeyError, ValueError, IndexError) as error:
-        raise Damaged(f"{path} is damaged ({error}). Publish the folder again (dualedit publish).") from error
+        raise Damaged(f"{name} is damaged ({error}). Publish the folder again (dualedit publish).") from error

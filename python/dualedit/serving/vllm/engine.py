@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...memory.budget import Budget
 from ...store import EditFile, Store
 from ...tuners.dualedit.modules import EditKV
 from .answers import AGAIN, GONE, HIT, UNREADABLE, Code
@@ -19,7 +20,7 @@ from .values import EditedLayer, EngineEdits, parse_name
 
 log = logging.getLogger("dualedit.vllm")
 _PICTURES = 4096  # mean image tokens that are remembered, one of the residual stream's width each
-SETTINGS = ("store", "slots", "values", "cache", "router")
+SETTINGS = ("store", "device", "host", "values", "cache", "router")
 
 
 class Engine:
@@ -29,9 +30,9 @@ class Engine:
     an edit is told in the place of its answer: an exception would end the engine for everybody.
 
     Args:
-        settings: `--additional-config`'s entry "dualedit": "store" (address); and "slots", "values" (see
-            `EngineEdits`), "cache" (folder for copies of remote files), "router" (whether this engine answers
-            with routing keys).
+        settings: `--additional-config`'s entry "dualedit": "store" (address); and "device", "host" (memory
+            for values, as "256MB"), "values" (see `EngineEdits`), "cache" (folder for copies of remote
+            files), "router" (whether this engine answers with routing keys).
         device, dtype: of the residual stream.
         eos: token that ends an answer.
         follow: whether to read new versions of the store in a thread.
@@ -44,11 +45,9 @@ class Engine:
         unknown = sorted(set(settings) - set(SETTINGS))
         if unknown or "store" not in settings:
             raise ValueError(f"additional_config['dualedit'] has {unknown or 'no store'}: give {SETTINGS}.")
-        slots = int(settings.get("slots", 64))
-        self.store = Store(settings["store"], settings.get("cache"), newest=4 * slots)
-        self.edits = EngineEdits(
-            self.store, device, dtype, slots, settings.get("values", "as stored")
-        )
+        budget = Budget(**{name: settings[name] for name in ("host", "device") if name in settings})
+        self.store = Store(settings["store"], settings.get("cache"), newest=0)  # the budget keeps values
+        self.edits = EngineEdits(self.store, device, dtype, budget, settings.get("values", "as stored"))
         self.routes = bool(settings.get("router", False))
         self.planner = Planner(self.edits.image_ids, every=self.routes)
         self.plan = Plan()

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ...memory.budget import Budget
 from ...store import EditFile, Moment, Store
 from ..settings import Refused
 from .answers import AGAIN, CODE, GONE, HIT, WHY, Code
@@ -79,7 +80,7 @@ class Front:
         if form == "router" and routers is None:
             raise ValueError("form='router' needs routers: the address of a server that gives routing keys.")
         self.store, self.replicas, self.code, self.form, self.routers = store, replicas, code, form, routers
-        self.edits = EngineEdits(store, torch.device("cpu"), torch.float32, slots=1)
+        self.edits = EngineEdits(store, torch.device("cpu"), torch.float32, Budget(0, 0))
         self.counts = {"asked": 0, "edited": 0, "again": 0}
 
     async def close(self) -> None:

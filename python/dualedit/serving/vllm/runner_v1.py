@@ -61,7 +61,7 @@ class _Counts:
         """For `collective_rpc`: what this process's edits have done."""
         model = self.model_runner.model  # type: ignore[attr-defined]
         engine = getattr(model, "runnable", model).dualedit
-        return {**engine.counts, "held": engine.edits.held, "version": engine.store.now().version}
+        return {**engine.counts, **engine.edits.tiers.used(), "version": engine.store.now().version}
 
 
 def _cpu_worker() -> type:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +12,8 @@ import torch
 from peft import PeftConfig
 from torch import Tensor, nn
 
+from ...memory import packing
+from ...memory.budget import Budget, Tiers
 from ...memory.routing_keys import PooledKey
 from ...store import EditFile, Store
 from ...store.lookup import Lookup
@@ -22,7 +23,8 @@ from ...tuners.dualedit.modules import EditCrossAttention
 log = logging.getLogger("dualedit.vllm")
 _LAYER = re.compile(r"\.layers\.(\d+)(?:\.(.+))?$")
 _NAME = re.compile(r"(\d{1,15})-v(\d{1,9})(?:@(\d{1,15}))?")
-VALUES = ("as stored", "int8")
+VALUES = ("as stored", "int8", "float8")
+_BETWEEN = "\0"  # between a memory and a table of it
 
 
 @dataclass(frozen=True)
@@ -47,10 +49,11 @@ class EngineEdits:
 
     Args:
         store: what it reads.
-        device, dtype: of the model's residual stream; values are kept so.
-        slots: how many edits' values are kept on the device; others are read again (from the store's own
-            memory of edits, its files, or its address).
-        values: "as stored", or "int8": keys and values of DualEdit in eight bits with a scale for each token.
+        device, dtype: of the model's residual stream; values are used so.
+        budget: bytes of values that are kept on the device and in the computer's memory; others are read
+            again from the store's files.
+        values: "as stored", or "int8" or "float8": DualEdit's keys and values are kept in eight bits with a
+            scale for each token, however they are stored.
 
     Attributes:
         config: the adapter's settings.
@@ -63,13 +66,13 @@ class EngineEdits:
     """
 
     def __init__(
-        self, store: Store, device: torch.device, dtype: torch.dtype, slots: int = 64, values: str = VALUES[0]
-    ):
+        self, store: Store, device: torch.device, dtype: torch.dtype, budget: Budget | None = None,
+        values: str = VALUES[0],
+    ):  # fmt: skip
         if values not in VALUES:
             raise ValueError(f"values={values!r}: choose one of {VALUES}.")
-        if slots < 1:
-            raise ValueError(f"slots={slots}: pass a whole number from 1 on.")
-        self.store, self.device, self.dtype, self.slots, self.values = store, device, dtype, slots, values
+        self.store, self.device, self.dtype = store, device, dtype
+        self.tiers = Tiers(budget or Budget())
         settings, state = store.adapter()
         config = PeftConfig.from_peft_type(**settings)
         if not isinstance(config, EditConfig):
@@ -81,7 +84,9 @@ class EngineEdits:
         memories = store.now().manifest.memories
         self.layers = [self._layer(memory, state) for memory in memories]
         self.router = self._router(memories[0].rpartition(".")[0], state)
-        self._slots: OrderedDict[tuple[int, int], dict[str, dict[str, Tensor]]] = OrderedDict()
+        # Rows that are stored in eight bits stay so, of whichever kind.
+        stored = getattr(config, "kv_dtype", "native")
+        self._kind = stored if packing.is_packed(stored) else values
         self._lookups: dict[int, Lookup] = {}
 
     def _layer(self, memory: str, state: Mapping[str, Tensor]) -> EditedLayer:
@@ -129,31 +134,40 @@ class EngineEdits:
             Damaged, OSError: the file cannot be read, or is not what was written.
         """
         key = (file.id, file.version)
-        found = self._slots.get(key)
+        found = self.tiers.get("device", key)
+        if found is None:
+            found = {name: self._kept(name, table) for name, table in self._read(file).items()}
+            self.tiers.put("device", key, found)
+        values: dict[str, dict[str, Tensor]] = {}
+        for name, table in found.items():
+            memory, _, own = name.partition(_BETWEEN)
+            if table.dtype == torch.uint8:
+                table = packing.unpack(table, self._kind, self.dtype)
+            values.setdefault(memory, {})[own] = table
+        return values
+
+    def _read(self, file: EditFile) -> dict[str, Tensor]:
+        """The tables of an edit as they are stored, keys and radii left out, in the computer's memory."""
+        key = (file.id, file.version)
+        found = self.tiers.get("host", key)
         if found is None:
             tables = self.store.edit(file).tables
+            # Copies: what is mapped from a file is not aligned, which changes the last bit of a product.
             found = {
-                memory: {n: self._kept(n, t) for n, t in each.items() if n not in ("key", "radius")}
+                f"{memory}{_BETWEEN}{name}": table.clone()
                 for memory, each in tables.items()
+                for name, table in each.items()
+                if name not in ("key", "radius")
             }
-            self._slots[key] = found
-            while len(self._slots) > self.slots:
-                self._slots.popitem(last=False)
-        else:
-            self._slots.move_to_end(key)
-        return {m: {n: _opened(t, self.dtype) for n, t in each.items()} for m, each in found.items()}
+            self.tiers.put("host", key, found)
+        return found
 
-    def _kept(self, name: str, table: Tensor) -> Any:
+    def _kept(self, name: str, table: Tensor) -> Tensor:
         table = table.to(self.device)
-        if self.values == "int8" and name[:2] in ("k_", "v_"):
-            return quantised(table.float())
-        # A copy: what is mapped from a file is not aligned, which changes the last bit of a product.
-        return table.to(self.dtype, copy=True)
-
-    @property
-    def held(self) -> int:
-        """How many edits' values are on the device."""
-        return len(self._slots)
+        by_token = name.partition(_BETWEEN)[2][:2] in ("k_", "v_")
+        if by_token and table.dtype != torch.uint8 and packing.is_packed(self._kind):
+            return packing.pack(table, self._kind)
+        return table if table.dtype == torch.uint8 else table.to(self.dtype)
 
     # ------------------------------------------------------------------ routing
 
@@ -169,16 +183,6 @@ class EngineEdits:
             for old in sorted(self._lookups)[:-4]:
                 del self._lookups[old]
         return found
-
-
-def quantised(table: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows [T, M] in eight bits, and a scale for each [T, 1]."""
-    scale = table.abs().amax(dim=-1, keepdim=True).clamp(min=1e-12) / 127
-    return (table / scale).round().clamp(-127, 127).to(torch.int8), scale
-
-
-def _opened(table: Any, dtype: torch.dtype) -> Tensor:
-    return table if isinstance(table, Tensor) else (table[0].float() * table[1]).to(dtype)
 
 
 def parse_name(name: object) -> tuple[int, int, int | None]:
