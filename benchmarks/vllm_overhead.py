@@ -52,25 +52,32 @@ def store_of(count: int, place: Path) -> tuple[Path, list[dict[str, Any]]]:
     editor.edit(*asked[0], pictures[0].other_answer, keep_failed=True)
     save_edits(editor.model, place / "edits")
     publish(place / "edits", place / "store")
-    moment = Store(place / "store").now()
-    pattern = next(iter(moment.shards.values())).entries()[int(moment.ids[0])]
     generator = torch.Generator().manual_seed(0)
-    keys = torch.nn.functional.normalize(torch.randn(count, len(pattern.key), generator=generator), dim=1)
-    entries = [
-        Entry(i + 1, 1, keys[i], pattern.radius, pattern.bytes, pattern.sha256, float("inf"), 0)
-        for i in range(count)
-    ]
-    data = shard_bytes(moment.manifest.memories[0], entries)
-    digest = hashlib.sha256(data).hexdigest()
-    folder, file = LocalPlace(place / "store"), f"codebook/00000000-{digest[:16]}.safetensors"
-    folder.create(file, data)
-    shard = Shard(0, file, len(data), digest, count)
-    commit(folder, moment.manifest, replace(moment.manifest, edits=count, shards=(shard,)))
+    width = Store(place / "store").now().keys.shape[1]
+    keys = torch.nn.functional.normalize(torch.randn(count, width, generator=generator), dim=1)
+    with_keys(place / "store", keys)
     prompts = [
         {"prompt": editor.prompter.text(image, question), "multi_modal_data": {"image": image}}
         for image, question in asked
     ]
     return place / "store", prompts
+
+
+def with_keys(store: Path, keys: torch.Tensor, radius: torch.Tensor | None = None) -> None:
+    """Give a store of one edit so many more [N, P], all with its values; the next version has them alone."""
+    moment = Store(store).now()
+    pattern = next(iter(moment.shards.values())).entries()[int(moment.ids[0])]
+    radii = [pattern.radius] * len(keys) if radius is None else radius.tolist()
+    entries = [
+        Entry(i + 1, pattern.version, keys[i], radii[i], pattern.bytes, pattern.sha256, float("inf"), 0)
+        for i in range(len(keys))
+    ]
+    data = shard_bytes(moment.manifest.memories[0], entries)
+    digest = hashlib.sha256(data).hexdigest()
+    folder, file = LocalPlace(store), f"codebook/00000000-{digest[:16]}.safetensors"
+    folder.create(file, data)
+    shard = Shard(0, file, len(data), digest, len(keys))
+    commit(folder, moment.manifest, replace(moment.manifest, edits=len(keys), shards=(shard,)))
 
 
 def stock_model(place: Path) -> Path:

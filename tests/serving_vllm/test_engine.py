@@ -243,3 +243,58 @@ def test_a_router_gives_transformers_keys(name, way, worlds, engines):
         assert float((keys - wanted).norm(dim=1).max() / wanted.norm(dim=1).mean()) < 1e-4
         routes = [None if route.edit is None else route.edit.id for route in lookup.routes(keys)]
         assert routes == [ask.edit for ask in world.asks]
+
+
+def many_questions(world, count):
+    """Questions about brands, digits and scenes, with transformers' routing keys."""
+    from dualedit.runtime.recording import record_states
+    from dualedit.toy.samples import edit_samples
+    from dualedit.toy.world import World as Drawn
+    from dualedit.tuners.adapter import active_adapter
+    from worlds import Ask
+
+    adapter, prompter, asks = active_adapter(world.editor.model), world.editor.prompter, []
+    for sample in edit_samples(Drawn(0), "test", count // 4):
+        kinds = (sample.generality["v_gen"], *sample.locality.values())
+        probes = [probe for kind in kinds for probe in kind[:1]]
+        for probe in probes:
+            inputs = prompter.inputs([(probe.image, probe.prompt)])
+            key = adapter.key_of(*record_states(adapter.base, inputs))[0].float()
+            text = prompter.text(probe.image, probe.prompt)
+            asks.append(Ask(probe.image, probe.prompt, text, [], None, [], None, None, key))
+    return asks[:count]
+
+
+@pytest.mark.parametrize("name", ["toy-dualedit", "toy-balancedit"])
+def test_routes_of_200_questions_among_1000_edits(name, worlds, engines, tmp_path):
+    from dualedit.serving.vllm.values import EngineEdits
+
+    from benchmarks.vllm_overhead import with_keys
+
+    world = worlds(name)
+    shutil.copytree(world.store, tmp_path / "store")
+    asks = many_questions(world, 200)
+    assert len(asks) == 200
+    generator = torch.Generator().manual_seed(1)
+    keys = torch.stack([ask.key for ask in asks]).repeat_interleave(5, dim=0)
+    noise = torch.randn(keys.shape, generator=generator) * keys.norm(dim=1, keepdim=True)
+    keys = keys + noise * torch.rand(len(keys), 1, generator=generator) * 0.05
+    radius = torch.rand(len(keys), generator=generator) * 0.2
+    radius = radius if world.editor.model.peft_config["default"].method.name == "dualedit" else radius * 3
+    with_keys(tmp_path / "store", keys, radius)
+    store = Store(tmp_path / "store")
+    edits = EngineEdits(store, torch.device("cpu"), torch.float32)
+    version = store.now().version
+    lookup = edits.lookup(version)
+    wanted = [r.edit and r.edit.id for r in lookup.routes(torch.stack([ask.key for ask in asks]))]
+    fired = sum(number is not None for number in wanted)
+    assert len(keys) == 1000 and 40 < fired < 195
+    more = dict(enable_prefix_caching=True, max_num_batched_tokens=48, max_num_seqs=8)
+    settings = {"store": str(tmp_path / "store")}
+    router = engines(world, router=edits.layers[0].number + 1, dualedit=dict(settings), **more)
+    for _ in range(2):  # the second time from the prefix cache
+        found = [r.edit and r.edit.id for r in lookup.routes(keys_of(router, asks))]
+        assert found == wanted
+    llm = engines(world, dualedit=dict(settings), **more)
+    for output, number in zip(asked(llm, world, version, asks), wanted, strict=True):
+        assert (said(world, output) or (HIT, None))[1] == number
