@@ -1,10 +1,11 @@
-"""What keeping edits' keys and values in fewer bytes costs: DualEdit on the embedded model, all edits at once.
+"""What keys and values in fewer bytes cost: DualEdit on the embedded model, all edits stored at once.
 
     python -m benchmarks.kv_formats [--edits 40] [--only native,int8] --json FILE
 
-For each format: bytes of an edit's keys and values, how many edits were written, answers that are as told to the
-edits' own questions, to other wordings and to other pictures (%), and answers to questions beside (look-alikes,
-other questions, other pictures) that are those of the unedited model (%).
+For each format: bytes of an edit's keys and values, how many edits were written, answers that are as told to
+the edits' own questions, to other wordings and to other pictures (%), and answers to questions beside
+(look-alikes, other questions, other pictures) that are those of the unedited model (%). "unmended": edits of
+one forward alone, without the steps that mend what does not come out as told.
 """
 
 from __future__ import annotations
@@ -70,8 +71,23 @@ def measure(settings: dict[str, Any], samples: list) -> dict[str, Any]:
     with disabled(model, "default"):
         before = editor.answer_many(beside)
     found["beside"] = _percent([a == b for a, b in zip(after, before, strict=True)])
+    found |= _of_one_forward(settings, samples)
     found["asked"] = {**{name: len(pairs) for name, pairs in probed.items()}, "beside": len(beside)}
     return found
+
+
+def _of_one_forward(settings: dict[str, Any], samples: list) -> dict[str, float]:
+    """What the format alone does: edits of one forward; how probable their targets' rarest tokens are."""
+    base, processor = load_embedded()
+    model = inject_dualedit(base, adapter=EDITORS / "dualedit", refine_steps=0, **settings)
+    editor = Editor(model, processor)
+    told = [(s.request.image, s.request.prompt, s.request.target) for s in samples]
+    made = [editor.edit(*each, keep_failed=True) for each in told]
+    probability = sum(edit.probability or 0.0 for edit in made) / len(made)
+    return {
+        "unmended_right": _percent([not edit.failed for edit in made]),
+        "unmended_probability": round(probability, 4),
+    }
 
 
 def _percent(right: list[bool]) -> float:
@@ -84,7 +100,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--edits", type=int, default=40, metavar="N")
     parser.add_argument("--only", metavar="A;B", help="formats, separated by a semicolon")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the figures; kept ones stay")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write, beside what is there")
     options = parser.parse_args(arguments)
     chosen = options.only.split(";") if options.only else list(FORMATS)
     unknown = sorted(set(chosen) - set(FORMATS))

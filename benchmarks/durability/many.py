@@ -36,7 +36,8 @@ from safetensors import safe_open
 from dualedit_kernels import nearest_key
 
 METHODS = ("dualedit", "balancedit")
-_TOKENS = 16  # of an edit; with the embedded model's pictures it has about 48: larger files, and all else alike
+# Of an edit. With the embedded model's pictures it has about 48: larger files, and all else alike.
+_TOKENS = 16
 _TURNS = 25
 _BUDGET = 256 * 2**20  # bytes for the values
 _FIRST = 100  # of the edits told one after the other, those that are asked again

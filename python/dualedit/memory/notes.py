@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 Record = dict[str, Any]
 _NOTHING: Record = {}
-_PIECE, _OVERLAP = 1 << 24, 16  # bytes of a file that are looked through at a time
+_PIECE, _OVERLAP = 1 << 20, 16  # bytes of a file that are looked through at a time
 _FEWEST = 256  # changes that are kept apart before they are put together with the others
 
 
@@ -146,9 +146,11 @@ class SavedNotes(Mapping[int, Record]):
         found: list[int] = []
         while begin < self._end:
             size = min(_PIECE, self._end - begin)
-            data = self._table.file.bytes_at(self._table.begin + begin, size)
-            breaks = (torch.frombuffer(bytearray(data), dtype=torch.uint8) == 10).nonzero()[:, 0] + begin
-            self._breaks.extend(breaks.tolist())
+            piece = torch.empty(size, dtype=torch.uint8)
+            self._table.file.read_into(piece, self._table.begin + begin)
+            breaks = (piece == 10).nonzero()[:, 0] + begin
+            self._breaks.frombytes(breaks.numpy().tobytes())
+            data = piece.numpy().tobytes()
             for word in words:
                 place = data.find(word)
                 while place >= 0:
