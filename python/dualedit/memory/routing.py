@@ -12,6 +12,7 @@ from dualedit_kernels.nearest_key.codes import BLOCK
 
 from .snapshot import Fired, Snapshot
 
+_EVERYWHERE: dict[torch.device, Tensor] = {}
 _TRIES = 3  # lookups around keys of removed edits, before all of those are left out at once
 
 
@@ -70,8 +71,17 @@ def nearest_edit(
     if stored.tables.places is not None:
         return _nearest_of_kept(query, stored, metric, radius)
     if radius is None:
-        radius = torch.full((keys.shape[0],), float("inf"), device=keys.device)
+        radius = _everywhere(keys.shape[0], keys.device)
     return nearest_key(query, keys, radius, metric, stored.codes(keys, metric))
+
+
+def _everywhere(count: int, device: torch.device) -> Tensor:
+    """Infinite radii [count]; made once, as they take as long to make as half a lookup. Not to be changed."""
+    known = _EVERYWHERE.get(device)
+    if known is None or len(known) < count:
+        with torch.inference_mode(False):
+            known = _EVERYWHERE[device] = torch.full((count + count // 8,), float("inf"), device=device)
+    return known[:count]
 
 
 def _nearest_of_kept(
@@ -113,9 +123,9 @@ def _nearest_between(
     best: tuple[Tensor, Tensor] | None = None
     for first, last in zip([0, *(cut + 1 for cut in cuts)], [*cuts, len(keys)], strict=True):
         for begin, end, coded in _pieces(first, last, codes):
-            anywhere = torch.full((end - begin,), float("inf"), device=keys.device)
+            anywhere = _everywhere(end - begin, keys.device)
             row, distance = nearest_key(query, keys[begin:end], anywhere, metric, coded)
-            row = torch.where(row >= 0, row + begin, -1)
+            row = torch.where(row >= 0, row + begin, -1) if begin else row
             if best is None:
                 best = row, distance
                 continue

@@ -97,6 +97,12 @@ class SavedTable:
         self.file.read_into(found, self.begin + first * self.row_bytes)
         return found
 
+    def row(self, row: int) -> Tensor:
+        """One row, without the first dimension: no view, which would weigh as much as a small row."""
+        found = torch.empty(self.shape[1:], dtype=self.dtype)
+        self.file.read_into(found, self.begin + row * self.row_bytes)
+        return found
+
 
 def saved_tables(path: Path) -> dict[str, SavedTable]:
     """The tensors of a safetensors file by name, none of them read. Raises ValueError, OSError."""
@@ -221,7 +227,7 @@ class ValueStore:
             tokens = name in self.by_token
             if row >= 0:
                 saved = self.saved[name]
-                table = saved.rows(first, count) if tokens else saved.rows(row, 1)[0]
+                table = saved.rows(first, count) if tokens else saved.row(row)
                 kind = self.kind if tokens else "native"
                 if not packing.are_storable(table, kind):
                     raise ValueError(
