@@ -20,7 +20,6 @@ from ..folder import View, read_folder
 from ..folder.journal import Kept
 from ..folder.manifest import CONFIG, WEIGHTS
 from ..folder.reading import settings_of
-from ..memory.packing import is_packed
 from ..memory.rows import IDS, LENGTHS, RECORDS, Rows, memories_in, records_tensor
 from ..records import expires_at, timestamp, uid_of
 from ..version import __version__
@@ -95,12 +94,6 @@ class _Publication:
             raise ValueError(f"{own} has {len(keyed)} tables of keys, and an adapter has one.")
         self.settings = settings_of(view.own_file(self.adapter, CONFIG))
         self.settings.pop("memory_sizes", None)
-        kind = self.settings.get("kv_dtype", "native")
-        if is_packed(kind):
-            raise ValueError(
-                f"folder={str(view.folder)!r} holds edits with kv_dtype={kind!r}, and a store takes floating "
-                "values. Make them with kv_dtype='native' or 'bfloat16'; servers may pack them themselves."
-            )
         self._check_store()
 
     def _check_store(self) -> None:
