@@ -136,7 +136,7 @@ def encode_keys(keys: Tensor, metric: str = "l2", known: KeyCodes | None = None)
         if known is None or len(keys) > 2 * known.chosen:
             known, room = _none(keys, metric), len(keys)
         else:
-            room = len(keys) + len(keys) // 8 + BLOCK  # as tables of keys have it; room that is made is filled
+            room = len(keys) + len(keys) // 8 + BLOCK  # not twice as many: all room that is made is filled
         for chunk in _chunks(keys[known.count :]):
             known = known._written(*_encoded(known, chunk), room)
         return known
