@@ -115,6 +115,15 @@ class FlatKeys(KeySource):
         near, _ = nearest_key(query, self.keys, self._everywhere, self.metric, self.codes)
         return self._of(near[:, None])
 
+    def nearest(self, query: Tensor) -> Nearest:
+        """As of any source, without proposing: one lookup finds and measures."""
+        near, distance = nearest_key(query, self.keys, self._everywhere, self.metric, self.codes)
+        if not len(self.keys):
+            return Nearest(near, near, distance)
+        row = torch.where(near >= 0, near + self.first, -1)
+        inside = (near >= 0) & (distance <= self.radius[near.clamp(min=0)])
+        return Nearest(torch.where(inside, row, -1), row, distance)
+
     def _of(self, near: Tensor) -> Proposed:
         """The rows [B, C] of this table, -1 for none."""
         if not len(self.keys):
@@ -172,6 +181,9 @@ class InvertedKeys(FlatKeys):
         if self.metric == "cosine":
             keys = torch.nn.functional.normalize(keys, dim=1)
         return torch.nan_to_num(keys).contiguous().numpy()
+
+    def nearest(self, query: Tensor) -> Nearest:
+        return KeySource.nearest(self, query)
 
     def propose(self, query: Tensor) -> Proposed:
         if not len(self.keys):

@@ -54,6 +54,8 @@ class Engine:
         self.keys: dict[str, Tensor] = {}  # a router's answers of this forward, by request
         self.counts = {"tokens": 0, "edited": 0, "asked": 0, "hits": 0, "faults": 0}
         self._eos = eos
+        # Values of linear layers apply to every token; what is written to the stream, to prompts alone.
+        self._every_token = any(layer.linear is not None for layer in self.edits.layers)
         self._pictures: OrderedDict[str, tuple[Tensor, int]] = OrderedDict()
         if follow:
             self.store.follow()
@@ -69,16 +71,31 @@ class Engine:
         """The forward is over; what is to be said in the place of answers stays until the next one."""
         self.plan = Plan([], self.plan.sampled)
 
-    def saw(self, picture: str, tokens: Tensor) -> None:
-        """Keep the sum of a picture's tokens [n, D] as they enter the decoder."""
-        if picture not in self._pictures:
-            self._pictures[picture] = (tokens.detach().float().sum(0), len(tokens))
-            while len(self._pictures) > _PICTURES:
-                self._pictures.popitem(last=False)
+    def concern(
+        self, plan: Plan, request: Request, start: int, length: int, computed: int,
+        pictures: Mapping[str, Tensor],
+    ) -> None:  # fmt: skip
+        """Put a request into a plan, as far as the edits are concerned with it.
 
-    def knows(self, picture: str) -> bool:
-        """Whether a picture's tokens have been seen."""
-        return picture in self._pictures
+        Args:
+            start, length: its rows in the batch.
+            computed: tokens of it that came before.
+            pictures: the tokens [n, D] of pictures as they enter the decoder, by identifier.
+        """
+        if computed >= request.size and not (request.edit is not None and self._every_token):
+            # Its prompt is over: nothing is written, no key is made; it may have something to say.
+            told = request.told is not None
+            plan.sampled.append((request, computed + length - request.size) if told else (None, -1))
+            return
+        if request.edit is None and self.edits.router is not None:
+            for picture in request.pictures:
+                tokens = None if picture in self._pictures else pictures.get(picture)
+                if tokens is not None:
+                    self._pictures[picture] = (tokens.detach().float().sum(0), len(tokens))
+                    if len(self._pictures) > _PICTURES:
+                        self._pictures.popitem(last=False)
+        plan.spans.append(Span(request, start, length, computed))
+        plan.sampled.append((request, computed + length - request.size))
 
     # ------------------------------------------------------------------ the decoder layer's output (DualEdit)
 
@@ -164,7 +181,8 @@ class Engine:
                 ending.append((span, state))
         if not ending:
             return
-        made = [(span, self._key(span.request, state)) for span, state in ending]
+        found = self._keys([(span.request, state) for span, state in ending])
+        made = [(span, key) for (span, _), key in zip(ending, found, strict=True)]
         if self.routes:
             self.keys = {span.request.id: key for span, key in made if key is not None}
             return
@@ -185,22 +203,35 @@ class Engine:
         part = states_of(slice(span.start, span.start + count)).float().sum(0)
         request.total = part if request.total is None else request.total + part
         request.seen += count
-        return (request.total / len(request.prompt))[None]
+        return (request.total / request.size)[None]
 
-    def _key(self, request: Request, state: Tensor | None) -> Tensor | None:
-        """The routing key [P] float32 on the CPU; None: it cannot be made."""
-        if state is None:
-            return None
+    def _keys(self, asked: list[tuple[Request, Tensor | None]]) -> list[Tensor | None]:
+        """The routing keys [P] of prompts, float32 on the CPU; None: one that cannot be made."""
         router = self.edits.router
-        if router is None:
-            return state[0].float().cpu()
-        mean = torch.zeros(1, router.picture.map.shape[1], device=state.device)
-        if bool(request.image.any()):
-            found = [self._pictures.get(picture) for picture in request.pictures]
-            if not found or any(each is None for each in found):
-                return None
-            mean = sum(each[0] for each in found)[None] / sum(each[1] for each in found)
-        return router(state, mean.to(state.device))[0].float().cpu()
+        keys: list[Tensor | None] = [None] * len(asked)
+        places, states, means = [], [], []
+        for place, (request, state) in enumerate(asked):
+            mean = self._mean_image(request) if router is not None and request.shown else None
+            if state is None or (router is not None and request.shown and mean is None):
+                continue
+            places.append(place)
+            states.append(state)
+            if router is not None:
+                blank = torch.zeros(router.picture.map.shape[1], device=state.device)
+                means.append(blank if mean is None else mean.to(state.device))
+        if places:
+            rows = torch.cat(states)
+            made = rows if router is None else router(rows, torch.stack(means))
+            for place, key in zip(places, made.float().cpu(), strict=True):
+                keys[place] = key
+        return keys
+
+    def _mean_image(self, request: Request) -> Tensor | None:
+        """The mean image token [D] of a request's pictures; None: one of them is not known (any more)."""
+        found = [self._pictures.get(picture) for picture in request.pictures]
+        if not found or any(each is None for each in found):
+            return None
+        return sum(each[0] for each in found) / sum(each[1] for each in found)
 
     def _look_up(self, version: int | None, asked: list[tuple[Request, Tensor | None]]) -> None:
         try:
@@ -232,6 +263,8 @@ class Engine:
     def spoken(self, logits: Tensor | None) -> Tensor | None:
         """Logits [B, V] of the next tokens, those rows replaced in which the worker has something to say."""
         sampled = self.plan.sampled
+        if not any(request is not None and request.told is not None for request, _ in sampled):
+            return logits
         if logits is None or len(logits) != len(sampled):
             return logits  # of a dummy run, or of prompt tokens
         for row, (request, number) in enumerate(sampled):

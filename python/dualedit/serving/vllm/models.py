@@ -41,9 +41,7 @@ _PACKED = {
 @torch.library.custom_op("dualedit_vllm::edit_stream", mutates_args=("hidden", "residual"))
 def edit_stream(hidden: Tensor, residual: Tensor, name: str) -> None:
     """Let edits write to a decoder layer's output; `name` is the layer's."""
-    place: Place = get_forward_context().no_compile_layers[name]
-    if place.engine.plan.spans:
-        place.engine.stream(place.layer, place.gate, hidden, residual)
+    get_forward_context().no_compile_layers[name].stream(hidden, residual)
 
 
 @edit_stream.register_fake
@@ -54,10 +52,7 @@ def _(hidden: Tensor, residual: Tensor, name: str) -> None:
 @torch.library.custom_op("dualedit_vllm::edit_linear", mutates_args=("out",))
 def edit_linear(x: Tensor, out: Tensor, name: str) -> None:
     """Let edits take a linear layer's place in its output; `name` is the layer's."""
-    place: Place = get_forward_context().no_compile_layers[name]
-    if place.engine.plan.spans:
-        assert place.part is not None
-        place.engine.linear(place.layer, place.gate, x, out, place.part)
+    get_forward_context().no_compile_layers[name].linear(x, out)
 
 
 @edit_linear.register_fake
@@ -68,8 +63,19 @@ def _(x: Tensor, out: Tensor, name: str) -> None:
 class Place:
     """Where in a model one edited layer is."""
 
-    def __init__(self, engine: Engine, layer: EditedLayer, gate: bool, part: LinearPart | None):
-        self.engine, self.layer, self.gate, self.part = engine, layer, gate, part
+    def __init__(self, name: str, engine: Engine, layer: EditedLayer, gate: bool, part: LinearPart | None):
+        self.name, self.engine, self.layer, self.gate, self.part = name, engine, layer, gate, part
+
+    def stream(self, hidden: Tensor, residual: Tensor) -> None:
+        """Let edits write to the decoder layer's output."""
+        if self.engine.plan.spans:
+            self.engine.stream(self.layer, self.gate, hidden, residual)
+
+    def linear(self, x: Tensor, out: Tensor) -> None:
+        """Let edits take the linear layer's place in its output."""
+        if self.engine.plan.spans:
+            assert self.part is not None
+            self.engine.linear(self.layer, self.gate, x, out, self.part)
 
 
 @cache
@@ -79,7 +85,10 @@ def _edited_decoder(base: type[nn.Module]) -> type[nn.Module]:
     class Edited(base):  # type: ignore[misc, valid-type]
         def forward(self, *args: Any, **kwargs: Any):
             hidden, residual = super().forward(*args, **kwargs)
-            torch.ops.dualedit_vllm.edit_stream(hidden, residual, self.dualedit_name)
+            if torch.compiler.is_compiling():
+                torch.ops.dualedit_vllm.edit_stream(hidden, residual, self.dualedit_name)
+            else:  # an operator takes longer to call than what it mostly finds: nothing to do
+                self.dualedit_place.stream(hidden, residual)
             return hidden, residual
 
     return Edited
@@ -93,7 +102,10 @@ def _edited_linear(base: type[nn.Module]) -> type[nn.Module]:
         def forward(self, x: Tensor, *args: Any, **kwargs: Any):
             found = super().forward(x, *args, **kwargs)
             out = found[0] if isinstance(found, tuple) else found
-            torch.ops.dualedit_vllm.edit_linear(x, out, self.dualedit_name)
+            if torch.compiler.is_compiling():
+                torch.ops.dualedit_vllm.edit_linear(x, out, self.dualedit_name)
+            else:
+                self.dualedit_place.linear(x, out)
             return found
 
     return Edited
@@ -162,8 +174,9 @@ class EditedModel:
             part = _part_of(target, number)
         name = f"dualedit.{id(self.dualedit)}.{layer.number}.{layer.linear or ''}"
         target.__class__ = kind(type(target))
+        place = known[name] = Place(name, self.dualedit, layer, gate, part)
+        object.__setattr__(target, "dualedit_place", place)
         object.__setattr__(target, "dualedit_name", name)
-        known[name] = Place(self.dualedit, layer, gate, part)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         return self.dualedit.spoken(super().compute_logits(hidden_states))  # type: ignore[misc]

@@ -22,8 +22,8 @@ class Request:
 
     Attributes:
         id: the engine's.
-        prompt: [P] int64, the prompt's ids on the CPU.
-        image: [P] bool, those that stand for image content.
+        size: P, how many tokens the prompt has.
+        image: [P] bool, those that stand for image content; shown: whether there are any.
         pictures: identifiers of its pictures' features, in order.
         edit: name of the edit that it carries.
         file: that edit's file, once it was found.
@@ -36,8 +36,9 @@ class Request:
     """
 
     id: str
-    prompt: Tensor
+    size: int
     image: Tensor
+    shown: bool
     pictures: tuple[str, ...]
     edit: str | None
     ask: int | None
@@ -66,12 +67,12 @@ class Span:
     @property
     def prompt_rows(self) -> int:
         """How many of the rows are of the prompt."""
-        return max(0, min(self.length, len(self.request.prompt) - self.computed))
+        return max(0, min(self.length, self.request.size - self.computed))
 
     @property
     def ends_prompt(self) -> bool:
         """Whether the last token of the prompt is among them."""
-        return self.computed < len(self.request.prompt) <= self.computed + self.length
+        return self.computed < self.request.size <= self.computed + self.length
 
 
 @dataclass
@@ -80,7 +81,7 @@ class Plan:
 
     Attributes:
         spans: of all requests that concern the edits, in the order of the batch.
-        sampled: all requests of the batch in order (None: one that does not concern the edits), with the
+        sampled: all requests of the batch in order (None: one in whose answer nothing is said), with the
             number of the answer's token that comes next, from 0; less than 0 within the prompt.
     """
 
@@ -105,14 +106,15 @@ class Planner:
     ) -> Request:
         """What is known of a request, noted at its first forward."""
         found = self._known.get(request_id)
-        if found is None or len(found.prompt) != len(prompt):
-            ids = torch.tensor(list(prompt), dtype=torch.int64)
+        if found is None or found.size != len(prompt):
+            ids = torch.tensor(prompt, dtype=torch.int64)
+            image = torch.isin(ids, self._image_ids)
             extra = extra or {}
             edit, ask = extra.get(EDIT), extra.get(ASK)
             if ask is not None and type(ask) is not int:
                 ask = -1  # no version: it is told so
             found = Request(
-                request_id, ids, torch.isin(ids, self._image_ids), tuple(pictures),
+                request_id, len(prompt), image, bool(image.any()), tuple(pictures),
                 None if edit is None else str(edit), ask, extra.get(CODE),
             )  # fmt: skip
             self._known[request_id] = found
@@ -123,6 +125,8 @@ class Planner:
         return self._every or (bool(extra) and (EDIT in extra or ASK in extra))
 
     def forget(self, alive: Any) -> None:
-        """Drop the requests that have ended."""
+        """Drop the requests that have ended, once there are many of them."""
+        if len(self._known) < 2 * len(alive) + 64:
+            return
         for gone in [request_id for request_id in self._known if request_id not in alive]:
             del self._known[gone]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .models import EditedModel
-from .plan import Plan, Span
+from .plan import Plan
 
 
 def follow_forwards(runner: Any) -> None:
@@ -33,26 +33,18 @@ def plan_of(runner: Any, engine: Any) -> Plan:
     """What the runner's next forward is about."""
     batch, plan, planner = runner.input_batch, Plan(), engine.planner
     planner.forget(runner.requests)
-    starts = runner.query_start_loc.np
+    starts, done, requests = runner.query_start_loc.np, batch.num_computed_tokens_cpu, runner.requests
     for i, request_id in enumerate(batch.req_ids):
-        state = runner.requests[request_id]
+        state = requests[request_id]
         params = state.sampling_params
         extra = None if params is None else params.extra_args
         if not planner.wants(extra) or state.prompt_token_ids is None:
             plan.sampled.append((None, -1))
             continue
-        features = state.mm_features or []
-        pictures = [feature.identifier for feature in features]
+        pictures = [feature.identifier for feature in state.mm_features or ()]
         request = planner.request(request_id, state.prompt_token_ids, pictures, extra)
-        if request.edit is None:
-            for picture in pictures:
-                tokens = None if engine.knows(picture) else runner.encoder_cache.get(picture)
-                if tokens is not None:
-                    engine.saw(picture, tokens)
-        start, computed = int(starts[i]), int(batch.num_computed_tokens_cpu[i])
-        length = int(starts[i + 1]) - start
-        plan.spans.append(Span(request, start, length, computed))
-        plan.sampled.append((request, computed + length - len(request.prompt)))
+        start, computed = int(starts[i]), int(done[i])
+        engine.concern(plan, request, start, int(starts[i + 1]) - start, computed, runner.encoder_cache)
     return plan
 
 

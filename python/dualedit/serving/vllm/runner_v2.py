@@ -6,11 +6,13 @@ from typing import Any
 
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
-from .plan import Plan, Span
+from .plan import Plan
 
 
 class EditedModelState(DefaultModelState):
     """The default state of a model's requests, and the plan of each forward for its edits."""
+
+    encoder_cache = None
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -47,13 +49,8 @@ class EditedModelState(DefaultModelState):
                 continue
             prompt, pictures, extra = asked
             request = engine.planner.request(request_id, prompt, pictures, extra)
-            if request.edit is None:
-                for picture in pictures:
-                    seen = None if engine.knows(picture) else self.encoder_cache.encoder_outputs.get(picture)
-                    if seen is not None:
-                        engine.saw(picture, seen)
             start, computed = int(batch.query_start_loc_np[i]), int(batch.num_computed_tokens_np[i])
             length = int(batch.query_start_loc_np[i + 1]) - start
-            plan.spans.append(Span(request, start, length, computed))
-            plan.sampled.append((request, computed + length - len(prompt)))
+            seen = {} if self.encoder_cache is None else self.encoder_cache.encoder_outputs
+            engine.concern(plan, request, start, length, computed, seen)
         return plan
