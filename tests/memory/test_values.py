@@ -189,13 +189,13 @@ def test_records_are_read_from_their_file(size, tmp_path, monkeypatch):
     save_file({"record_bytes": text}, tmp_path / "a.safetensors")
     table = saved_tables(tmp_path / "a.safetensors")["record_bytes"]
     ids = list(range(10, 210))
-    found = Notes(SavedNotes(table, ids))
+    found = Notes(SavedNotes(table, torch.tensor(ids)))
     assert [found[i] for i in ids] == records and 9 not in found and 210 not in found
     assert set(found.ending()) == {13, 160} and found.ending()[160] == 0.0
     found[13], found[500] = {"prompt": "new"}, {"disabled": True}
     assert found.ending() == {160: 0.0, 500: 0.0} and len(found) == 201
     with pytest.raises(ValueError, match="199 edits with 200 lines"):
-        SavedNotes(table, ids[:-1])
+        SavedNotes(table, torch.tensor(ids[:-1]))
 
 
 # ---------------------------------------------------------------------- values in files

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -72,7 +72,8 @@ def fill(
         for name in RESIDENT
         if name in memory.edit_tables
     }
-    notes = _notes(memory, saved, own_ids.tolist(), edits, unread, spill)
+    gone = own_ids[~torch.isin(own_ids, ids[is_own])]
+    notes = _notes(memory, saved, own_ids, gone, edits, unread, spill)
     memory.adopt_stored(ids, lengths, tables, notes, store, slots)
 
 
@@ -138,7 +139,7 @@ def _table(
 
 
 def _notes(
-    memory: EditMemory, saved: Mapping[str, SavedTable], own_ids: Sequence[int],
+    memory: EditMemory, saved: Mapping[str, SavedTable], own_ids: Tensor, gone: Tensor,
     edits: Mapping[int, KeptEdit], unread: object, spill: Spill,
 ) -> Notes:  # fmt: skip
     """The records: of the own file where they are not noted anew."""
@@ -146,11 +147,11 @@ def _notes(
         return Notes(dict.fromkeys(edits, {}))
     table = saved[RECORDS]
     try:
-        notes = Notes(SavedNotes(table, own_ids), spilled(spill))
+        notes = Notes(SavedNotes(table, own_ids), spilled(spill))  # no list: a hundred thousand numbers weigh
     except ValueError:  # of an older version, or damaged: reading all of it says which
         text = table.file.bytes_at(table.begin, table.shape[0])
-        notes = notes_in(text, list(own_ids))
-    for number in set(own_ids) - set(edits):
+        notes = notes_in(text, own_ids.tolist())
+    for number in gone.tolist():
         del notes[number]
     for number, kept in edits.items():
         if kept.record is not unread:

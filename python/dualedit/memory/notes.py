@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from array import array
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from itertools import pairwise
 from math import isqrt
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from ..records import expires_at
 
@@ -124,16 +124,17 @@ class SavedNotes(Mapping[int, Record]):
 
     Args:
         table: the records as memories save them (`text_of`).
-        ids: numbers of the edits, in the order of the records.
+        ids: numbers of the edits [N] int64, in the order of the records.
 
     Raises:
         ValueError: the records are not on lines of their own, as older versions saved them, or are damaged.
     """
 
-    def __init__(self, table: SavedTable, ids: Sequence[int]):
+    def __init__(self, table: SavedTable, ids: Tensor):
         self._table, self._end = table, table.shape[0]
-        self._rows = None if all(a < b for a, b in pairwise(ids)) else {i: row for row, i in enumerate(ids)}
-        self._ids = array("q", ids)
+        self._ids = array("q", ids.numpy().tobytes())
+        ordered = bool((ids.diff() > 0).all())
+        self._rows = None if ordered else {i: row for row, i in enumerate(self._ids)}
         self._breaks = array("q")
         self._ending: set[int] = set()
         self._scan()
