@@ -1,6 +1,6 @@
 """What `dualedit analyze` found on both models, and which findings of the DualEdit paper hold there.
 
-    dualedit analyze --model toy --json studies/results/analysis-toy.json
+    dualedit analyze --model toy --grid 0,2,4,6 --json studies/results/analysis-toy.json
     dualedit analyze --model smol --facts 16 --layers 8 --json studies/results/analysis-smol.json
     python -m studies.analysis_findings
 

@@ -14,7 +14,7 @@ EVAL = ["eval", "--benchmark", "pictures"]
         (["eval", "--unseen"], "--benchmark pictures"),
         (["eval", "--model", "smol"], "about the embedded model"),
         ([*EVAL, "--model", "smol", "--family", "cars"], "choose from flags, animals"),
-        ([*EVAL, "--model", "smol", "--methods", "dualedit"], "--adapter DIR"),
+        ([*EVAL, "--model", "smol", "--methods", "dualedit"], "dualedit fetch smol"),
         ([*EVAL, "--model", "smol"], "dualedit fetch smol"),
         (["layers", "smol"], "dualedit fetch smol"),
         (["ask", "-", "What is 3 plus 4?", "--model", "smol"], "dualedit fetch smol"),

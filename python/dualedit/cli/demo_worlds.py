@@ -104,10 +104,10 @@ class SmolWorld:
         self.concepts = load_concepts()
 
     def editors(self) -> dict[str, Editor]:
-        """Those that `smol` comes with."""
+        """The default of those that `smol` comes with."""
         from ..smol.editors import METHODS, load_editor
 
-        return {method: load_editor(method) for method in METHODS}
+        return {METHODS[0]: load_editor(METHODS[0], fallback=False)}
 
     def samples(self, count: int, seed: int) -> list[EditSample]:
         """Of the benchmark's test split; those that are easy to follow come first."""

@@ -169,6 +169,10 @@ def _fallback(model: Path | None, kind: str, start: Start) -> Any:
         from ..toy.editors import fallback_of
 
         return fallback_of(kind.lower())
+    if is_smol(model) and start.layer is None:
+        from ..smol.editors import fallback_of as fallback_of_smol
+
+        return fallback_of_smol(kind.lower())
     from ..tuners import BalancEditConfig
 
     return None if start.layer is None else BalancEditConfig(layer=start.layer)
@@ -190,7 +194,7 @@ def start_editor(model: Path | None, start: Start) -> Editor:
     if is_smol(model) and not (start.adapter or start.layer):
         from ..smol.editors import load_editor as load_smol_editor
 
-        return load_smol_editor(start.method or "balancedit")
+        return load_smol_editor(start.method or "dualedit", fallback=start.fallback != "none")
     if start.method == "balancedit" or (start.method is None and start.layer and not start.adapter):
         if start.adapter or not start.layer:
             raise ValueError("--method balancedit takes --layer (as layers.20.mlp.up_proj) and no --adapter.")

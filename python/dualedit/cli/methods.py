@@ -136,7 +136,8 @@ def _open_editor(name: str, source: Source) -> Method:
         vlm, editors = _folders(source)
         editor = load_editor(name, vlm=vlm, weights=editors, fallback=False)
     else:
-        start = Start(name, source.adapter, None) if name == "dualedit" else Start(name, None, source.layer)
+        adapter, layer = (source.adapter, None) if name == "dualedit" else (None, source.layer)
+        start = Start(name, adapter, layer, fallback="none")  # what is measured is one method
         editor = start_editor(source.model, start)
     return EditorMethod(editor, name, _threshold(name, editor, source))
 

@@ -9,7 +9,7 @@ from ..storage import load_edits
 from ..tuners import inject_balancedit, inject_dualedit
 from .model import load_smol
 
-METHODS = ("balancedit", "dualedit")
+METHODS = ("dualedit", "balancedit")  # the first one is the default
 EDITORS = Path(__file__).parent / "weights" / "editors"
 # Chosen on validation concepts drawn by validation artists; see recipes/smol/README.md.
 BALANCEDIT = {
@@ -23,8 +23,14 @@ DUALEDIT = {
 }  # fmt: skip
 
 
-def load_editor(method: str = "balancedit") -> Editor:
+def load_editor(method: str = METHODS[0], fallback: bool = True) -> Editor:
     """The fetched model with one editor, without edits.
+
+    Args:
+        method: "dualedit" (shipped adapters, calibrated threshold) or "balancedit" (fitted key, calibrated
+            alpha).
+        fallback: whether what DualEdit's adapters cannot write may go to a BalancEdit adapter. It is put on
+            the model when an edit first needs it.
 
     Raises:
         ValueError: an unknown method, or `smol` is not in the cache.
@@ -34,7 +40,13 @@ def load_editor(method: str = "balancedit") -> Editor:
     base, processor = load_smol()
     folder = EDITORS / method
     if (folder / "adapter_config.json").is_file():
-        return Editor(load_edits(base, folder), processor)
+        return Editor(load_edits(base, folder), processor, fallback=fallback_of(method) if fallback else None)
     if method == "balancedit":
         return Editor(inject_balancedit(base, **BALANCEDIT), processor)
     return Editor(inject_dualedit(base, **DUALEDIT), processor)
+
+
+def fallback_of(method: str) -> Path | None:
+    """The folder of the adapter that takes what a method cannot write, or None."""
+    folder = EDITORS / "balancedit"
+    return folder if method == "dualedit" and folder.is_dir() else None
