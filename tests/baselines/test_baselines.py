@@ -432,7 +432,7 @@ def test_memories_keep_many_edits_of_the_embedded_model_apart(facts):
 def test_settings_of_the_embedded_model(tmp_path):
     assert baseline_settings("base") is None
     assert isinstance(baseline_settings("lora"), LoRASettings)
-    with pytest.raises(ValueError, match="'mend' is unknown"):
-        baseline_settings("mend")
+    with pytest.raises(ValueError, match="'rome' is unknown"):
+        baseline_settings("rome")
     with pytest.raises(FileNotFoundError, match="tune_baselines"):
         baseline_settings("grace", tmp_path)

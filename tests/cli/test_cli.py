@@ -216,7 +216,7 @@ def test_errors_fit_on_a_line(arguments, says, tmp_path, monkeypatch, capsys):
 def test_an_error_that_begins_with_an_empty_line(saved, pictures, monkeypatch, capsys):
     from dualedit import storage
 
-    def refuse(*_):
+    def refuse(*_, **__):
         raise RuntimeError("\n\n  size mismatch for key\nand more")
 
     monkeypatch.setattr(storage, "load_edits", refuse)
