@@ -124,11 +124,11 @@ def _examples(model: Path | None) -> list[Example]:
     if not is_smol(model):
         return []
     from ..smol import load_concepts
-    from ..smol.wordings import QUESTIONS
+    from ..smol.wordings import ATTRIBUTES, OF_THINGS, QUESTIONS
 
     found = []
-    asked = tuple(QUESTIONS[name].question for name in ("name", "kind", "owner"))
     for family in ("flags", "food"):
+        asked = tuple(QUESTIONS[name].question for name in ATTRIBUTES.get(family, OF_THINGS)[:3])
         one, other = [concept for concept in load_concepts((family,)) if len(concept.pictures) > 1][:2]
         drawings = [*list(one.pictures.items())[:2], next(iter(other.pictures.items()))]
         for concept, (artist, file) in zip((one, one, other), drawings, strict=True):
