@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 from peft import PeftModel
@@ -55,6 +55,7 @@ class Baseline(ABC):
     """
 
     name: str
+    _off = False
 
     def __init__(self, model: nn.Module, processor: Any, template: str | None = None):
         if isinstance(model, PeftModel) or any(isinstance(m, EditLayer) for m in model.modules()):
@@ -76,9 +77,14 @@ class Baseline(ABC):
     def reset(self) -> None:
         """Forget every edit: the unedited model, bit for bit."""
 
-    @abstractmethod
-    def unedited(self) -> AbstractContextManager[None]:
-        """Answers inside are the unedited model's."""
+    @contextmanager
+    def unedited(self) -> Iterator[None]:
+        """Answers inside are the unedited model's; a method that keeps edits beside it looks at `_off`."""
+        before, self._off = self._off, True
+        try:
+            yield
+        finally:
+            self._off = before
 
     @abstractmethod
     def memory_bytes(self) -> int:

@@ -58,7 +58,6 @@ class GRACE(Baseline):
         self._layer = self.model.get_submodule(name)
         self._entries: list[_Entry] = []
         self._stored = 0
-        self._off = False
 
     # ------------------------------------------------------------------ looking up
 
@@ -174,15 +173,6 @@ class GRACE(Baseline):
     def reset(self) -> None:
         """Empty the codebook."""
         self._entries = []
-
-    @contextmanager
-    def unedited(self) -> Iterator[None]:
-        """The codebook is not looked up inside."""
-        before, self._off = self._off, True
-        try:
-            yield
-        finally:
-            self._off = before
 
     def memory_bytes(self) -> int:
         """Keys, values and a radius each."""

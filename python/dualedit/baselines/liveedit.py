@@ -167,7 +167,7 @@ class LiveEdit(Trained):
             )
         self._layer = layers[self._number]
         self._stored: list[_Experts] = []
-        self._off = self._checked = False
+        self._checked = False
         width, inner, heads = hidden_size(model), settings.width, settings.heads
         return nn.ModuleDict(
             {
@@ -280,15 +280,6 @@ class LiveEdit(Trained):
     def reset(self) -> None:
         """Drop the experts."""
         self._stored = []
-
-    @contextmanager
-    def unedited(self) -> Iterator[None]:
-        """No expert is asked inside."""
-        before, self._off = self._off, True
-        try:
-            yield
-        finally:
-            self._off = before
 
     def memory_bytes(self) -> int:
         """Features and experts of the edits."""

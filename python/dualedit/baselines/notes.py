@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,8 +27,6 @@ class Fact:
 
 class Notes(Baseline):
     """Stored facts with keys; an heir says how keys are made and how a question is asked."""
-
-    _off = False
 
     def __init__(self, *arguments) -> None:
         super().__init__(*arguments)
@@ -60,15 +57,6 @@ class Notes(Baseline):
     def reset(self) -> None:
         """Forget the facts."""
         self._facts = []
-
-    @contextmanager
-    def unedited(self) -> Iterator[None]:
-        """Nothing is told inside."""
-        before, self._off = self._off, True
-        try:
-            yield
-        finally:
-            self._off = before
 
     def memory_bytes(self) -> int:
         """Keys and texts of the stored facts; demonstrations belong to no edit."""

@@ -108,7 +108,7 @@ class RECIPE(Trained):
         self._first = find_decoder_layers(self.model)[1][0]
         self._entries: list[_Entry] = []
         self._stored = 0
-        self._off = self._checked = False
+        self._checked = False
         network = nn.Module()
         network.fact = Reading(5 * width, settings.width)
         network.question = Reading(2 * width, settings.width)
@@ -217,15 +217,6 @@ class RECIPE(Trained):
     def reset(self) -> None:
         """Drop the prompts."""
         self._entries = []
-
-    @contextmanager
-    def unedited(self) -> Iterator[None]:
-        """No prompt is put in front inside."""
-        before, self._off = self._off, True
-        try:
-            yield
-        finally:
-            self._off = before
 
     def memory_bytes(self) -> int:
         """Vectors and prompts of the stored edits."""

@@ -98,7 +98,6 @@ class SERAC(Trained):
         self._number = decoder_layer(self.model, settings.layer, 2 / 3)
         self._entries: list[_Entry] = []
         self._stored = 0
-        self._off = False
         width = hidden_size(self.model)
         return nn.ModuleDict(
             {
@@ -223,15 +222,6 @@ class SERAC(Trained):
     def reset(self) -> None:
         """Empty the memory."""
         self._entries = []
-
-    @contextmanager
-    def unedited(self) -> Iterator[None]:
-        """The base model answers inside."""
-        before, self._off = self._off, True
-        try:
-            yield
-        finally:
-            self._off = before
 
     def memory_bytes(self) -> int:
         """Features and words of the stored edits."""

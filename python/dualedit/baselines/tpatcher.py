@@ -23,7 +23,6 @@ from ..runtime.partial import Replay
 from .baseline import Question
 from .gradient import fit
 from .layers import feed_forward, layer_number, named_module
-from .lessons import Lessons
 from .network_settings import TPatcherSettings
 from .noting import noted_inputs
 from .states import entering
@@ -50,7 +49,6 @@ class TPatcher(Trained):
         self._number = layer_number(model, full)
         self._part = model.get_submodule(full)
         self._neurons: list[tuple[Tensor, Tensor, Tensor]] = []  # k [T, D], b [T], v [T, D] of each edit
-        self._off = False
         network = nn.Module()
         network.register_buffer("queries", torch.zeros(0, hidden_size(model)))
         return network
@@ -61,9 +59,6 @@ class TPatcher(Trained):
         self.network.queries = noted_inputs(
             self.model, self.prompter, self._part, samples, self.settings.noted, False, generator
         )
-
-    def training_loss(self, lessons: Lessons, keep_weight: float) -> Tensor:
-        raise NotImplementedError("T-Patcher is trained at each edit.")  # it has no parameters
 
     def edit(self, sample: EditSample) -> None:
         """Add a neuron for each token of the answer and fit them; earlier ones stay as they are."""
@@ -141,15 +136,6 @@ class TPatcher(Trained):
     def reset(self) -> None:
         """Take the neurons away."""
         self._neurons = []
-
-    @contextmanager
-    def unedited(self) -> Iterator[None]:
-        """The neurons are not asked inside."""
-        before, self._off = self._off, True
-        try:
-            yield
-        finally:
-            self._off = before
 
     def memory_bytes(self) -> int:
         """The neurons."""

@@ -96,9 +96,13 @@ class Trained(Baseline):
     def prepare(self, samples: Sequence[EditSample]) -> None:
         """Whatever is read off training facts before the first step; nothing by default."""
 
-    @abstractmethod
     def training_loss(self, lessons: Lessons, keep_weight: float) -> Tensor:
-        """The loss of one batch; called with gradients on."""
+        """The loss of one batch; called with gradients on.
+
+        Raises:
+            TypeError: the network has no weights to train. `fit_baseline` does not call it then.
+        """
+        raise TypeError(f"{type(self).__name__} has no weights to train before its edits.")
 
     # ------------------------------------------------------------------ files
 

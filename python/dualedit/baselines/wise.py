@@ -23,7 +23,6 @@ from ..runtime.partial import Replay
 from .baseline import Question
 from .gradient import fit
 from .layers import decoder_layer, last_linear, layer_number, linear_module
-from .lessons import Lessons
 from .network_settings import WISESettings
 from .noting import noted_inputs
 from .trained import Trained
@@ -100,7 +99,6 @@ class WISE(Trained):
         self._linear: nn.Linear = model.get_submodule(full)
         self._sides: list[_Side] = []
         self._edits = 0
-        self._off = False
         network = nn.Module()
         network.register_buffer("unrelated", torch.zeros(0, self._linear.in_features))
         return network
@@ -113,9 +111,6 @@ class WISE(Trained):
             self.model, self.prompter, self._linear, samples, settings.noted, settings.routed_by == "last",
             generator,
         )  # fmt: skip
-
-    def training_loss(self, lessons: Lessons, keep_weight: float) -> Tensor:
-        raise NotImplementedError("WISE is trained at each edit.")  # it has no parameters
 
     # ------------------------------------------------------------------ routing
 
@@ -223,15 +218,6 @@ class WISE(Trained):
     def reset(self) -> None:
         """Drop the side memories."""
         self._sides, self._edits = [], 0
-
-    @contextmanager
-    def unedited(self) -> Iterator[None]:
-        """The model's own matrix answers inside."""
-        before, self._off = self._off, True
-        try:
-            yield
-        finally:
-            self._off = before
 
     def memory_bytes(self) -> int:
         """The side memories and the masks of open shards."""
